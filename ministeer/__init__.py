@@ -1,0 +1,22 @@
+"""ministeer: activation addition (ActAdd; Turner et al., "Steering Language Models With Activation Engineering").
+
+Read in this order: attention.py, gpt2.py, llama.py, model.py (the loop), steering.py, generation.py.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+__all__ = ["KVCache", "Steer", "generate", "load", "steering_vector"]
+
+_HOME = {"load": "weights", "generate": "generation", "steering_vector": "steering", "Steer": "steering", "KVCache": "attention"}
+
+
+def __getattr__(name):
+    # Loaded when first asked for: importing torch takes over a second, and `ministeer --help` needs none of it.
+    if name not in _HOME:
+        raise AttributeError(f"ministeer has no {name!r}; it has {', '.join(__all__)}, and modules for the rest.")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,103 @@
+"""What makes GPT-2 GPT-2: learned positions, LayerNorm before each half of a block, biases everywhere, tanh-GELU.
+
+Read next: llama.py for what changed since, model.py for the loop. Radford et al. 2019; names as in OpenAI's checkpoint.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import attend, merge_heads, split_heads
+from .model import LM
+
+
+class GPT2(LM):
+    prefix = "transformer."         # which some files put before every name; OpenAI's own does not
+    names = {"embedding": "wte.weight", "final_norm": "ln_f.weight"}
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.wte = nn.Embedding(c.n_vocab, c.d_model)
+        self.wpe = nn.Embedding(c.n_ctx, c.d_model)
+        self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = LayerNorm(c.d_model, c.norm_eps)
+        if not c.tied:
+            self.lm_head = nn.Linear(c.d_model, c.n_vocab, bias=False)
+
+    @property
+    def blocks(self):
+        return self.h
+
+    def embed(self, ids, pos):
+        """ids (B, T), pos (T,) -> (B, T, d_model)"""
+        return self.wte(ids) + self.wpe(pos)
+
+    def rope(self, pos):
+        return None                 # positions were added at the embedding; the blocks need no more of them
+
+    def final_norm(self, x):
+        return self.ln_f(x)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.ln_1 = LayerNorm(c.d_model, c.norm_eps)
+        self.attn = Attention(c)
+        self.ln_2 = LayerNorm(c.d_model, c.norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, l, rope=None, cache=None):
+        x = x + self.attn(self.ln_1(x), l, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_head = c.n_head
+        self.c_attn = Conv1D(c.d_model, 3 * c.d_model)      # q, k and v side by side
+        self.c_proj = Conv1D(c.d_model, c.d_model)
+
+    def forward(self, x, l, cache=None):
+        q, k, v = (split_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
+        if cache:
+            k, v = cache.extend(l, k, v)
+        return self.c_proj(merge_heads(attend(q, k, v)))
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c_fc = Conv1D(c.d_model, c.d_mlp)
+        self.c_proj = Conv1D(c.d_mlp, c.d_model)
+
+    def forward(self, x):
+        # Trap: GPT-2 was trained with the tanh form of GELU; the exact form is off by up to 5e-4 a value.
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Conv1D(nn.Module):
+    """x W + b. OpenAI's checkpoint keeps W as (inputs, outputs), the transpose of nn.Linear's, and so do we."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out).normal_(0, 0.02))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, over d_model, in float32 whatever the dtype of x."""
+
+    def __init__(self, d_model, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x)

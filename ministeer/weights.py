@@ -1,0 +1,229 @@
+"""load: a folder in the Hub's layout -> (model, tokenizer), every fault with a message of its own.
+
+Names in the file are names in the model, so loading is a dictionary look-up. `python -m ministeer.weights FOLDER` checks a folder.
+Read next: fetch.py, which fills such folders.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .config import read_config
+from .gpt2 import GPT2
+from .llama import Llama
+from .tokenizer import Tokenizer
+
+FAMILIES = {"gpt2": GPT2, "llama": Llama}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FILE_DTYPES = ("F32", "F16", "BF16", "F64")
+
+# Constants that old checkpoints carry and the code computes: causal masks, and the frequencies of the rotary embedding.
+COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+
+
+def load(name_or_folder, dtype=torch.float32, device="cpu"):
+    """-> (model, tokenizer), ready to run.
+
+    name_or_folder: a folder that holds config.json, model.safetensors (or shards and their index) and tokenizer.json;
+        or a name, looked up in the folder $MINISTEER_WEIGHTS and then in ./weights (`ministeer models` lists the known ones)
+    dtype: torch.float32, bfloat16 or float16, or its name; the file's numbers are converted. device: as in torch
+    Raises FileNotFoundError for what is not there, ValueError for what cannot be run exactly as the checkpoint says.
+    """
+    folder = find(name_or_folder)
+    config = read_config(folder / "config.json")
+    tokenizer = Tokenizer.load(folder, config)
+    return load_model(folder, dtype, device), tokenizer
+
+
+def find(name_or_folder):
+    """-> the Path of a checkpoint's folder. Raises FileNotFoundError that says how to get it."""
+    name = os.fspath(name_or_folder)
+    roots = [Path(root) for root in (os.environ.get("MINISTEER_WEIGHTS"), "weights") if root]
+    tried = [Path(name), *(root / name for root in roots)]
+    folder = next((path for path in tried if (path / "config.json").is_file()), None)
+    if folder:
+        return folder
+    there = next((path for path in tried if path.is_dir()), None)
+    if there:
+        raise FileNotFoundError(f"no config.json in {there}, so it is not a checkpoint. See weights/README.md.")
+    raise FileNotFoundError(f"no model {name!r} here (looked for {', '.join(str(path) for path in tried)}). "
+                            f"Run `ministeer fetch {name}`, or see weights/README.md.")
+
+
+def load_model(folder, dtype=torch.float32, device="cpu"):
+    """The model of a folder without its tokenizer. As `load`."""
+    folder = Path(folder)
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype {dtype!r}; possible: {', '.join(DTYPES)}.")
+    config = read_config(folder / "config.json")
+    with torch.device("meta"):                      # shapes without memory, until the file has been checked against them
+        model = FAMILIES[config.family](config)
+    places = locate(folder, model)
+    weights = {}
+    for path in dict.fromkeys(path for path, _ in places.values()):
+        with safe_open(path, "pt") as file:         # memory-mapped: a tensor is read when it is converted
+            for name in [name for name in places if places[name][0] == path]:
+                weights[name] = _tensor(file, places[name][1], path).to(device=device, dtype=dtype)
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(False).eval()
+    model.fingerprint = fingerprint(config, places, model)
+    model.name = folder.resolve().name
+    return model
+
+
+def locate(folder, model):
+    """-> {the model's name of a tensor: (file, the file's name of it)}, after every name and shape was compared.
+
+    Only headers are read. Raises FileNotFoundError or ValueError for whatever is missing, surplus, misshapen or quantised.
+    """
+    headers = {path: _header(path) for path in shards(folder)}
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found, surplus = {}, []
+    for path, header in headers.items():
+        for full, (dtype, shape) in header.items():
+            name = full.removeprefix(model.prefix)
+            if COMPUTED.match(name):
+                continue
+            if name == "lm_head.weight" and name not in wanted:
+                _same_as_embedding(path, full, headers, model)
+                continue
+            if name not in wanted:
+                surplus.append(full)
+                continue
+            if name in found:
+                raise ValueError(f"{full} is there twice, in {found[name][0].name} and {path.name}.")
+            if dtype not in FILE_DTYPES:
+                raise ValueError(f"{full} is stored as {dtype} in {path.name}: quantised or not a weight. "
+                                 "ministeer reads float32, float16, bfloat16 and float64.")
+            _same_shape(full, shape, wanted[name], path, model)
+            found[name] = (path, full)
+    missing = [name for name in wanted if name not in found]
+    if "lm_head.weight" in missing:
+        raise ValueError(f"lm_head.weight is missing from {folder}, and its config.json says that the head is not tied. "
+                         'If it is, set "tie_word_embeddings": true there.')
+    if missing:
+        raise ValueError(f"{_some(missing)} missing from {folder}, which its config.json asks for.")
+    if surplus:
+        raise ValueError(f"{_some(surplus)} in {folder}, but {type(model).__name__} with this config.json has no such part.")
+    return found
+
+
+def shards(folder):
+    """The safetensors files of a checkpoint: one, or those that its index names. Nothing outside the folder is opened."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+        if pickles:
+            raise ValueError(f"{folder} holds {pickles[0]}, a pickle, which can run any code on loading; ministeer never opens one. Convert it on a "
+                             "machine that you trust it on: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).")
+        raise FileNotFoundError(f"no model.safetensors in {folder}. Run `ministeer fetch {folder.name}`, or see weights/README.md.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{index} is not the index of a sharded checkpoint: it has no weight_map of tensor names to file names.") from None
+    return [_shard(folder, name) for name in names]
+
+
+def _shard(folder, name):
+    if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+        raise ValueError(f"the index in {folder} names {name!r}. A shard must be a .safetensors file in the same folder.")
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"no {name} in {folder}, which its index names. Was the download interrupted?")
+    # The Hub's own cache keeps its files in ../../blobs and links to them; any other way out of the folder is refused.
+    if path.resolve().parent not in (folder.resolve(), folder.resolve().parent.parent / "blobs"):
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder. A shard must be a file in the same folder.")
+    return path
+
+
+def _header(path):
+    """{name: (dtype, shape)} of a safetensors file, without reading its numbers."""
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}       # noqa: SIM118 (not a dict)
+            return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is damaged, cut short or not safetensors: {error}") from None
+
+
+def _tensor(file, name, path):
+    x = file.get_tensor(name)
+    if not torch.isfinite(x.sum(dtype=torch.float32)):      # one bad number spoils a sum; only then look closer
+        bad = int((~torch.isfinite(x)).sum())
+        if bad:
+            raise ValueError(f"{name} in {path.name} holds {bad:,} NaN or infinite numbers. Fetch the checkpoint again.")
+    return x
+
+
+def _same_shape(name, shape, wanted, path, model):
+    if shape == wanted:
+        return
+    message = f"{name} is {shape} in {path.name}, but {type(model).__name__} wants {wanted}."
+    if shape == wanted[::-1]:
+        message += " It looks transposed: was this file saved from nn.Linear layers?"
+    raise ValueError(message)
+
+
+def _same_as_embedding(path, name, headers, model):
+    """A tied model may carry its head a second time, but then it has to be the embedding."""
+    embedding = model.names["embedding"]
+    for other, header in headers.items():
+        for full in {embedding, model.prefix + embedding} & set(header):
+            with safe_open(path, "pt") as a, safe_open(other, "pt") as b:
+                if torch.equal(a.get_tensor(name), b.get_tensor(full)):
+                    return
+    raise ValueError(f"{name} differs from {embedding} in {path.name}, but config.json says that the head is tied. "
+                     'If it is not, set "tie_word_embeddings": false there.')
+
+
+def _some(names):
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def fingerprint(config, places, model):
+    """A short hash of the sizes and of part of the embedding and the final norm, as the file has them: equal for every dtype of `load`."""
+    digest = hashlib.sha256(repr(config).encode())
+    for name in (model.names["embedding"], model.names["final_norm"]):
+        path, full = places[name]
+        with safe_open(path, "pt") as file:
+            digest.update(file.get_slice(full)[:64].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+PARAGRAPH = """The harbour wakes before the town does. Men in wool caps untie the boats, and the gulls, who have learned the hours of the \
+fish market, begin to argue on the roof of the customs house. By seven o'clock the bakery has sold its first bread, the ferry has \
+left for the islands, and the only sound on the quay is a radio that somebody forgot to turn off."""
+
+
+def main(folder):
+    """Print what the checkpoint in `folder` is, and its mean loss on a fixed paragraph, to hold against weights/README.md."""
+    model, tokenizer = load(folder)
+    c = model.config
+    ids = torch.tensor([tokenizer.encode(PARAGRAPH)])
+    logits, _ = model(ids)
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    stored = sorted({dtype for path in shards(find(folder)) for dtype, _ in _header(path).values()})
+    print(f"family      {c.family}, {sum(p.numel() for p in model.parameters()):,} parameters stored as {', '.join(stored)}")
+    print(f"sizes       {c.n_layer} layers, {c.n_head} query and {c.n_kv_head} key/value heads of {c.d_head}, d_model {c.d_model}, d_mlp {c.d_mlp}")
+    print(f"tokens      {c.n_vocab:,} in the vocabulary, context {c.n_ctx:,}, BOS {tokenizer.bos_id} {tokenizer.pieces([tokenizer.bos_id])[0]}")
+    print(f"loss        {loss:.4f} nats/token on {ids.shape[1] - 1} tokens of a fixed paragraph (weights/README.md has the known numbers)")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m ministeer.weights FOLDER")
+    try:
+        main(sys.argv[1])
+    except (OSError, ValueError) as fault:
+        print(f"ministeer: {fault}", file=sys.stderr)
+        sys.exit(2)

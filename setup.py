@@ -1,0 +1,26 @@
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+weights = ["gguf", "huggingface_hub", "filelock", "tqdm"]
+tutorials = ["matplotlib", "tqdm"]
+
+setup(
+    name="ministeer",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "ministeer/__init__.py").read_text(encoding="utf-8"))[1],
+    description="Activation addition (ActAdd) from scratch: hand-written GPT-2 and Llama, the residual stream as a list",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=["ministeer"],
+    python_requires=">=3.10",
+    install_requires=["numpy", "torch", "tokenizers", "safetensors"],
+    extras_require={
+        "weights": weights,
+        "tutorials": tutorials,
+        "test": ["pytest", "pytest-cov", "hypothesis", "transformers", "ruff", *weights, *tutorials],
+    },
+    entry_points={"console_scripts": ["ministeer = ministeer.cli:main"]},
+)
