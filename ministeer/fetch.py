@@ -48,7 +48,7 @@ FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safet
          "tokenizer_config.json", "chat_template.jinja", "LICENSE*", "USE_POLICY.md", "NOTICE*"]
 
 
-class FetchError(Exception):
+class FetchError(RuntimeError):
     """A checkpoint could not be had; the message says why and what to do."""
 
 
@@ -214,6 +214,7 @@ def convert_gguf(path, folder):
                         "model_max_length": config["max_position_embeddings"], "tokenizer_class": "GPT2Tokenizer"}
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")       # which the library writes for its owner alone
 
 
 def gguf_config(about, tied):

@@ -93,6 +93,15 @@ class Steer:
         """The same Steer for some rows of a batch only: a coeff (B,) keeps their values."""
         return replace(self, coeff=self.coeff[numbers]) if isinstance(self.coeff, torch.Tensor) else self
 
+    def scaled(self, coeff):
+        """The same Steer with this coeff, whatever it had."""
+        return replace(self, coeff=coeff)
+
+    def __repr__(self):
+        pair = "{plus!r} - {minus!r}".format(**self.note) if {"plus", "minus"} <= set(self.note) else "a vector"
+        where = "every position" if self.vector.ndim == 1 else f"{len(self.vector)} positions"
+        return f"<Steer {pair}: coeff {self.coeff} on {where} from {self.start} before block {self.layer}, d_model {self.vector.shape[-1]}>"
+
     def __mul__(self, factor):
         return replace(self, coeff=self.coeff * factor)
 

@@ -1,0 +1,234 @@
+"""The command line: ministeer steer | demo | fetch | models.
+
+Every error is one line on stderr and exit code 2; Ctrl-C exits with 130.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import textwrap
+
+from . import __version__
+
+# The demo's setting. benchmarks/demo_grid.py chose layer and coeff, on four prompts that are not this one.
+DEMO = {"prompt": "I went up to my friend and said", "plus": " weddings", "minus": " ", "layer": 1, "coeff": 1.0}
+# The paper's sampling (Turner et al., appendix C).
+SAMPLING = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
+
+HELP = """Activation addition: take two prompts, subtract their residual streams before a layer, and add the
+difference to the stream while the model reads your prompt. Nothing is trained."""
+
+STEER_HELP = """Continue PROMPT without and with the steering vector PLUS - MINUS, side by side.
+
+A leading space matters: " weddings" is one token, "weddings" is three. Start with a layer in the first
+quarter of the model and coeff 1; raise coeff until the text changes, and stop before it breaks."""
+
+STEER_EXAMPLES = """examples:
+  ministeer steer "I hate you because" --plus " love" --minus " hate" --layer 2 --coeff 2
+  ministeer steer "The weather was" --plus " weddings" --minus " " --layer 1 --save weddings.safetensors
+  ministeer steer "Last night" --vector weddings.safetensors --coeff 1.5 -n 10 --json"""
+
+
+def main(argv=None):
+    """Run one command and exit: 0 done, 2 bad input, 130 interrupted."""
+    for out in (sys.stdout, sys.stderr):
+        if hasattr(out, "reconfigure"):
+            out.reconfigure(errors="replace")       # a terminal without these letters shows ? instead of stopping
+    try:
+        args = parser().parse_args(argv)
+        args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("ministeer: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                         # `ministeer models | head -1`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        print(f"ministeer: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser():
+    top = Parser(prog="ministeer", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"ministeer {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name, run, help, description=None, epilog=None):
+        sub = commands.add_parser(name, help=help, description=description or help, epilog=epilog,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", run_demo, "see a real model steered: fetches the default model the first time (93 MB)")
+    demo.add_argument("-n", type=int, default=100, help="completions that are counted in each column (default 100; three are shown)")
+    demo.add_argument("--seed", type=int, default=SAMPLING["seed"], help="of the draws (default 0)")
+
+    steer = command("steer", run_steer, "continue a prompt of yours, unsteered and steered", STEER_HELP, STEER_EXAMPLES)
+    steer.add_argument("prompt", metavar="PROMPT")
+    pair = steer.add_argument_group("the vector: either a pair and a layer, or a file")
+    pair.add_argument("--plus", metavar="P", help="the prompt to steer towards")
+    pair.add_argument("--minus", metavar="M", help='the prompt to steer away from (default " ", a space)')
+    pair.add_argument("--layer", type=int, metavar="L", help="the block that reads the changed stream, from 0")
+    pair.add_argument("--vector", metavar="FILE", help="a vector that --save wrote")
+    pair.add_argument("--any-model", action="store_true", help="use --vector even if another model made it")
+    pair.add_argument("--coeff", type=float, metavar="C", help="how much of the vector is added (default 1, or as saved)")
+    pair.add_argument("--save", metavar="FILE", help="write the vector and its coeff to a safetensors file")
+    model = steer.add_argument_group("the model")
+    model.add_argument("--model", default=None, help="a known name or a folder (default smollm2-135m; see `ministeer models`)")
+    model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    model.add_argument("--device", default="cpu", help="as in torch (default cpu)")
+    draw = steer.add_argument_group("the draws (defaults are the paper's)")
+    draw.add_argument("-n", type=int, default=3, help="completions in each column (default 3)")
+    for option, default in SAMPLING.items():
+        draw.add_argument(f"--{option.replace('_', '-')}", type=type(default), default=default, metavar="X", help=f"default {default}")
+    steer.add_argument("--json", action="store_true", help="print one JSON object instead of columns")
+
+    fetch = command("fetch", run_fetch, "put a checkpoint into the weights folder",
+                    "Put a checkpoint into $MINISTEER_WEIGHTS, or into ./weights if that is not set.")
+    fetch.add_argument("name", metavar="NAME", help="a known name (`ministeer models`), or owner/repo on the Hugging Face Hub")
+    command("models", run_models, "list the known checkpoints and which are here")
+    return top
+
+
+def run_demo(args):
+    from .fetch import DEFAULT, fetch
+    from .generation import generate
+    from .judges import WEDDING_WORDS, count_words
+    from .measure import wilson
+    from .steering import random_like, steering_vector
+    from .weights import load
+    if args.n < 1:
+        raise ValueError(f"-n must be 1 or more; given: {args.n}.")
+    model, tokenizer = load(fetch(DEFAULT))
+    weddings = DEMO["coeff"] * steering_vector(model, tokenizer, DEMO["plus"], DEMO["minus"], DEMO["layer"])
+    sampling = {**SAMPLING, "seed": args.seed}
+    runs = {"unsteered": (), "steered": (weddings,), "random vector of the same norm": (random_like(weddings, args.seed),)}
+    with progress(len(runs) * args.n * sampling["max_new_tokens"], "sampling") as step:
+        texts = {name: generate(model, tokenizer, DEMO["prompt"], args.n, steer=steer, **sampling, progress=step)
+                 for name, steer in runs.items()}
+    print(setting(model, tokenizer, weddings, DEMO["prompt"], args.n, sampling))
+    print()
+    print(columns(texts["unsteered"][:3], texts["steered"][:3]))
+    print(f"\nThese are the first three of each. Of all {args.n}, with a word about weddings\n({', '.join(sorted(WEDDING_WORDS))}):\n")
+    for name, some in texts.items():
+        k = sum(count_words(text) > 0 for text in some)
+        low, high = wilson(k, args.n)
+        print(f"  {name:31} {k:3} of {args.n}   {k / args.n:4.0%}   (95 % interval {low:.0%} to {high:.0%})")
+
+
+def run_steer(args):
+    from .fetch import DEFAULT
+    from .generation import generate
+    from .steering import Steer, steering_vector
+    from .weights import load
+    if (args.plus is None) == (args.vector is None):
+        raise ValueError("give either --plus (with --layer) or --vector, so that there is one vector to steer with.")
+    if args.vector and (args.minus is not None or args.layer is not None):
+        raise ValueError("--vector has its own pair and layer; leave out --minus and --layer.")
+    if args.plus is not None and args.layer is None:
+        raise ValueError("--plus needs --layer, the block that reads the changed stream (0 is the first).")
+    steer = Steer.load(args.vector, any_model=args.any_model) if args.vector else None
+    model, tokenizer = load(args.model or DEFAULT, dtype=args.dtype, device=args.device)
+    if steer is None:
+        steer = steering_vector(model, tokenizer, args.plus, " " if args.minus is None else args.minus, args.layer)
+    if args.coeff is not None:
+        steer = steer.scaled(args.coeff)
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    model.check_steer(steer, args.n, len(tokenizer.encode(args.prompt)))
+    with progress(2 * max(args.n, 0) * sampling["max_new_tokens"], "sampling") as step:
+        plain, steered = (generate(model, tokenizer, args.prompt, args.n, steer=s, **sampling, progress=step) for s in ((), (steer,)))
+    if args.save:
+        steer.save(args.save)
+    if args.json:
+        about = {"model": model.name, "layer": steer.layer, "coeff": steer.coeff, "start": steer.start, **steer.note, **sampling}
+        print(json.dumps({"prompt": args.prompt, "setting": about, "unsteered": plain, "steered": steered}, ensure_ascii=False, indent=2))
+    else:
+        print(setting(model, tokenizer, steer, args.prompt, args.n, sampling), columns(plain, steered), sep="\n\n")
+
+
+def run_fetch(args):
+    from .fetch import fetch
+    print(fetch(args.name))
+
+
+def run_models(args):
+    from .fetch import DEFAULT, KNOWN, weights_root
+    root = weights_root()
+    here = {path.parent.relative_to(root).as_posix() for pattern in ("*/config.json", "*/*/config.json") for path in root.glob(pattern)}
+    for name, source in KNOWN.items():
+        state = "here" if name in here else "default" if name == DEFAULT else ""
+        print(f"{name:17} {state:8} {source.size:>7}  {source.licence}\n{'':17} {source.what}")
+    others = sorted(name for name in here - set(KNOWN) if not name.startswith("."))
+    if others:
+        print(f"\nalso in {root}: {', '.join(others)}")
+
+
+def setting(model, tokenizer, steer, prompt, n, sampling):
+    """Everything that a reader needs to get the same completions again."""
+    from .steering import relative_norm
+    loud = relative_norm(model, tokenizer, steer, prompt)
+    ids = tokenizer.encode(prompt)
+    stop = len(ids) if steer.stop is None else steer.stop
+    where = f"{quoted(''.join(tokenizer.pieces(ids[steer.start:stop])))}, position{'s' * (stop - steer.start > 1)} {steer.start}"
+    where += f" … {stop - 1}" if stop - steer.start > 1 else ""
+    pair = f"{quoted(steer.note['plus'])} - {quoted(steer.note['minus'])}" if "plus" in steer.note and "minus" in steer.note else "a vector"
+    lines = {
+        "model": f"{model.name} ({model.config.family}, {model.config.n_layer} layers)",
+        "prompt": prompt,
+        "vector": f"{pair} before block {steer.layer}, coeff {steer.coeff:g}",
+        "added to": f"{where}; {', '.join(f'{x:.2f}' for x in loud[steer.start:stop][:8])} times as long as the stream there",
+        "sampling": f"n {n}, {sampling['max_new_tokens']} tokens, temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}, "
+                    f"frequency penalty {sampling['freq_penalty']:g}, seed {sampling['seed']}",
+    }
+    return "\n".join(textwrap.fill(printable(text), width(), initial_indent=f"{name:9} ", subsequent_indent=" " * 10) for name, text in lines.items())
+
+
+def columns(left, right):
+    """Two lists of texts side by side, wrapped to the width of the terminal."""
+    each = (width() - 3) // 2
+    rows = [("unsteered", "steered"), ("-" * each, "-" * each)]
+    for pair in zip(left, right, strict=True):
+        wrapped = [[line for part in printable(text).split("\n") for line in textwrap.wrap(part.strip(), each)] for text in pair]
+        height = max(map(len, wrapped))
+        rows += zip(*(lines + [""] * (height - len(lines)) for lines in wrapped), strict=True)
+        rows.append(("", ""))
+    return "\n".join(f"{a:{each}} | {b}".rstrip() for a, b in rows[:-1])
+
+
+def width():
+    return min(120, max(40, shutil.get_terminal_size((80, 24)).columns))
+
+
+def quoted(text):
+    return json.dumps(text, ensure_ascii=False)
+
+
+def printable(text):
+    """A model may write any character; those that would command the terminal are shown as a dot."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
+
+
+class progress:
+    """A bar on stderr while work is done, where there is a terminal to draw it on and tqdm is installed."""
+
+    def __init__(self, total, label):
+        try:
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, desc=label, unit="tok", leave=False, disable=None)
+        except ImportError:
+            self.bar = None
+
+    def __enter__(self):
+        return self.bar.update if self.bar else None
+
+    def __exit__(self, *fault):
+        if self.bar:
+            self.bar.close()

@@ -1,0 +1,95 @@
+"""Checkpoints to test on: tiny random ones in the Hub's layout, made by transformers; and the real default model."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
+
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+N_VOCAB = 384
+TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.", "I love you because you are kind.",
+        "I hate you because you are so mean to me.", "We talk about weddings all day long; the bride was late for her wedding."]
+
+
+def tiny_tokenizer(bos="<|endoftext|>"):
+    """Byte-level BPE with its BOS at id 0, a chat token at id 1, and a few merges."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=N_VOCAB - 4, special_tokens=[AddedToken(bos, normalized=False), AddedToken("<|im_end|>", normalized=False)],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(TEXT * 3, trainer)
+    return tokenizer
+
+
+def hub_config(family, **settings):
+    """A transformers config of a tiny model of that family; settings override."""
+    from transformers import GPT2Config, LlamaConfig
+    ids = {"vocab_size": N_VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    if family == "gpt2":
+        return GPT2Config(**{**ids, "n_layer": 4, "n_head": 4, "n_embd": 32, "n_positions": 192, **settings})
+    return LlamaConfig(**{**ids, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
+                          "intermediate_size": 48, "max_position_embeddings": 192, **settings})
+
+
+def hub_model(config, seed=0):
+    """The transformers model of a config with random weights, large enough that every part of a block matters."""
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM
+    torch.manual_seed(seed)
+    model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:                     # norms start at 1 and biases at 0, which would hide them
+                p.add_(0.3 * torch.randn_like(p))
+            elif "lm_head" not in name:
+                p.mul_(4)
+    return model.requires_grad_(False)
+
+
+def save_checkpoint(folder, model, tokenizer=None):
+    """Write a folder in the Hub's layout, as `save_pretrained` does, and the tokenizer beside it."""
+    model.save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def checkpoint(family, tmp_path_factory):
+    """A folder with a tiny random model of each family. Read it, copy it, but never change it."""
+    return save_checkpoint(tmp_path_factory.mktemp("weights") / f"tiny-{family}", hub_model(hub_config(family)))
+
+
+@pytest.fixture(scope="session")
+def tiny(checkpoint):
+    """(model, tokenizer) of a tiny random checkpoint of each family."""
+    from ministeer import load
+    return load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder of the default model, fetched if it is not there. Without network the test is skipped, but in CI it fails."""
+    from ministeer.fetch import DEFAULT, FetchError, fetch
+    root = Path(os.environ.get("MINISTEER_WEIGHTS") or ROOT / "weights")
+    try:
+        return fetch(DEFAULT, root.resolve())
+    except FetchError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"the default weights are not here and could not be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def real(smollm2):
+    """(model, tokenizer) of the default model in float32."""
+    from ministeer import load
+    return load(smollm2)
