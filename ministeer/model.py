@@ -35,8 +35,9 @@ class LM(nn.Module):
         To make a vector for layer l, stop before block l. To try many Steers at layer l, start there from one recorded resid[l].
         """
         rope = self.rope(pos)
+        stop = self.config.n_layer if stop is None else stop
         resid = []
-        for l in range(first, self.config.n_layer if stop is None else stop):
+        for l in range(first, stop):
             for s in steer:
                 if s.layer == l:
                     x = x + s.delta(pos).to(x)      # activation addition: x + c (h+ - h-)

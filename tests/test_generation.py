@@ -1,0 +1,249 @@
+"""Sampling and generation, against slow re-computations that share no code with them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ministeer import Steer, generate, steering_vector
+from ministeer.generation import Row, Sampling, choose, nucleus, stream, uniforms
+
+PROMPT = "I went up to my friend and said"
+PAPER = {"temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0}
+
+
+@pytest.fixture
+def love(tiny):
+    return steering_vector(*tiny, "I love you", "I hate", layer=1)
+
+
+def slow_choice(logits, ids, u, temperature, top_p, top_k, freq_penalty):
+    """The paper's rule for one row in plain Python: scale, penalise, sort, cut, draw."""
+    scores = [float(x) / temperature - freq_penalty * ids.count(i) for i, x in enumerate(logits)]
+    top = max(scores)
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k or None]
+    total = sum(math.exp(scores[i] - top) for i in order)
+    kept, before = [], 0.0
+    for i in order:
+        if before > top_p:
+            break
+        p = math.exp(scores[i] - top) / total
+        kept.append((i, p))
+        before += p
+    if top_p == 1 and not top_k:
+        kept.sort()                         # nothing is cut, so nothing needs sorting: ids in their own order
+    target, reached = u * sum(p for _, p in kept), 0.0
+    for i, p in kept:
+        reached += p
+        if reached > target:
+            return i
+    return kept[-1][0]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.1, 1.0, 5.0]), temperature=st.sampled_from([0.3, 1.0, 2.0]),
+       top_p=st.sampled_from([0.01, 0.3, 0.9, 0.999, 1.0]), top_k=st.sampled_from([None, 1, 3, 500]), penalty=st.sampled_from([0.0, 1.0, -0.5]))
+def test_the_draw_follows_the_papers_rule(seed, spread, temperature, top_p, top_k, penalty):
+    rng = np.random.default_rng(seed)
+    logits = torch.tensor(rng.normal(0, spread, (3, 300)), dtype=torch.float32)
+    ids = torch.tensor(rng.integers(0, 300, (3, 20)))
+    u = torch.tensor(rng.random(3))
+    sampling = Sampling(temperature, top_p, top_k, penalty)
+    got = choose(logits, ids, u, sampling)
+    wanted = [slow_choice(logits[b], ids[b].tolist(), float(u[b]), temperature, top_p, top_k, penalty) for b in range(3)]
+    assert got.tolist() == wanted
+
+
+def test_the_token_that_crosses_top_p_is_kept():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    kept = [int((nucleus(logits, p)[0] > 0).sum()) for p in (0.0, 0.3, 0.49, 0.6, 0.79, 0.9)]
+    assert kept == [1, 1, 1, 2, 2, 3]
+
+
+def test_a_flat_distribution_needs_more_than_the_first_candidates():
+    p, ids = nucleus(torch.zeros(2, 5000), 0.9)
+    assert (p > 0).sum(dim=-1).tolist() == pytest.approx([4501, 4501], abs=2)
+    assert len(set(ids[0].tolist())) == ids.shape[1]
+
+
+def test_the_penalty_counts_prompt_and_bos():
+    logits = torch.tensor([[1.0, 0.9, 0.0]])
+    greedy = Sampling(temperature=0, freq_penalty=1.0)
+    assert choose(logits, torch.tensor([[2]]), torch.zeros(1), greedy).item() == 0
+    assert choose(logits, torch.tensor([[0]]), torch.zeros(1), greedy).item() == 1
+    assert choose(logits, torch.tensor([[0, 1, 1]]), torch.zeros(1), greedy).item() == 0      # 0.0, -1.1 and 0.0: the first of equals
+    assert logits.tolist() == [[1.0, pytest.approx(0.9), 0.0]]                                 # and the model's logits are left alone
+
+
+def test_frequencies_of_draws_are_the_probabilities():
+    p = torch.tensor([0.5, 0.25, 0.2, 0.05])
+    u = torch.tensor(np.random.default_rng(0).random(20000))
+    for top_p, wanted in [(1.0, p), (0.6, torch.tensor([2 / 3, 1 / 3, 0, 0]))]:
+        ids = choose(p.log().expand(20000, -1), torch.zeros(20000, 0, dtype=torch.int64), u, Sampling(top_p=top_p))
+        assert ids.bincount(minlength=4) / 20000 == pytest.approx(wanted, abs=0.012)          # over three standard errors
+
+
+def test_uniforms_depend_on_seed_prompt_and_completion_alone():
+    base = uniforms(Sampling(seed=0, max_new_tokens=5), [0, 7], 0)
+    assert base.tolist() == uniforms(Sampling(seed=0, max_new_tokens=9), [0, 7], 0)[:5].tolist()
+    for other in (uniforms(Sampling(seed=1, max_new_tokens=5), [0, 7], 0), uniforms(Sampling(max_new_tokens=5), [0, 8], 0),
+                  uniforms(Sampling(max_new_tokens=5), [0, 7], 1)):
+        assert other.tolist() != base.tolist()
+
+
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("how", [{"temperature": 0}, PAPER, {"temperature": 0.7, "top_k": 5}, {}])
+def test_generation_equals_a_slow_run_without_cache(tiny, love, steered, how):
+    model, tokenizer = tiny
+    steer = [3 * love] if steered else []
+    n, new = 3, 12
+    got = generate(model, tokenizer, PROMPT, n, new, steer, **how)
+    full = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "freq_penalty": 0.0, **how}
+    prompt = tokenizer.encode(PROMPT)
+    for k in range(n):
+        ids, draws = list(prompt), uniforms(Sampling(seed=0, max_new_tokens=new), prompt, k)
+        for t in range(new):
+            logits = model(torch.tensor([ids]), steer)[0][0, -1]
+            if full["temperature"] == 0:
+                token = max(range(len(logits)), key=lambda i: (float(logits[i]) - full["freq_penalty"] * ids.count(i), -i))
+            else:
+                token = slow_choice(logits, ids, float(draws[t]), **full)
+            if token in tokenizer.eos_ids:
+                break
+            ids.append(token)
+        assert got[k] == tokenizer.decode(ids)[len(PROMPT):]
+
+
+def test_steered_and_unsteered_runs_share_their_draws(tiny, love):
+    model, tokenizer = tiny
+    plain = generate(model, tokenizer, PROMPT, 4, **PAPER)
+    assert generate(model, tokenizer, PROMPT, 4, steer=0 * love, **PAPER) == plain
+    assert generate(model, tokenizer, PROMPT, 4, steer=40 * love, **PAPER) != plain
+    assert generate(model, tokenizer, PROMPT, 4, seed=1, **PAPER) != plain
+
+
+def test_neither_n_nor_batch_nor_company_changes_a_completion(tiny, love):
+    model, tokenizer = tiny
+    prompts = ["The harbour wakes before", "I hate you because", "We talk about weddings all day", "I love you because"]
+    assert len({len(tokenizer.encode(prompt)) for prompt in prompts}) > 1
+    together = generate(model, tokenizer, prompts, 3, 10, 2 * love, **PAPER)
+    assert together == [generate(model, tokenizer, prompt, 3, 10, [2 * love], **PAPER) for prompt in prompts]
+    assert [texts[:1] for texts in together] == generate(model, tokenizer, prompts, 1, 10, [2 * love], **PAPER)
+    assert generate(model, tokenizer, prompts, 3, 10, [2 * love], batch=2, **PAPER) == together
+    longer = generate(model, tokenizer, prompts, 3, 15, [2 * love], **PAPER)
+    assert all(a.startswith(b.rstrip("\N{REPLACEMENT CHARACTER}")) for x, y in zip(longer, together, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_a_coefficient_for_each_completion(tiny, love):
+    model, tokenizer = tiny
+    prompts = ["I went up to", "The bride was late for her"]
+    coeffs = torch.tensor([0.0, 4.0, 1.0, -9.0])                    # two completions of the first prompt, then two of the second
+    got = generate(model, tokenizer, prompts, 2, 10, [coeffs * love], **PAPER)
+    for i, c in enumerate(coeffs):
+        p, k = divmod(i, 2)
+        assert got[p][k] == generate(model, tokenizer, prompts[p], 2, 10, [float(c) * love], **PAPER)[k]
+    with pytest.raises(ValueError, match="coeff has 4 values"):
+        generate(model, tokenizer, prompts, 3, 10, [coeffs * love])
+
+
+def test_a_row_that_reaches_eos_ends(tiny):
+    model, tokenizer = tiny
+    row = Row(tokenizer, [0], ())
+    for token in [*tokenizer.encode("love", bos=False), tokenizer.eos_ids[0], *tokenizer.encode("hate", bos=False)]:
+        row.add(token)
+    assert row.ended
+    assert row.text == "love"
+
+
+def test_generation_stops_when_every_row_has_ended(tiny, monkeypatch):
+    model, tokenizer = tiny
+    calls = []
+    monkeypatch.setattr("ministeer.generation.choose", lambda logits, ids, *rest: calls.append(1) or torch.full((len(ids),), tokenizer.eos_ids[0]))
+    done = []
+    assert generate(model, tokenizer, PROMPT, 5, 30, progress=done.append) == [""] * 5
+    assert len(calls) == 1
+    assert sum(done) == 5 * 30
+
+
+def test_stop_strings_cut_before_themselves(tiny):
+    model, tokenizer = tiny
+    whole = generate(model, tokenizer, PROMPT, 4, 20, **PAPER)
+    stop = whole[0][5:8]
+    assert generate(model, tokenizer, PROMPT, 4, 20, stop=stop, **PAPER) == [text.partition(stop)[0] for text in whole]
+    both = [stop, whole[1][3:6]]
+    cut = [min((text[:text.find(s)] for s in both if s in text), key=len, default=text) for text in whole]
+    assert generate(model, tokenizer, PROMPT, 4, 20, stop=both, **PAPER) == cut
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, PAPER, {**PAPER, "seed": 3}, {"top_p": 0.9, "stop": ["e", "the wo"]}])
+def test_streamed_pieces_join_to_the_generated_text(tiny, love, how):
+    pieces = list(stream(*tiny, PROMPT, 30, [2 * love], **how))
+    assert "".join(pieces) == generate(*tiny, PROMPT, 1, 30, [2 * love], **how)[0]
+    assert all(pieces)
+
+
+def test_a_piece_waits_for_the_rest_of_a_character_and_of_a_stop_string(tiny):
+    _, tokenizer = tiny
+    row = Row(tokenizer, [0], ["the end"])
+    for token in tokenizer.encode("é the e", bos=False):
+        row.add(token)
+    assert row.text[:len(row.text) - row.unsure] == "é "
+    row = Row(tokenizer, [0], ())
+    row.add(tokenizer.encode("é", bos=False)[0])
+    assert row.unsure == len(row.text) == 1
+
+
+def test_a_stream_can_be_left_early(tiny):
+    model, tokenizer = tiny
+    for _ in stream(model, tokenizer, PROMPT, 100):
+        break
+    assert generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=3) == generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=3)
+
+
+def test_a_vector_at_all_positions_steers_generated_tokens_too(tiny):
+    model, tokenizer = tiny
+    torch.manual_seed(0)
+    s = Steer(2, torch.randn(32), coeff=20)
+    ids = tokenizer.encode(PROMPT)
+    greedy = generate(model, tokenizer, PROMPT, 1, 8, s, temperature=0)[0]
+    for _ in range(8):
+        ids.append(int(model(torch.tensor([ids]), s)[0][0, -1].argmax()))
+    assert greedy == tokenizer.decode(ids)[len(PROMPT):]
+
+
+def test_a_prompt_may_be_empty(tiny, love):
+    model, tokenizer = tiny
+    assert len(generate(model, tokenizer, "", 2, 5)) == 2
+    assert generate(model, tokenizer, [], 2, 5) == []
+    with pytest.raises(ValueError, match="do not fit a prompt of 1 tokens"):
+        generate(model, tokenizer, "", 2, 5, love)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"n": 0}, "n must be"), ({"n": 1.5}, "n must be"), ({"max_new_tokens": 0}, "max_new_tokens must be"), ({"temperature": -1}, "temperature must be"),
+    ({"temperature": float("nan")}, "temperature must be"), ({"temperature": float("inf")}, "temperature must be"), ({"top_p": 1.1}, "top_p must be"),
+    ({"top_p": -0.1}, "top_p must be"), ({"top_k": -1}, "top_k must be"), ({"freq_penalty": float("inf")}, "freq_penalty must be"),
+    ({"seed": -1}, "seed must be"), ({"seed": None}, "seed must be"), ({"stop": ""}, "must not be empty"), ({"stop": ["a", ""]}, "must not be empty"),
+    ({"batch": 0}, "batch must be"), ({"max_new_tokens": 500}, "context of 192"),
+])
+def test_settings_without_meaning(tiny, change, says):
+    with pytest.raises(ValueError, match=says):
+        generate(*tiny, PROMPT, **change)
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs(tiny, love, monkeypatch):
+    model, tokenizer = tiny
+    monkeypatch.setattr(model, "run", lambda *rest: pytest.fail("must not run"))
+    with pytest.raises(ValueError, match="the steered positions 1 … [0-9]+ do not fit a prompt of 2 tokens"):
+        generate(model, tokenizer, [PROMPT, "I"], 1, 5, love)
+    with pytest.raises(ValueError, match="layer 9: this model has blocks 0 … 3"):
+        list(stream(model, tokenizer, PROMPT, 5, Steer(9, love.vector)))
+
+
+def test_logits_that_overflow_are_an_error(tiny):
+    model, tokenizer = tiny
+    with pytest.raises(ValueError, match="not finite any more. Lower the coeff"):
+        generate(model, tokenizer, PROMPT, 1, 3, Steer(0, torch.full((1, 32), 1e38), coeff=10.0))

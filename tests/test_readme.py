@@ -1,0 +1,53 @@
+"""What README.md shows is what the code has, does and prints."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "sh", "text")}
+
+
+def test_the_loop_is_the_real_one():
+    (loop,) = (block for block in BLOCKS["python"] if "activation addition" in block)
+    assert loop in (ROOT / "ministeer/model.py").read_text(encoding="utf-8")
+
+
+def test_the_six_lines_run(smollm2, monkeypatch, capsys):
+    (code,) = (block for block in BLOCKS["python"] if "ministeer.load" in block)
+    monkeypatch.setenv("MINISTEER_WEIGHTS", str(smollm2.parent))
+    exec(code, {})
+    printed = capsys.readouterr().out
+    assert len(printed.split("\n---\n")) == 3
+    assert "wedding" in printed
+
+
+def test_the_demo_prints_what_the_first_screen_shows(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINISTEER_WEIGHTS", str(smollm2.parent))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+    done = subprocess.run([sys.executable, "-m", "ministeer", "demo"], capture_output=True, encoding="utf-8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown, printed = (text.strip().partition("These are") for text in (BLOCKS["text"][0], done.stdout))
+    assert printed[0] == shown[0]           # the setting, and the first three completions of each column
+    counts = [[int(k) for k in re.findall(r"(\d+) of 100", text)] for text in (shown[2], printed[2])]
+    assert len(counts[0]) == 3
+    # Another processor rounds differently, which can turn a draw or two of the 12,000.
+    assert counts[1] == pytest.approx(counts[0], abs=3)
+
+
+def test_every_file_that_is_named_is_there():
+    for page in (ROOT / "README.md", ROOT / "weights/README.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_command_that_is_shown_exists():
+    from ministeer.cli import parser
+    for line in BLOCKS["sh"][-1].splitlines():
+        if line.startswith("ministeer"):
+            parser().parse_args(shlex.split(line, comments=True)[1:])

@@ -1,0 +1,249 @@
+"""Steer, steering_vector and the controls. What the model does with them is in test_identities.py and test_parity.py."""
+
+import os
+
+import pytest
+import torch
+from conftest import hub_config, hub_model, save_checkpoint
+
+from ministeer import Steer, load, steering_vector
+from ministeer.steering import pad_together, random_like, relative_norm
+
+
+@pytest.fixture
+def love(tiny):
+    return steering_vector(*tiny, "I love you", "I hate", layer=2)
+
+
+def test_the_vector_is_the_difference_of_the_two_streams_without_bos(tiny, love):
+    model, tokenizer = tiny
+    ids = pad_together(tokenizer, "I love you", "I hate")
+    plus, minus = (model(torch.tensor([row]))[1][2][0] for row in ids)
+    torch.testing.assert_close(love.vector, (plus - minus)[1:], rtol=1e-4, atol=1e-5)
+    assert (love.layer, love.start, love.coeff) == (2, 1, 1.0)
+    assert len(love.vector) == len(ids[0]) - 1
+
+
+def test_the_shorter_prompt_is_padded_on_the_right_with_spaces(tiny):
+    _, tokenizer = tiny
+    long, short = pad_together(tokenizer, "I love you because", "I")
+    assert len(long) == len(short)
+    assert long == tokenizer.encode("I love you because")
+    bare = tokenizer.encode("I")
+    assert short == bare + [tokenizer.space_id] * (len(long) - len(bare))
+    assert long[0] == short[0] == tokenizer.bos_id
+
+
+def test_an_empty_minus_is_a_row_of_spaces(tiny):
+    model, tokenizer = tiny
+    assert pad_together(tokenizer, "I", "") == [tokenizer.encode("I"), [tokenizer.bos_id, tokenizer.space_id]]
+    assert steering_vector(model, tokenizer, "I", "", 1) == steering_vector(model, tokenizer, "I", " ", 1)
+
+
+def test_only_the_blocks_before_the_layer_run(tiny, monkeypatch):
+    model, tokenizer = tiny
+    run = []
+    for l, block in enumerate(model.blocks):
+        monkeypatch.setattr(block, "forward", lambda x, *rest, l=l, forward=block.forward: run.append(l) or forward(x, *rest))
+    monkeypatch.setattr(model, "unembed", lambda x: pytest.fail("a vector needs no logits"))
+    steering_vector(model, tokenizer, "I love you", "I hate", layer=2)
+    assert run == [0, 1]
+
+
+def test_swapping_the_prompts_turns_the_vector_around(tiny, love):
+    model, tokenizer = tiny
+    back = steering_vector(model, tokenizer, "I hate", "I love you", layer=2)
+    torch.testing.assert_close(back.vector, -love.vector)
+
+
+@pytest.mark.parametrize(("plus", "minus", "layer", "says"), [
+    ("I love", "I love", 0, "the same tokens"),
+    ("", "", 0, "the same tokens"),
+    ("", " ", 0, "the same tokens once padded with spaces"),
+    ("I love", "I hate", 4, r"layer 4: this model has blocks 0 … 3 \(layer = the block that reads the changed stream\)"),
+    ("I love", "I hate", -1, "layer -1"),
+    ("I love", "I hate", 1.5, "layer 1.5"),
+    ("I love", "I hate", True, "layer True"),
+    ("love " * 200, "I hate", 0, "context of 192"),
+    (None, "I hate", 0, "text must be a string"),
+])
+def test_pairs_that_give_no_vector(tiny, plus, minus, layer, says):
+    with pytest.raises(ValueError, match=says):
+        steering_vector(*tiny, plus, minus, layer)
+
+
+def test_arithmetic_scales_the_coefficient_and_shares_the_vector(love):
+    assert (2 * love).coeff == (love * 2).coeff == 2.0
+    assert (-love).coeff == -1.0
+    assert (love / 2).coeff == 0.5
+    assert (3 * love).scaled(5).coeff == 5
+    assert (2 * love).vector is love.vector
+    coeffs = torch.tensor([0.0, 1.0])
+    assert (coeffs * love).coeff.tolist() == (love * coeffs).coeff.tolist() == [0.0, 1.0]
+
+
+def test_delta_puts_each_row_at_its_absolute_position():
+    s = Steer(0, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), coeff=10, start=3)
+    assert s.delta(torch.arange(2, 6)).tolist() == [[0, 0], [10, 20], [30, 40], [0, 0]]
+    assert s.delta(torch.tensor([4])).tolist() == [[30, 40]]        # one new position, as in decoding
+    assert s.stop == 5
+
+
+def test_delta_of_one_row_goes_to_every_position_from_start():
+    s = Steer(0, torch.tensor([1.0, 2.0]), coeff=2, start=1)
+    assert s.delta(torch.arange(3)).tolist() == [[0, 0], [2, 4], [2, 4]]
+    assert s.delta(torch.tensor([1000])).tolist() == [[2, 4]]
+    assert s.stop is None
+
+
+def test_delta_with_a_coefficient_for_each_row_of_the_batch():
+    s = Steer(0, torch.ones(1, 2), coeff=torch.tensor([0.0, 2.0, -1.0]))
+    assert s.delta(torch.arange(2)).tolist() == [[[0, 0], [0, 0]], [[0, 0], [2, 2]], [[0, 0], [-1, -1]]]
+    assert s.rows([2, 0]).coeff.tolist() == [-1.0, 0.0]
+
+
+@pytest.mark.parametrize(("n", "prompt", "starts"), [
+    # The positions that the paper's code would write, with its BOS row at slice 0, prompt // 2 - (n + 1) // 2 and the end.
+    (1, 9, {"front": 1, "middle": 4, "back": 8}),
+    (2, 9, {"front": 1, "middle": 4, "back": 7}),
+    (3, 8, {"front": 1, "middle": 3, "back": 5}),
+])
+def test_align(n, prompt, starts):
+    s = Steer(0, torch.ones(n, 4))
+    for where, start in starts.items():
+        assert s.align(where, prompt).start == start
+    assert s.align("back", prompt).stop == prompt                   # the last row is the last token of the prompt
+
+
+def test_align_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="does not fit the front of a prompt of 3"):
+        Steer(0, torch.ones(3, 4)).align("front", 3)
+    with pytest.raises(ValueError, match="possible: front, middle, back"):
+        Steer(0, torch.ones(3, 4)).align("end", 9)
+    with pytest.raises(ValueError, match="cannot be aligned"):
+        Steer(0, torch.ones(4)).align("back", 9)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"layer": -1}, "layer must be a whole number"), ({"layer": 1.0}, "layer must be"), ({"layer": True}, "layer must be"),
+    ({"start": -1}, "start must be"), ({"start": "1"}, "start must be"),
+    ({"vector": [1.0]}, "given: list"), ({"vector": torch.ones(2, 2, 2)}, r"given: torch.float32 \(2, 2, 2\)"),
+    ({"vector": torch.ones(2, dtype=torch.int64)}, "given: torch.int64"), ({"vector": torch.ones(0, 4)}, r"\(0, 4\)"),
+    ({"vector": torch.tensor([1.0, float("nan")])}, "NaN or infinite"), ({"vector": torch.tensor([[float("inf")]])}, "NaN or infinite"),
+    ({"coeff": float("nan")}, "finite number"), ({"coeff": float("-inf")}, "finite number"), ({"coeff": "2"}, "finite number"),
+    ({"coeff": None}, "finite number"), ({"coeff": True}, "finite number"),
+    ({"coeff": torch.tensor([1.0, float("nan")])}, "one finite number for each row"), ({"coeff": torch.ones(2, 2)}, "for each row"),
+])
+def test_what_could_never_be_added_is_refused_at_once(change, says):
+    with pytest.raises(ValueError, match=says):
+        Steer(**{"layer": 0, "vector": torch.ones(4), **change})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    import numpy as np
+    s = Steer(np.int64(1), torch.ones(4), coeff=np.float32(2), start=np.int32(3))
+    assert (s.layer, s.coeff, s.start) == (1, 2.0, 3)
+    assert type(s.layer) is type(s.start) is int
+    assert Steer(0, torch.ones(4), coeff=torch.tensor(2.5)).coeff == 2.5
+
+
+def test_equality_is_by_value():
+    s = Steer(1, torch.ones(2, 4))
+    assert s == Steer(1, torch.ones(2, 4))
+    assert s != Steer(2, torch.ones(2, 4))
+    assert s != 2 * s
+    assert s != Steer(1, torch.zeros(2, 4))
+    assert s != Steer(1, torch.ones(3, 4))
+    assert s != Steer(1, torch.ones(2, 4), start=2)
+    assert s * torch.ones(2) == s * torch.ones(2)
+    assert s * torch.ones(2) != s * torch.ones(3)
+    assert s != "s"
+
+
+def test_repr_is_one_line_without_the_numbers(love):
+    assert "'I love you' - 'I hate'" in repr(love)
+    assert len(repr(love)) < 160
+    assert "every position" in repr(Steer(0, torch.ones(4)))
+
+
+@pytest.mark.parametrize("coeff", [2.5, torch.tensor([0.5, -1.0])])
+def test_save_and_load_give_the_same_steer(love, tmp_path, coeff):
+    s = love.scaled(coeff)
+    s.save(tmp_path / "love.safetensors")
+    again = Steer.load(tmp_path / "love.safetensors")
+    assert again == s
+    assert (again.model, again.note) == (s.model, s.note)
+    assert os.listdir(tmp_path) == ["love.safetensors"]             # no temporary file is left
+
+
+def test_a_save_that_fails_leaves_the_old_file(love, tmp_path, monkeypatch):
+    path = tmp_path / "love.safetensors"
+    love.save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("os.replace", lambda *paths: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        (2 * love).save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["love.safetensors"]
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 100])
+def test_a_file_that_is_no_steer(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a steering vector"):
+        Steer.load(tmp_path / "x")
+
+
+def test_safetensors_files_that_are_no_steer(love, tmp_path):
+    from safetensors.torch import save_file
+    path = tmp_path / "x.safetensors"
+    for tensors, metadata in [({"vector": love.vector}, None), ({"vector": love.vector}, {"steer": "[1]"}), ({"vector": love.vector}, {"steer": "{"}),
+                              ({"other": love.vector}, {"steer": '{"layer": 0, "start": 1, "coeff": 1, "model": "", "note": {}}'}),
+                              ({"vector": love.vector}, {"steer": '{"layer": -3, "start": 1, "coeff": 1, "model": "", "note": {}}'}),
+                              ({"vector": love.vector * float("nan")}, {"steer": '{"layer": 0, "start": 1, "coeff": 1, "model": "", "note": {}}'})]:
+        save_file(tensors, path, metadata)
+        with pytest.raises(ValueError, match="is not a steering vector that ministeer saved"):
+            Steer.load(path)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        Steer.load(tmp_path / "missing.safetensors")
+
+
+def test_a_vector_of_another_model_is_refused_unless_told_otherwise(tiny, family, love, tmp_path):
+    _, tokenizer = tiny
+    other, _ = load(save_checkpoint(tmp_path / "other", hub_model(hub_config(family), seed=1)))
+    ids = torch.tensor([tokenizer.encode("I love you because")])
+    love.save(tmp_path / "love.safetensors")
+    with pytest.raises(ValueError, match=f"made with another model .tiny-{family}."):
+        other(ids, Steer.load(tmp_path / "love.safetensors"))
+    other(ids, Steer.load(tmp_path / "love.safetensors", any_model=True))
+
+
+def test_random_like_has_the_norm_of_each_row_and_another_direction(love):
+    control = random_like(love, seed=0)
+    torch.testing.assert_close(control.vector.norm(dim=-1), love.vector.norm(dim=-1))
+    assert torch.cosine_similarity(control.vector, love.vector, dim=-1).abs().max() < 0.9
+    assert (control.layer, control.coeff, control.start, control.model) == (love.layer, love.coeff, love.start, love.model)
+    assert random_like(love, seed=0) == control
+    assert random_like(love, seed=1) != control
+    assert random_like(Steer(0, torch.ones(8)), 0).vector.shape == (8,)
+
+
+def test_relative_norm_is_the_ratio_at_each_position(tiny, love):
+    model, tokenizer = tiny
+    prompt = "I love you because you are kind"
+    ratio = relative_norm(model, tokenizer, -3 * love, prompt)
+    ids = torch.tensor([tokenizer.encode(prompt)])
+    stream = model(ids)[1][love.layer][0].norm(dim=-1)
+    assert ratio.shape == (ids.shape[1],)
+    assert ratio[0] == 0
+    assert ratio[love.stop:].abs().max() == 0
+    torch.testing.assert_close(ratio[1:love.stop], 3 * love.vector.norm(dim=-1) / stream[1:love.stop], rtol=1e-4, atol=1e-5)
+
+
+def test_the_public_face():
+    import ministeer
+    assert set(ministeer.__all__) == {"load", "generate", "steering_vector", "Steer", "KVCache"}
+    assert all(getattr(ministeer, name) for name in ministeer.__all__)
+    assert set(ministeer.__all__) <= set(dir(ministeer))
+    with pytest.raises(AttributeError, match="no 'steer'"):
+        ministeer.steer  # noqa: B018
