@@ -4,7 +4,7 @@ from pathlib import Path
 from setuptools import setup
 
 HERE = Path(__file__).parent
-weights = ["gguf", "huggingface_hub", "filelock", "tqdm"]
+weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
 tutorials = ["matplotlib", "tqdm"]
 
 setup(

@@ -23,7 +23,7 @@ PROMPTS = ["The weather was fine, so we decided to", "My neighbour knocked on th
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4, 6, 10])
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4, 6])
     parser.add_argument("--coeffs", type=float, nargs="+", default=[0.5, 1, 2, 4])
     parser.add_argument("--n", type=int, default=25, help="completions of each prompt (default 25)")
     parser.add_argument("--seed", type=int, default=1, help="of the draws and of the random vectors (default 1; the demo has 0)")

@@ -3,6 +3,8 @@
 Read next: gpt2.py and llama.py. Vaswani et al. 2017, section 3.2; grouped queries: Ainslie et al. 2023.
 """
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 
@@ -37,9 +39,13 @@ class KVCache:
 
     Make one for a run, pass it to every call of the model, drop it at the end; the model itself remembers nothing.
     n_ctx: the most positions of this run. batch: rows. A prompt read as ONE row fills all rows of the cache with it.
+    Raises ValueError for sizes that hold nothing.
     """
 
     def __init__(self, n_ctx, batch=1):
+        for name, size in (("n_ctx", n_ctx), ("batch", batch)):
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+                raise ValueError(f"{name} must be a whole number, 1 or more; given: {size!r}.")
         self.n_ctx, self.batch = n_ctx, batch
         self.layers = {}            # l -> (k, v), each (batch, H_kv, n_ctx, D), in the dtype and on the device of the first k
         self.length = 0             # positions read by every block

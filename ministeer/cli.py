@@ -6,28 +6,32 @@ Every error is one line on stderr and exit code 2; Ctrl-C exits with 130.
 import argparse
 import json
 import os
-import shutil
+import signal
 import sys
-import textwrap
+import threading
+import warnings
 
 from . import __version__
+from .show import columns, printable, progress, setting
 
 # The demo's setting. benchmarks/demo_grid.py chose layer and coeff, on four prompts that are not this one.
 DEMO = {"prompt": "I went up to my friend and said", "plus": " weddings", "minus": " ", "layer": 1, "coeff": 1.0}
 # The paper's sampling (Turner et al., appendix C).
 SAMPLING = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
 
-HELP = """Activation addition: take two prompts, subtract their residual streams before a layer, and add the
-difference to the stream while the model reads your prompt. Nothing is trained."""
+HELP = """Activation addition: take two prompts, subtract their residual streams before a
+layer, and add the difference to the stream while the model reads your prompt.
+Nothing is trained."""
 
 STEER_HELP = """Continue PROMPT without and with the steering vector PLUS - MINUS, side by side.
 
-A leading space matters: " weddings" is one token, "weddings" is three. Start with a layer in the first
-quarter of the model and coeff 1; raise coeff until the text changes, and stop before it breaks."""
+A leading space matters: " weddings" is one token, "weddings" is three. Start
+with a layer in the first quarter of the model and coeff 1; raise coeff until
+the text changes, and stop before it breaks."""
 
 STEER_EXAMPLES = """examples:
   ministeer steer "I hate you because" --plus " love" --minus " hate" --layer 2 --coeff 2
-  ministeer steer "The weather was" --plus " weddings" --minus " " --layer 1 --save weddings.safetensors
+  ministeer steer "The weather was" --plus " weddings" --layer 1 --save weddings.safetensors
   ministeer steer "Last night" --vector weddings.safetensors --coeff 1.5 -n 10 --json"""
 
 
@@ -36,23 +40,45 @@ def main(argv=None):
     for out in (sys.stdout, sys.stderr):
         if hasattr(out, "reconfigure"):
             out.reconfigure(errors="replace")       # a terminal without these letters shows ? instead of stopping
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: complain("ministeer: warning", message)
+        try:
+            try:
+                args = parser().parse_args(argv)
+                args.run(args)
+            finally:
+                flush()                             # also when --help leaves through SystemExit
+        except KeyboardInterrupt:
+            complain("ministeer", "interrupted")
+            sys.exit(130)
+        except BrokenPipeError:                     # `ministeer models | head -1`: the reader has enough
+            pass
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            complain("ministeer", str(error) or type(error).__name__)
+            sys.exit(2)
+
+
+def flush():
+    """Write out what was printed.
+
+    Trap: Python tries once more at its end to write what could not be written, and the fault of that cannot be caught.
+    """
     try:
-        args = parser().parse_args(argv)
-        args.run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("ministeer: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:                         # `ministeer models | head -1`: the reader has enough
+        if sys.stdout:                              # None where the caller closed it
+            sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        print(f"ministeer: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        sys.exit(2)
+        raise
+
+
+def complain(who, message):
+    """One line on stderr, whatever the message quotes."""
+    print(f"{who}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        complain(self.prog, f"{message} (see {self.prog} --help)")
         sys.exit(2)
 
 
@@ -99,6 +125,7 @@ def parser():
 
 
 def run_demo(args):
+    import_torch()
     from .fetch import DEFAULT, fetch
     from .generation import generate
     from .judges import WEDDING_WORDS, count_words
@@ -121,22 +148,32 @@ def run_demo(args):
     for name, some in texts.items():
         k = sum(count_words(text) > 0 for text in some)
         low, high = wilson(k, args.n)
-        print(f"  {name:31} {k:3} of {args.n}   {k / args.n:4.0%}   (95 % interval {low:.0%} to {high:.0%})")
+        print(f"  {name:30} {k:3} of {args.n}  {k / args.n:4.0%}  (95 % interval {low:.0%} to {high:.0%})")
 
 
 def run_steer(args):
+    import_torch()
     from .fetch import DEFAULT
     from .generation import generate
     from .steering import Steer, steering_vector
     from .weights import load
     if (args.plus is None) == (args.vector is None):
         raise ValueError("give either --plus (with --layer) or --vector, so that there is one vector to steer with.")
-    if args.vector and (args.minus is not None or args.layer is not None):
+    if args.vector is not None and (args.minus is not None or args.layer is not None):
         raise ValueError("--vector has its own pair and layer; leave out --minus and --layer.")
     if args.plus is not None and args.layer is None:
         raise ValueError("--plus needs --layer, the block that reads the changed stream (0 is the first).")
-    steer = Steer.load(args.vector, any_model=args.any_model) if args.vector else None
+    if args.any_model and args.vector is None:
+        raise ValueError("--any-model is about --vector, which is not given.")
+    if args.save is not None and (not args.save or os.path.isdir(args.save) or not os.path.isdir(os.path.dirname(args.save) or ".")):
+        raise ValueError(f"--save {args.save!r}: give the name of a file, in a folder that is there.")
+    steer = None if args.vector is None else Steer.load(args.vector, any_model=args.any_model)
+    if args.coeff is None and steer and not isinstance(steer.coeff, int | float):
+        raise ValueError(f"{args.vector} has a coeff for each row of a batch; say with --coeff which one to use.")
     model, tokenizer = load(args.model or DEFAULT, dtype=args.dtype, device=args.device)
+    if steer and steer.model and steer.model != model.fingerprint:
+        maker = steer.note.get("model", "unnamed")
+        raise ValueError(f"{args.vector} was made with another model ({maker}). --any-model uses it all the same.")
     if steer is None:
         steer = steering_vector(model, tokenizer, args.plus, " " if args.minus is None else args.minus, args.layer)
     if args.coeff is not None:
@@ -148,10 +185,30 @@ def run_steer(args):
     if args.save:
         steer.save(args.save)
     if args.json:
-        about = {"model": model.name, "layer": steer.layer, "coeff": steer.coeff, "start": steer.start, **steer.note, **sampling}
-        print(json.dumps({"prompt": args.prompt, "setting": about, "unsteered": plain, "steered": steered}, ensure_ascii=False, indent=2))
+        about = {**steer.note, "model": model.name, "layer": steer.layer, "coeff": steer.coeff, "start": steer.start, **sampling}
+        # ASCII with \u escapes: the encoding of stdout cannot change a text, and a text cannot command the terminal.
+        print(json.dumps({"prompt": args.prompt, "setting": about, "unsteered": plain, "steered": steered}, indent=2))
     else:
         print(setting(model, tokenizer, steer, args.prompt, args.n, sampling), columns(plain, steered), sep="\n\n")
+
+
+def import_torch():
+    """Import torch; Ctrl-C meanwhile ends the process at once.
+
+    Trap: a KeyboardInterrupt in the middle of torch's C++ part would abort the process instead, with words that say nothing.
+    """
+    def leave(*_):
+        complain("ministeer", "interrupted")
+        os._exit(130)
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, leave)
+    try:
+        import torch  # noqa: F401
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_fetch(args):
@@ -165,70 +222,7 @@ def run_models(args):
     here = {path.parent.relative_to(root).as_posix() for pattern in ("*/config.json", "*/*/config.json") for path in root.glob(pattern)}
     for name, source in KNOWN.items():
         state = "here" if name in here else "default" if name == DEFAULT else ""
-        print(f"{name:17} {state:8} {source.size:>7}  {source.licence}\n{'':17} {source.what}")
+        print(f"{name:17} {state:8} {source.size:>7}  {source.licence}\n    {source.what}")
     others = sorted(name for name in here - set(KNOWN) if not name.startswith("."))
     if others:
         print(f"\nalso in {root}: {', '.join(others)}")
-
-
-def setting(model, tokenizer, steer, prompt, n, sampling):
-    """Everything that a reader needs to get the same completions again."""
-    from .steering import relative_norm
-    loud = relative_norm(model, tokenizer, steer, prompt)
-    ids = tokenizer.encode(prompt)
-    stop = len(ids) if steer.stop is None else steer.stop
-    where = f"{quoted(''.join(tokenizer.pieces(ids[steer.start:stop])))}, position{'s' * (stop - steer.start > 1)} {steer.start}"
-    where += f" … {stop - 1}" if stop - steer.start > 1 else ""
-    pair = f"{quoted(steer.note['plus'])} - {quoted(steer.note['minus'])}" if "plus" in steer.note and "minus" in steer.note else "a vector"
-    lines = {
-        "model": f"{model.name} ({model.config.family}, {model.config.n_layer} layers)",
-        "prompt": prompt,
-        "vector": f"{pair} before block {steer.layer}, coeff {steer.coeff:g}",
-        "added to": f"{where}; {', '.join(f'{x:.2f}' for x in loud[steer.start:stop][:8])} times as long as the stream there",
-        "sampling": f"n {n}, {sampling['max_new_tokens']} tokens, temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}, "
-                    f"frequency penalty {sampling['freq_penalty']:g}, seed {sampling['seed']}",
-    }
-    return "\n".join(textwrap.fill(printable(text), width(), initial_indent=f"{name:9} ", subsequent_indent=" " * 10) for name, text in lines.items())
-
-
-def columns(left, right):
-    """Two lists of texts side by side, wrapped to the width of the terminal."""
-    each = (width() - 3) // 2
-    rows = [("unsteered", "steered"), ("-" * each, "-" * each)]
-    for pair in zip(left, right, strict=True):
-        wrapped = [[line for part in printable(text).split("\n") for line in textwrap.wrap(part.strip(), each)] for text in pair]
-        height = max(map(len, wrapped))
-        rows += zip(*(lines + [""] * (height - len(lines)) for lines in wrapped), strict=True)
-        rows.append(("", ""))
-    return "\n".join(f"{a:{each}} | {b}".rstrip() for a, b in rows[:-1])
-
-
-def width():
-    return min(120, max(40, shutil.get_terminal_size((80, 24)).columns))
-
-
-def quoted(text):
-    return json.dumps(text, ensure_ascii=False)
-
-
-def printable(text):
-    """A model may write any character; those that would command the terminal are shown as a dot."""
-    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
-
-
-class progress:
-    """A bar on stderr while work is done, where there is a terminal to draw it on and tqdm is installed."""
-
-    def __init__(self, total, label):
-        try:
-            from tqdm import tqdm
-            self.bar = tqdm(total=total, desc=label, unit="tok", leave=False, disable=None)
-        except ImportError:
-            self.bar = None
-
-    def __enter__(self):
-        return self.bar.update if self.bar else None
-
-    def __exit__(self, *fault):
-        if self.bar:
-            self.bar.close()

@@ -4,7 +4,6 @@ Read next: attention.py. Keys as in Hugging Face transformers (configuration_gpt
 """
 
 import json
-import math
 import warnings
 from dataclasses import dataclass
 
@@ -53,7 +52,7 @@ class Config:
             raise ValueError(f"rotary embedding turns pairs of numbers, but a head is {self.d_head} wide.")
         for i in [*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])]:
             if not 0 <= i < self.n_vocab:
-                raise ValueError(f"the special token {i} is outside the vocabulary, 0 … {self.n_vocab - 1}.")
+                raise ValueError(f"the special token {i!r:.40} is outside the vocabulary, 0 … {self.n_vocab - 1}.")
 
 
 def read_config(path):
@@ -67,7 +66,7 @@ def read_config(path):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not the object of settings that a config.json is.")
     try:
         return parse_config(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -75,7 +74,7 @@ def parse_config(raw):
     """The settings of a config.json as a dict -> Config. Raises ValueError."""
     family = raw.get("model_type")
     if family not in ("gpt2", "llama"):
-        raise ValueError(f"model_type is {family!r}; ministeer has 'gpt2' and 'llama'.")
+        raise ValueError(f"model_type is {family!r:.40}; ministeer has 'gpt2' and 'llama'.")
     if raw.get("quantization_config"):
         raise ValueError("the checkpoint is quantised (quantization_config). Use the original in float32, float16 or bfloat16.")
     keys = _Keys(raw)
@@ -91,7 +90,7 @@ IRRELEVANT = set("""model_type quantization_config architectures dtype torch_dty
     attn_pdrop embd_pdrop resid_pdrop attention_dropout summary_activation summary_first_dropout summary_proj_to_labels
     summary_type summary_use_proj pad_token_id unk_token_id _name_or_path name_or_path task_specific_params gradient_checkpointing
     n_ctx max_sequence_length pretraining_tp is_llama_config transformers.js_config output_attentions output_hidden_states
-    return_dict _attn_implementation_autoset id2label label2id torchscript unsloth_version unsloth_fixed""".split())
+    return_dict _attn_implementation_autoset id2label label2id torchscript unsloth_version unsloth_fixed""".split())  # noqa: SIM905
 
 # The largest sizes that a file may ask for: far above any model of these families, far below what would exhaust memory on building.
 MOST = {"layers": 1_000, "heads": 1_000, "width": 200_000, "vocabulary": 4_000_000, "context": 100_000_000}
@@ -137,7 +136,7 @@ def _rope(keys):
     keys.used |= {"rope_theta", "rope_scaling", "rope_parameters"}
     raw = keys.raw.get("rope_parameters") or keys.raw.get("rope_scaling") or {}
     if not isinstance(raw, dict):
-        raise ValueError(f"the rotary settings are {raw!r}, not an object.")
+        raise ValueError(f"the rotary settings are {raw!r:.40}, not an object.")
     rope = _Keys({"rope_theta": keys.raw.get("rope_theta"), **raw})
     kind = raw.get("rope_type", raw.get("type", "default"))
     theta = rope.number("rope_theta", 1, 1e12, default=10000.0)
@@ -153,7 +152,7 @@ def _rope(keys):
     elif kind == "default":
         result = Rope(theta)
     else:
-        raise ValueError(f"rope_type is {kind!r}; ministeer has 'default', 'linear' and 'llama3'.")
+        raise ValueError(f"rope_type is {kind!r:.40}; ministeer has 'default', 'linear' and 'llama3'.")
     surplus = sorted(k for k in set(raw) - known if not (k == "partial_rotary_factor" and raw[k] == 1))
     if surplus:
         raise ValueError(f"rope_type {kind!r} does not use {', '.join(surplus)}; ministeer cannot tell what is meant.")
@@ -175,8 +174,8 @@ class _Keys:
         value = self.get(key, default)
         if value is None:
             raise ValueError(f"{key} is missing.")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not low <= value <= high:
-            raise ValueError(f"{key} is {value!r}; it must be a number from {low} to {high:,}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:      # NaN is not between either
+            raise ValueError(f"{key} is {value!r:.40}; it must be a number from {low} to {high:,}.")
         return value
 
     def size(self, key, most, default=None):
@@ -188,18 +187,18 @@ class _Keys:
     def flag(self, key, default):
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise ValueError(f"{key} is {value!r}; it must be true or false.")
+            raise ValueError(f"{key} is {value!r:.40}; it must be true or false.")
         return value
 
     def must_be(self, key, possible, default):
         value = self.get(key, default)
         if value not in possible:
-            raise ValueError(f"{key} is {value!r}; ministeer has {' and '.join(repr(p) for p in possible)}.")
+            raise ValueError(f"{key} is {json.dumps(value):.80}; ministeer computes only {' and '.join(map(json.dumps, possible))}.")
 
     def ids(self, key):
         """A token number, a list of them, or nothing -> a tuple of them; (None,) for no BOS."""
         value = self.get(key, [])
-        value = value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in value):
-            raise ValueError(f"{key} is {value!r}; it must be a token number or a list of them.")
-        return tuple(value) or ((None,) if key == "bos_token_id" else ())
+        ids = value if isinstance(value, list) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise ValueError(f"{key} is {value!r:.80}; it must be a token number or a list of them.")
+        return tuple(ids) or ((None,) if key == "bos_token_id" else ())

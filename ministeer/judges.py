@@ -6,7 +6,7 @@ Read before: measure.py. Turner et al., section 4.1 (topic words).
 import re
 
 # The paper's nine words for weddings; a text is wedding-related if it has one of them.
-WEDDING_WORDS = frozenset("wedding weddings wed marry married marriage bride groom honeymoon".split())
+WEDDING_WORDS = frozenset(["wedding", "weddings", "wed", "marry", "married", "marriage", "bride", "groom", "honeymoon"])
 
 
 def count_words(text, words=WEDDING_WORDS):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 def logprobs(model, tokenizer, texts, steer=(), skip=0, tokens=1024):
     """log p(token | BOS and the tokens before it), in nats, of every token of every text -> a list of float32 tensors, one a text.
 
-    steer: Steers; all of a text is read at once, so each must fit the shortest text
+    steer: Steers with one coeff; each must fit the shortest text
     skip: leave out the first `skip` predictions of each text. With a front-aligned vector of n rows take n for the steered and
         the unsteered model alike: those positions are written over, and their predictions never appear in generation.
     tokens: how many positions run at once; memory follows from it, not from the number of texts
@@ -23,12 +23,8 @@ def logprobs(model, tokenizer, texts, steer=(), skip=0, tokens=1024):
     short = next((text for text, ids in zip(texts, encoded, strict=True) if len(ids) - 1 <= skip), None)
     if short is not None:
         raise ValueError(f"no prediction is left of {short[:40]!r} after skipping {skip}.")
-    steer = (steer,) if hasattr(steer, "delta") else tuple(steer)
-    for s in steer:
-        if isinstance(s.coeff, torch.Tensor):
-            raise ValueError("logprobs takes a Steer with one coeff for all texts.")
-        for ids in encoded:
-            model.check_steer(s, 1, len(ids))
+    for ids in encoded:
+        steer = model.check_steer(steer, 1, len(ids))
     result = [None] * len(encoded)
     for group in _by_length(encoded, tokens):
         length = len(encoded[group[0]])         # the longest; the others are filled up behind their end, which no prediction sees

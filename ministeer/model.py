@@ -6,6 +6,8 @@ Read before: attention.py, gpt2.py, llama.py. Read next: steering.py. Turner et 
 import torch
 from torch import nn
 
+from .attention import KVCache
+
 
 class LM(nn.Module):
     """A language model: GPT2 or Llama says how to embed, what a block is, and how to unembed. The loop is here."""
@@ -31,9 +33,12 @@ class LM(nn.Module):
     def run(self, x, pos, steer=(), cache=None, first=0, stop=None):
         """The loop: blocks `first` … `stop` - 1 (all by default) -> [resid[first], …, resid[stop]].
 
-        x (B, T, d_model): what block `first` reads at the absolute positions pos (T,)
+        x (B, T, d_model): what block `first` reads at the absolute positions pos (T,), before any addition there
         To make a vector for layer l, stop before block l. To try many Steers at layer l, start there from one recorded resid[l].
+        Raises ValueError for a cache and less than all blocks: the others would leave their keys and values out of it.
         """
+        if cache and (first > 0 or stop is not None):
+            raise ValueError("a cache needs all blocks; leave out first and stop, or the cache.")
         rope = self.rope(pos)
         stop = self.config.n_layer if stop is None else stop
         resid = []
@@ -54,6 +59,8 @@ class LM(nn.Module):
         if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or 0 in ids.shape:
             given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
             raise ValueError(f"ids must be a (B, T) int64 tensor of token numbers, B and T at least 1; given: {given}.")
+        if cache is not None and not isinstance(cache, KVCache):
+            raise ValueError(f"cache must be a KVCache or None; given: {type(cache).__name__}.")
         B, T = ids.shape
         if int(ids.min()) < 0 or int(ids.max()) >= c.n_vocab:
             raise ValueError(f"ids {int(ids.min())} … {int(ids.max())} are not in this model's vocabulary, 0 … {c.n_vocab - 1}. "
@@ -61,9 +68,7 @@ class LM(nn.Module):
         start = len(cache) if cache else 0
         if start + T > c.n_ctx:
             raise ValueError(f"{start + T} positions do not fit this model's context of {c.n_ctx}.")
-        steer = (steer,) if hasattr(steer, "delta") else tuple(steer)
-        for s in steer:
-            self.check_steer(s, B, start + T if cache is None else None)
+        steer = self.check_steer(steer, B, start + T if cache is None else None)
         if cache:
             if start + T > cache.n_ctx:
                 raise ValueError(f"the cache holds {cache.n_ctx} positions; {start} are read, {T} more do not fit.")
@@ -74,20 +79,29 @@ class LM(nn.Module):
             cache.steer = steer
         return steer
 
-    def check_steer(self, s, batch, length=None):
-        """Raise ValueError unless Steer `s` fits this model, `batch` rows and (where it is known) a prompt of `length` tokens."""
+    def check_steer(self, steer, batch, length=None):
+        """One Steer or several -> a tuple of them, if all fit this model, `batch` rows and (where it is known) a prompt of `length` tokens."""
         c = self.config
-        if s.layer >= c.n_layer:
-            raise ValueError(f"layer {s.layer}: this model has blocks 0 … {c.n_layer - 1} (layer = the block that reads the changed stream).")
-        if s.vector.shape[-1] != c.d_model:
-            raise ValueError(f"the vector is {s.vector.shape[-1]} wide, this model's residual stream {c.d_model}. Was it made with another model?")
-        if s.model and self.fingerprint and s.model != self.fingerprint:
-            raise ValueError(f"the vector was made with another model ({s.note.get('model', s.model)}). "
-                             "To use it all the same, load it with Steer.load(path, any_model=True).")
-        if isinstance(s.coeff, torch.Tensor) and len(s.coeff) != batch:
-            raise ValueError(f"coeff has {len(s.coeff)} values, one for each row of a batch, but the batch has {batch} rows.")
-        if length is not None and s.stop is not None and s.stop > length:
-            raise ValueError(f"the steered positions {s.start} … {s.stop - 1} do not fit a prompt of {length} tokens.")
+        steer = tuple(steer) if isinstance(steer, list | tuple) else (steer,)
+        for s in steer:
+            if not hasattr(s, "delta"):
+                raise ValueError(f"steer must be a Steer or a list of them; given: {type(s).__name__}.")
+            if s.layer >= c.n_layer:
+                raise ValueError(f"layer {s.layer}: {self.layers_there()}")
+            if s.vector.shape[-1] != c.d_model:
+                raise ValueError(f"the vector is {s.vector.shape[-1]} wide, this model's residual stream {c.d_model}. "
+                                 "Was it made with another model?")
+            if s.model and self.fingerprint and s.model != self.fingerprint:
+                raise ValueError(f"the vector was made with another model ({s.note.get('model', s.model)}). "
+                                 "To use it all the same, load it with Steer.load(path, any_model=True).")
+            if isinstance(s.coeff, torch.Tensor) and len(s.coeff) != batch:
+                raise ValueError(f"coeff has {len(s.coeff)} values, one for each row of a batch, but the batch has {batch} rows.")
+            if length is not None and s.stop is not None and s.stop > length:
+                raise ValueError(f"the steered positions {s.start} … {s.stop - 1} do not fit a prompt of {length} tokens.")
+        return steer
+
+    def layers_there(self):
+        return f"this model has blocks 0 … {self.config.n_layer - 1} (layer = the block that reads the changed stream)."
 
     def unembed(self, x):
         """x (B, T, d_model) -> logits (B, T, n_vocab). unembed(resid[l]) for any l is the logit lens (nostalgebraist 2020)."""

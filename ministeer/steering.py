@@ -63,7 +63,10 @@ class Steer:
         return None if self.vector.ndim == 1 else self.start + len(self.vector)
 
     def delta(self, pos):
-        """coeff * vector at the absolute positions pos (T,), zero at those it does not reach -> (T, d_model), or (B, T, d_model) with a coeff (B,)."""
+        """coeff * vector at the absolute positions pos (T,), zero where it does not reach.
+
+        -> (T, d_model), or (B, T, d_model) with a coeff (B,)
+        """
         i = (pos - self.start).to(self.vector.device)
         if self.vector.ndim == 1:
             rows = (i >= 0)[:, None] * self.vector
@@ -173,9 +176,8 @@ def steering_vector(model, tokenizer, plus, minus, layer):
     vector (n, d_model): the row of BOS, zero for every pair, is left out, so n is the tokens of the longer prompt without BOS
     Raises ValueError if the two prompts are the same tokens or `layer` is not a block of the model.
     """
-    c = model.config
-    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < c.n_layer:
-        raise ValueError(f"layer {layer}: this model has blocks 0 … {c.n_layer - 1} (layer = the block that reads the changed stream).")
+    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < model.config.n_layer:
+        raise ValueError(f"layer {layer}: {model.layers_there()}")
     ids = pad_together(tokenizer, plus, minus)
     if ids[0] == ids[1]:
         raise ValueError(f"plus {plus!r} and minus {minus!r} are the same tokens once padded with spaces, so their difference is zero.")
@@ -214,7 +216,7 @@ def relative_norm(model, tokenizer, steer, prompt):
     How loud the addition is beside what is already there (Turner et al., appendix E). Only blocks 0 … layer - 1 run.
     """
     ids = torch.tensor([tokenizer.encode(prompt)], device=next(model.parameters()).device)
-    (steer,) = model.check(ids, (steer,), None)
+    model.check(ids, steer, None)
     pos = torch.arange(ids.shape[1], device=ids.device)
     stream = model.run(model.embed(ids, pos), pos, stop=steer.layer)[-1][0].float()
     return steer.delta(pos).to(stream).norm(dim=-1) / stream.norm(dim=-1)

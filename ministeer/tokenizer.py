@@ -15,6 +15,8 @@ class Tokenizer:
     def __init__(self, backend, bos_id, eos_ids=(), chat_template=None):
         """backend: a tokenizers.Tokenizer. bos_id: what begins every text. eos_ids: what ends one."""
         self.backend, self.eos_ids, self.chat_template = backend, tuple(eos_ids), chat_template
+        backend.no_truncation()     # Trap: tokenizer.json may keep the length that some training run cut or filled its texts to
+        backend.no_padding()
         self.n_vocab = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._document_start(bos_id)
         if self.bos_id != bos_id:
@@ -49,7 +51,7 @@ class Tokenizer:
             raise ValueError(f"text must be a string; given: {type(text).__name__}.")
         try:
             ids = self.backend.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError:
+        except (TypeError, UnicodeEncodeError):     # it is a string, but not one that UTF-8 can write
             raise ValueError("the text holds half of a surrogate pair, which is no character and cannot be encoded.") from None
         if not bos:
             return ids
@@ -71,7 +73,8 @@ class Tokenizer:
         """The token that is one space: what pads the shorter prompt of a pair."""
         for piece in ("Ġ", "▁", " "):           # byte-level BPE, SentencePiece, plain
             i = self.backend.token_to_id(piece)
-            if i is not None:
+            # Trap: in a SentencePiece vocabulary "Ġ" is a letter of Maltese, so what the token decodes to decides.
+            if i is not None and not self.backend.decode([i]).strip():
                 return i
         raise ValueError("this tokenizer has no token for a single space, which padding a pair of prompts needs.")
 
@@ -83,7 +86,6 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError("this checkpoint has no chat template: it is a base model. Give it the text itself.")
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = _refuse
@@ -92,8 +94,8 @@ class Tokenizer:
         eos = self.backend.id_to_token(self.eos_ids[0]) if self.eos_ids else ""
         try:
             text = environment.from_string(self.chat_template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos)
-        except (TemplateError, TypeError, OverflowError) as error:
+                messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos, eos_token=eos, tools=None, documents=None)
+        except Exception as error:      # a template is somebody's program and may fail in any way
             raise ValueError(f"the chat template refuses these messages: {error}") from None
         return text.removeprefix(bos)
 
@@ -101,7 +103,8 @@ class Tokenizer:
         """Trap: SmolLM2-Instruct calls <|im_start|>, which opens a chat turn, its BOS. What stood before every document that
         it was trained on is <|endoftext|>, and real text is likelier after that (weights/README.md has the figures)."""
         if bos_id is None:
-            raise ValueError("config.json names no bos_token_id, and every prompt must begin with one. Add the id of the token that begins a document.")
+            raise ValueError("config.json names no bos_token_id, and every prompt must begin with one. "
+                             "Add the id of the token that begins a document.")
         document = self.backend.token_to_id("<|endoftext|>")
         if document is not None and self.backend.id_to_token(bos_id) == "<|im_start|>":
             return document
@@ -109,21 +112,21 @@ class Tokenizer:
 
 
 def _refuse(message):
-    raise ValueError(f"the chat template refuses these messages: {message}")
+    raise ValueError(message)
 
 
 def _chat_template(folder):
     """The text of chat_template.jinja, or of "chat_template" in tokenizer_config.json; None if there is neither."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return None
     try:
-        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if isinstance(template, list):              # several by name
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        path = folder / "tokenizer_config.json"
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template") if path.is_file() else None
+        if isinstance(template, list):          # several by name
+            template = next((t["template"] for t in template if t["name"] == "default"), None)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold a chat template that can be read: {error}") from None
+    if not isinstance(template, str | None):
+        raise ValueError(f"{path}: chat_template is a {type(template).__name__}, not text.")
     return template

@@ -37,8 +37,8 @@ def load(name_or_folder, dtype=torch.float32, device="cpu"):
     """
     folder = find(name_or_folder)
     config = read_config(folder / "config.json")
-    tokenizer = Tokenizer.load(folder, config)
-    return load_model(folder, dtype, device), tokenizer
+    tokenizer = Tokenizer.load(folder, config)          # first, because it is small
+    return load_model(folder, dtype, device, config), tokenizer
 
 
 def find(name_or_folder):
@@ -56,26 +56,40 @@ def find(name_or_folder):
                             f"Run `ministeer fetch {name}`, or see weights/README.md.")
 
 
-def load_model(folder, dtype=torch.float32, device="cpu"):
-    """The model of a folder without its tokenizer. As `load`."""
+def load_model(folder, dtype=torch.float32, device="cpu", config=None):
+    """The model of a folder without its tokenizer, as `load`. config: of a folder whose config.json was read already."""
     folder = Path(folder)
-    dtype = DTYPES.get(dtype, dtype)
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r}; possible: {', '.join(DTYPES)}.")
-    config = read_config(folder / "config.json")
-    with torch.device("meta"):                      # shapes without memory, until the file has been checked against them
-        model = FAMILIES[config.family](config)
+    _check_device(device)
+    model = empty_model(config or read_config(folder / "config.json"))
     places = locate(folder, model)
-    weights = {}
-    for path in dict.fromkeys(path for path, _ in places.values()):
-        with safe_open(path, "pt") as file:         # memory-mapped: a tensor is read when it is converted
-            for name in [name for name in places if places[name][0] == path]:
-                weights[name] = _tensor(file, places[name][1], path).to(device=device, dtype=dtype)
+    c, weights = model.config, {}
+    digest = hashlib.sha256(f"{c.family} {c.n_layer} {c.d_model} {c.n_vocab}".encode())
+    for name, (path, full) in places.items():
+        with safe_open(path, "pt") as file:         # mapped anew for each tensor, so that what was converted leaves memory
+            stored = file.get_tensor(full)
+            digest.update(stored[:1].float().numpy().tobytes())     # a row of each tells checkpoints apart, whatever dtype they are loaded in
+            weights[name] = _converted(stored, dtype, full, path).to(device)
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
-    model.fingerprint = fingerprint(config, places, model)
+    model.fingerprint = digest.hexdigest()[:16]
     model.name = folder.resolve().name
     return model
+
+
+def _check_device(device):
+    try:
+        torch.zeros(1, device=device).item()        # "meta" has no numbers to give back
+    except Exception as error:      # torch has another type for each device that is not there
+        raise ValueError(f"device {device!r} cannot be used: {error}") from None
+
+
+def empty_model(config):
+    """The model of a Config with shapes but no memory behind them, for a file to be checked against."""
+    with torch.device("meta"):
+        return FAMILIES[config.family](config)
 
 
 def locate(folder, model):
@@ -98,7 +112,7 @@ def locate(folder, model):
                 surplus.append(full)
                 continue
             if name in found:
-                raise ValueError(f"{full} is there twice, in {found[name][0].name} and {path.name}.")
+                raise ValueError(f"{name} is there twice: {found[name][1]} in {found[name][0].name} and {full} in {path.name}.")
             if dtype not in FILE_DTYPES:
                 raise ValueError(f"{full} is stored as {dtype} in {path.name}: quantised or not a weight. "
                                  "ministeer reads float32, float16, bfloat16 and float64.")
@@ -112,7 +126,7 @@ def locate(folder, model):
         raise ValueError(f"{_some(missing)} missing from {folder}, which its config.json asks for.")
     if surplus:
         raise ValueError(f"{_some(surplus)} in {folder}, but {type(model).__name__} with this config.json has no such part.")
-    return found
+    return {name: found[name] for name in wanted}
 
 
 def shards(folder):
@@ -123,8 +137,9 @@ def shards(folder):
     if not index.is_file():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
         if pickles:
-            raise ValueError(f"{folder} holds {pickles[0]}, a pickle, which can run any code on loading; ministeer never opens one. Convert it on a "
-                             "machine that you trust it on: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).")
+            raise ValueError(f"{folder} holds {pickles[0]}, a pickle, which can run any code on loading; ministeer never opens one. "
+                             "Convert it on a machine that you trust it on: "
+                             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).")
         raise FileNotFoundError(f"no model.safetensors in {folder}. Run `ministeer fetch {folder.name}`, or see weights/README.md.")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -139,8 +154,11 @@ def _shard(folder, name):
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"no {name} in {folder}, which its index names. Was the download interrupted?")
-    # The Hub's own cache keeps its files in ../../blobs and links to them; any other way out of the folder is refused.
-    if path.resolve().parent not in (folder.resolve(), folder.resolve().parent.parent / "blobs"):
+    # The Hub's own cache, where this would be repository/snapshots/commit, links to the blobs of the repository, which may link to
+    # those that repositories share. Any other way out of the folder is refused.
+    home = folder.resolve()
+    repository = home.parent.parent
+    if not any(path.resolve().is_relative_to(place) for place in (home, repository / "blobs", repository.parent / "blobs")):
         raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder. A shard must be a file in the same folder.")
     return path
 
@@ -155,12 +173,14 @@ def _header(path):
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is damaged, cut short or not safetensors: {error}") from None
 
 
-def _tensor(file, name, path):
-    x = file.get_tensor(name)
+def _converted(stored, dtype, name, path):
+    x = stored.to(dtype)
     if not torch.isfinite(x.sum(dtype=torch.float32)):      # one bad number spoils a sum; only then look closer
-        bad = int((~torch.isfinite(x)).sum())
+        bad, spoilt = (int((~torch.isfinite(y)).sum()) for y in (stored, x))
         if bad:
             raise ValueError(f"{name} in {path.name} holds {bad:,} NaN or infinite numbers. Fetch the checkpoint again.")
+        if spoilt:
+            raise ValueError(f"{name} in {path.name} holds {spoilt:,} numbers too large for {dtype}. Load it as bfloat16 or float32.")
     return x
 
 
@@ -176,12 +196,13 @@ def _same_shape(name, shape, wanted, path, model):
 def _same_as_embedding(path, name, headers, model):
     """A tied model may carry its head a second time, but then it has to be the embedding."""
     embedding = model.names["embedding"]
-    for other, header in headers.items():
-        for full in {embedding, model.prefix + embedding} & set(header):
-            with safe_open(path, "pt") as a, safe_open(other, "pt") as b:
-                if torch.equal(a.get_tensor(name), b.get_tensor(full)):
-                    return
-    raise ValueError(f"{name} differs from {embedding} in {path.name}, but config.json says that the head is tied. "
+    stored = [(other, full) for other, header in headers.items() for full in header if full.removeprefix(model.prefix) == embedding]
+    for other, full in stored:
+        with safe_open(path, "pt") as a, safe_open(other, "pt") as b:
+            if torch.equal(a.get_tensor(name), b.get_tensor(full)):
+                return
+    if stored:      # an embedding that is missing is told of by the caller
+        raise ValueError(f"{name} differs from {embedding} in {path.name}, but config.json says that the head is tied. "
                      'If it is not, set "tie_word_embeddings": false there.')
 
 
@@ -190,23 +211,16 @@ def _some(names):
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
-def fingerprint(config, places, model):
-    """A short hash of the sizes and of part of the embedding and the final norm, as the file has them: equal for every dtype of `load`."""
-    digest = hashlib.sha256(repr(config).encode())
-    for name in (model.names["embedding"], model.names["final_norm"]):
-        path, full = places[name]
-        with safe_open(path, "pt") as file:
-            digest.update(file.get_slice(full)[:64].float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 PARAGRAPH = """The harbour wakes before the town does. Men in wool caps untie the boats, and the gulls, who have learned the hours of the \
 fish market, begin to argue on the roof of the customs house. By seven o'clock the bakery has sold its first bread, the ferry has \
 left for the islands, and the only sound on the quay is a radio that somebody forgot to turn off."""
 
+# nats/token on the paragraph in float32, by fingerprint; the same numbers stand in weights/README.md.
+KNOWN_LOSS = {"8548d6484519bc90": 3.8797}
+
 
 def main(folder):
-    """Print what the checkpoint in `folder` is, and its mean loss on a fixed paragraph, to hold against weights/README.md."""
+    """Print what the checkpoint in `folder` is, and its mean loss on a fixed paragraph beside the known one."""
     model, tokenizer = load(folder)
     c = model.config
     ids = torch.tensor([tokenizer.encode(PARAGRAPH)])
@@ -214,9 +228,13 @@ def main(folder):
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
     stored = sorted({dtype for path in shards(find(folder)) for dtype, _ in _header(path).values()})
     print(f"family      {c.family}, {sum(p.numel() for p in model.parameters()):,} parameters stored as {', '.join(stored)}")
-    print(f"sizes       {c.n_layer} layers, {c.n_head} query and {c.n_kv_head} key/value heads of {c.d_head}, d_model {c.d_model}, d_mlp {c.d_mlp}")
-    print(f"tokens      {c.n_vocab:,} in the vocabulary, context {c.n_ctx:,}, BOS {tokenizer.bos_id} {tokenizer.pieces([tokenizer.bos_id])[0]}")
-    print(f"loss        {loss:.4f} nats/token on {ids.shape[1] - 1} tokens of a fixed paragraph (weights/README.md has the known numbers)")
+    print(f"sizes       {c.n_layer} layers, {c.n_head} query and {c.n_kv_head} key/value heads of {c.d_head}, "
+          f"d_model {c.d_model}, d_mlp {c.d_mlp}")
+    print(f"tokens      {c.n_vocab:,} in the vocabulary, context {c.n_ctx:,}, "
+          f"BOS {tokenizer.bos_id} {tokenizer.pieces([tokenizer.bos_id])[0]}")
+    known = KNOWN_LOSS.get(model.fingerprint)
+    print(f"loss        {loss:.4f} nats/token on the {ids.shape[1] - 1} tokens of a fixed paragraph; "
+          + (f"it should be {known:.4f}" if known else "no number to compare it with is known"))
 
 
 if __name__ == "__main__":

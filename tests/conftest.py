@@ -9,6 +9,7 @@ import torch
 from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+torch.set_num_threads(1)        # a tiny model is slower on two
 ROOT = Path(__file__).resolve().parent.parent
 N_VOCAB = 384
 TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.", "I love you because you are kind.",
@@ -20,8 +21,9 @@ def tiny_tokenizer(bos="<|endoftext|>"):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=N_VOCAB - 4, special_tokens=[AddedToken(bos, normalized=False), AddedToken("<|im_end|>", normalized=False)],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    special = [AddedToken(piece, normalized=False) for piece in (bos, "<|im_end|>")]
+    trainer = trainers.BpeTrainer(vocab_size=N_VOCAB - 4, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(TEXT * 3, trainer)
     return tokenizer
 

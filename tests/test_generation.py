@@ -125,14 +125,14 @@ def test_steered_and_unsteered_runs_share_their_draws(tiny, love):
     assert generate(model, tokenizer, PROMPT, 4, seed=1, **PAPER) != plain
 
 
-def test_neither_n_nor_batch_nor_company_changes_a_completion(tiny, love):
+def test_neither_n_nor_the_batch_nor_company_changes_a_completion(tiny, love):
     model, tokenizer = tiny
     prompts = ["The harbour wakes before", "I hate you because", "We talk about weddings all day", "I love you because"]
     assert len({len(tokenizer.encode(prompt)) for prompt in prompts}) > 1
     together = generate(model, tokenizer, prompts, 3, 10, 2 * love, **PAPER)
     assert together == [generate(model, tokenizer, prompt, 3, 10, [2 * love], **PAPER) for prompt in prompts]
     assert [texts[:1] for texts in together] == generate(model, tokenizer, prompts, 1, 10, [2 * love], **PAPER)
-    assert generate(model, tokenizer, prompts, 3, 10, [2 * love], batch=2, **PAPER) == together
+    assert generate(model, tokenizer, prompts, 3, 10, [2 * love], tokens=50, **PAPER) == together
     longer = generate(model, tokenizer, prompts, 3, 15, [2 * love], **PAPER)
     assert all(a.startswith(b.rstrip("\N{REPLACEMENT CHARACTER}")) for x, y in zip(longer, together, strict=True) for a, b in zip(x, y, strict=True))
 
@@ -223,11 +223,12 @@ def test_a_prompt_may_be_empty(tiny, love):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ({"n": 0}, "n must be"), ({"n": 1.5}, "n must be"), ({"max_new_tokens": 0}, "max_new_tokens must be"), ({"temperature": -1}, "temperature must be"),
-    ({"temperature": float("nan")}, "temperature must be"), ({"temperature": float("inf")}, "temperature must be"), ({"top_p": 1.1}, "top_p must be"),
+    ({"n": 0}, "n must be"), ({"n": 1.5}, "n must be"), ({"max_new_tokens": 0}, "max_new_tokens must be"),
+    ({"temperature": -1}, "temperature must be"), ({"temperature": float("nan")}, "temperature must be"),
+    ({"temperature": float("inf")}, "temperature must be"), ({"top_p": 1.1}, "top_p must be"),
     ({"top_p": -0.1}, "top_p must be"), ({"top_k": -1}, "top_k must be"), ({"freq_penalty": float("inf")}, "freq_penalty must be"),
     ({"seed": -1}, "seed must be"), ({"seed": None}, "seed must be"), ({"stop": ""}, "must not be empty"), ({"stop": ["a", ""]}, "must not be empty"),
-    ({"batch": 0}, "batch must be"), ({"max_new_tokens": 500}, "context of 192"),
+    ({"tokens": 0}, "tokens must be"), ({"max_new_tokens": 500}, "context of 192"),
 ])
 def test_settings_without_meaning(tiny, change, says):
     with pytest.raises(ValueError, match=says):

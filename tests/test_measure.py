@@ -41,7 +41,7 @@ def test_logprobs_refuse_what_does_not_fit(tiny):
         logprobs(model, tokenizer, [""])
     with pytest.raises(ValueError, match="do not fit a prompt of 2 tokens"):
         logprobs(model, tokenizer, [TEXT[0], "I"], Steer(0, torch.ones(2, 32)))
-    with pytest.raises(ValueError, match="one coeff for all texts"):
+    with pytest.raises(ValueError, match="coeff has 4 values"):
         logprobs(model, tokenizer, TEXT, Steer(0, torch.ones(2, 32), torch.ones(4)))
     assert logprobs(model, tokenizer, []) == []
 

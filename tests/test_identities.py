@@ -1,0 +1,441 @@
+"""What must hold of the residual stream, of the addition and of the cache, whatever the weights: for both families, without transformers.
+
+"Equal" is bitwise where the same numbers are computed in the same order, and to the rounding of float32 where the order may differ.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import hub_config
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from ministeer import KVCache, Steer, steering_vector
+from ministeer.config import parse_config
+from ministeer.gpt2 import GPT2
+from ministeer.llama import Llama
+from ministeer.steering import pad_together
+
+T, N_LAYER, D_MODEL = 12, 4, 32         # positions of most runs here; the sizes of the tiny models
+FEW = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny[0]
+
+
+def some_ids(batch=1, n=T, seed=0):
+    return torch.randint(2, 300, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def some_vector(n=3, seed=0):
+    """(n, d_model), or (d_model,) for n None"""
+    return torch.randn(*([n] if n else []), D_MODEL, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b):
+    """Equal to rounding: within 1e-5 of the largest number, which is about a hundred roundings of float32."""
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
+
+
+def all_close(run, other):
+    """Equal logits and residuals, to rounding, of two (logits, resid)."""
+    close(run[0], other[0])
+    for a, b in zip(run[1], other[1], strict=True):
+        close(a, b)
+
+
+def all_equal(run, other):
+    assert torch.equal(run[0], other[0])
+    assert all(torch.equal(a, b) for a, b in zip(run[1], other[1], strict=True))
+
+
+STEERS = st.builds(lambda layer, n, coeff, start, seed: Steer(layer, some_vector(n, seed), coeff, start),
+                   st.integers(0, N_LAYER - 1), st.sampled_from([None, 1, 2, 5]), st.sampled_from([-3.0, 0.5, 1.0, 10.0]),
+                   st.integers(0, T - 5), st.integers(0, 99))
+
+
+# The stream
+
+
+def test_the_stream_is_what_it_says(model):
+    """resid[0] is the embedding, resid[l + 1] is block l of resid[l], the logits are the unembedding of resid[n_layer]."""
+    ids, pos = some_ids(2), torch.arange(T)
+    logits, resid = model(ids)
+    assert isinstance(resid, list) and len(resid) == N_LAYER + 1
+    assert {x.shape for x in resid} == {(2, T, D_MODEL)} and logits.shape == (2, T, model.config.n_vocab)
+    assert torch.equal(resid[0], model.embed(ids, pos))
+    for l, block in enumerate(model.blocks):
+        assert torch.equal(resid[l + 1], block(resid[l], l, model.rope(pos)))
+    assert torch.equal(logits, model.unembed(resid[-1]))
+
+
+def test_the_future_changes_nothing(model):
+    """Position t depends on positions 0 … t only, at every layer; and on position 0 it does depend."""
+    ids = some_ids()
+    for t in (1, T // 2, T - 1):
+        changed = ids.clone()
+        changed[0, t] = 301
+        for a, b in zip(model(ids)[1], model(changed)[1], strict=True):
+            assert torch.equal(a[:, :t], b[:, :t]) and not torch.equal(a[:, t], b[:, t])
+    changed = ids.clone()
+    changed[0, 0] = 301
+    assert not torch.isclose(model(ids)[0][0, -1], model(changed)[0][0, -1]).all()
+
+
+def test_last_is_the_last_position(model):
+    logits, resid = model(some_ids(2))
+    last, same = model(some_ids(2), last=True)
+    assert last.shape == (2, 1, model.config.n_vocab)
+    all_close((last, same), (logits[:, -1:], resid))
+
+
+def test_a_batch_of_two_is_two_runs(model):
+    ids = some_ids(2)
+    one, two = model(ids[:1]), model(ids[1:])
+    all_close(model(ids), (torch.cat([one[0], two[0]]), [torch.cat(x) for x in zip(one[1], two[1], strict=True)]))
+
+
+def test_run_from_a_recorded_layer(model):
+    """One plain pass serves many Steers at a layer: the blocks from there on, run from its record, give what a whole pass gives."""
+    ids, pos = some_ids(2), torch.arange(T)
+    logits, resid = model(ids)
+    for l in range(N_LAYER):
+        below = model.run(model.embed(ids, pos), pos, stop=l)
+        assert all(torch.equal(a, b) for a, b in zip(below, resid[:l + 1], strict=True))
+        for steer in [(), [Steer(l, some_vector(), 4.0)], [Steer(l, some_vector(), -4.0), Steer(N_LAYER - 1, some_vector(seed=1))]]:
+            wanted_logits, wanted = model(ids, steer)
+            rest = model.run(resid[l], pos, steer, first=l)
+            assert all(torch.equal(a, b) for a, b in zip(rest, wanted[l:], strict=True))
+            assert torch.equal(model.unembed(rest[-1]), wanted_logits)
+        assert torch.equal(resid[l], below[-1])         # the record is as it was
+    some = model.run(resid[1], pos, first=1, stop=3)
+    assert all(torch.equal(a, b) for a, b in zip(some, resid[1:4], strict=True))
+    assert model.run(resid[-1], pos, first=N_LAYER)[0] is resid[-1]
+
+
+def test_int32_ids_and_a_bare_steer(model):
+    steer = Steer(1, some_vector())
+    all_equal(model(some_ids().int(), steer), model(some_ids(), [steer]))
+
+
+# The addition
+
+
+@FEW
+@given(steer=STEERS)
+@example(steer=Steer(0, some_vector(), 2.0, start=0))
+@example(steer=Steer(N_LAYER - 1, some_vector(5), 2.0, start=T - 5))
+def test_what_an_addition_changes(model, steer):
+    """steered[layer] - plain[layer] is coeff * vector at its positions, 0 at others; below the layer and before `start` nothing changes."""
+    ids = some_ids()
+    plain_logits, plain = model(ids)
+    logits, steered = model(ids, [steer])
+    l, start = steer.layer, steer.start
+    stop = T if steer.vector.ndim == 1 else start + len(steer.vector)
+    added = torch.zeros(T, D_MODEL)
+    added[start:stop] = steer.coeff * steer.vector
+    assert torch.equal(steered[l][0], plain[l][0] + added)
+    torch.testing.assert_close(steered[l][0] - plain[l][0], added, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(steered[:l], plain[:l], strict=True))
+    assert all(torch.equal(a[:, :start], b[:, :start]) for a, b in zip(steered, plain, strict=True))
+    assert torch.equal(logits[:, :start], plain_logits[:, :start])
+    # From there on all of it changes: the steered positions at once, those behind them through attention.
+    assert (steered[-1] != plain[-1])[0, start:].any(dim=-1).all()
+
+
+@FEW
+@given(steer=STEERS)
+def test_coeff_0_is_no_steering(model, steer):
+    """Bitwise, and so is an addition whose positions all lie outside the run."""
+    ids = some_ids()
+    all_equal(model(ids, [0 * steer]), model(ids))
+    elsewhere = replace(steer, start=T + 7)
+    all_equal(model(ids, elsewhere, KVCache(T)), model(ids))
+
+
+@FEW
+@given(steer=STEERS)
+def test_plus_and_minus_cancel(model, steer):
+    all_close(model(some_ids(), [steer, -steer]), model(some_ids()))
+
+
+@FEW
+@given(steer=STEERS)
+def test_two_steers_at_one_layer_add(model, steer):
+    """Twice the vector is twice the coeff; two overlapping vectors are the one that holds their sum; order does not matter."""
+    ids = some_ids()
+    all_close(model(ids, [steer, steer]), model(ids, [2 * steer]))
+    a, b = Steer(steer.layer, some_vector(3), 2.0, start=2), Steer(steer.layer, some_vector(4, 1), -1.0, start=4)
+    both = torch.zeros(6, D_MODEL)
+    both[:3] += 2 * a.vector
+    both[2:] -= b.vector
+    all_close(model(ids, [a, b]), model(ids, [Steer(steer.layer, both, start=2)]))
+    all_close(model(ids, [a, b]), model(ids, [b, a]))
+
+
+def test_a_coeff_for_each_row(model):
+    """A sweep in one batch is the runs one by one; a row with coeff 0 is the plain run."""
+    coeff = torch.tensor([0.0, 1.0, -4.0])
+    ids = some_ids().expand(3, -1)
+    for vector in (some_vector(), some_vector(None)):
+        logits, resid = model(ids, [Steer(2, vector, coeff), Steer(0, vector, 0.5)])
+        for row, c in enumerate(coeff.tolist()):
+            one = model(ids[:1], [Steer(2, vector, c), Steer(0, vector, 0.5)])
+            all_close((logits[row:row + 1], [x[row:row + 1] for x in resid]), one)
+
+
+def test_one_row_for_every_position(model):
+    """A vector (d_model,) reaches every position from `start` on, and each that comes later."""
+    steer, ids, cache = Steer(2, some_vector(None), 3.0, start=4), some_ids(), KVCache(T)
+    plain = model(ids)[1][2]
+    for t in range(T):
+        _, resid = model(ids[:, t:t + 1], steer, cache)
+        close(resid[2], plain[:, t:t + 1] + 3.0 * (t >= 4) * steer.vector)
+
+
+def test_the_bos_row_of_a_pair_is_zero(tiny):
+    """Position 0 is the same token after nothing in both prompts, so nothing is lost by leaving its row out: `start` is 1."""
+    model, tokenizer = tiny
+    ids = torch.tensor(pad_together(tokenizer, "I love you", "Hate"))
+    assert ids[0, 0] == ids[1, 0] == tokenizer.bos_id
+    _, resid = model(ids)
+    for l in range(N_LAYER):
+        plus, minus = resid[l]
+        close(plus[0], minus[0])
+        steer = steering_vector(model, tokenizer, "I love you", "Hate", layer=l)
+        assert (steer.layer, steer.start, steer.coeff) == (l, 1, 1.0)
+        close(steer.vector, (plus - minus)[1:])
+        assert (steer.vector.norm(dim=-1) > 0).all()
+
+
+def test_adding_the_difference_makes_one_prompt_the_other(tiny):
+    """h- + 1 (h+ - h-) = h+: from the steered layer on, the run of the minus prompt is the run of the plus prompt."""
+    model, tokenizer = tiny
+    plus, minus = torch.tensor(pad_together(tokenizer, "I love you", "Hate"))[:, None]
+    for l in range(N_LAYER):
+        logits, resid = model(minus, steering_vector(model, tokenizer, "I love you", "Hate", layer=l))
+        wanted, wanted_resid = model(plus)
+        all_close((logits, resid[l:]), (wanted, wanted_resid[l:]))
+
+
+# The cache
+
+
+def join(runs):
+    """[(logits, resid), …] of one chunk after another -> (logits, resid) of all their positions."""
+    return torch.cat([logits for logits, _ in runs], dim=1), [torch.cat(x, dim=1) for x in zip(*(resid for _, resid in runs), strict=True)]
+
+
+def in_chunks(model, ids, cuts, steer=(), cache=None):
+    """The run of ids cut at `cuts`, put together again."""
+    cache = cache or KVCache(ids.shape[1], batch=len(ids))
+    runs = [model(ids[:, a:b], steer, cache) for a, b in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True)]
+    assert len(cache) == ids.shape[1]
+    return join(runs)
+
+
+CUT_STEERS = [(), Steer(1, some_vector(5), 3.0, start=3), Steer(0, some_vector(None), 2.0, start=5),
+              (Steer(0, some_vector(1), 5.0, start=6), Steer(3, some_vector(8), -2.0, start=0))]
+
+
+@pytest.mark.parametrize("steer", CUT_STEERS, ids=["plain", "positions 3 to 7", "from 5 on", "two"])
+def test_cut_anywhere(model, steer):
+    """Two chunks cut at every place, three, and token by token: the numbers of the one pass, the steered positions included."""
+    ids = some_ids(2)
+    whole = model(ids, steer)
+    for cuts in [[], *([t] for t in range(1, T)), [4, 5], [2, 9], list(range(1, T))]:
+        all_close(in_chunks(model, ids, cuts, steer), whole)
+
+
+@FEW
+@given(cuts=st.sets(st.integers(1, T - 1)), steer=STEERS, spare=st.integers(0, 3))
+def test_cut_into_any_chunks(model, cuts, steer, spare):
+    ids = some_ids(2)
+    all_close(in_chunks(model, ids, sorted(cuts), [steer], KVCache(T + spare, batch=2)), model(ids, [steer]))
+
+
+def test_a_prompt_read_once_fills_every_row(model):
+    """One row read, three rows continued differently: as if each had read the prompt itself."""
+    steer, cache = Steer(1, some_vector(6), 2.0, start=2), KVCache(T, batch=3)
+    prompt, rest = some_ids(1, 5), some_ids(3, T - 5, seed=1)
+    first = model(prompt, steer, cache)
+    logits, resid = join([model(rest[:, :3], steer, cache), model(rest[:, 3:], steer, cache)])
+    for row in range(3):
+        one = logits[row:row + 1], [x[row:row + 1] for x in resid]
+        all_close(join([first, one]), model(torch.cat([prompt, rest[row:row + 1]], dim=1), steer))
+
+
+def test_a_cache_knows_its_steering(model):
+    """The same steering made anew continues a cache; any other, or none, is refused and leaves the cache as it was."""
+    ids = some_ids()
+    steer = Steer(1, some_vector(), 2.0, start=2)
+    for other in [(), -steer, replace(steer, start=3), replace(steer, layer=2), replace(steer, vector=some_vector(seed=1)),
+                  replace(steer, vector=some_vector(None)), [steer, steer]]:
+        cache = KVCache(T)
+        first = model(ids[:, :4], [steer], cache)
+        with pytest.raises(ValueError, match="the cache was filled under other steering. Pass the same steer list"):
+            model(ids[:, 4:], other, cache)
+        assert len(cache) == 4
+        second = model(ids[:, 4:], (Steer(1, some_vector(), 2, start=2),), cache)
+        all_close(join([first, second]), model(ids, steer))
+
+
+def test_a_cache_knows_its_steering_by_row(model):
+    ids, cache = some_ids(2), KVCache(T, batch=2)
+    model(ids[:, :4], Steer(1, some_vector(), torch.tensor([1.0, 2.0])), cache)
+    with pytest.raises(ValueError, match="filled under other steering"):
+        model(ids[:, 4:], Steer(1, some_vector(), torch.tensor([2.0, 1.0])), cache)
+    model(ids[:, 4:], Steer(1, some_vector(), torch.tensor([1.0, 2.0])), cache)
+
+
+@pytest.mark.parametrize(("n_ctx", "batch", "first", "then", "message"), [
+    (5, 1, None, (1, 6), "the cache holds 5 positions; 0 are read, 6 more do not fit"),
+    (5, 1, (1, 4), (1, 2), "the cache holds 5 positions; 4 are read, 2 more do not fit"),
+    (9, 3, None, (2, 4), "the cache has 3 rows, ids 2"),
+    (9, 1, None, (2, 4), "the cache has 1 rows, ids 2"),
+    # Only the first chunk may be one row for all.
+    (9, 2, (2, 4), (1, 1), "the cache has 2 rows, ids 1"),
+    (9, 2, (1, 4), (3, 1), "the cache has 2 rows, ids 3"),
+    (500, 1, (1, 190), (1, 3), "193 positions do not fit this model's context of 192"),
+])
+def test_a_cache_that_does_not_fit(model, n_ctx, batch, first, then, message):
+    cache = KVCache(n_ctx, batch)
+    if first:
+        model(some_ids(*first), cache=cache)
+    with pytest.raises(ValueError, match=message):
+        model(some_ids(*then), cache=cache)
+    assert len(cache) == (first[1] if first else 0)
+
+
+def test_a_cache_of_its_size_is_enough(model):
+    """A full cache and a full context are no error; an empty cache is true, so that `if cache` sees the first chunk."""
+    n = model.config.n_ctx
+    cache = KVCache(n)
+    assert cache and len(cache) == 0
+    model(some_ids(1, n - 1), cache=cache)
+    model(some_ids(1, 1), cache=cache)
+    assert len(cache) == n
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("ids", "message"), [
+    ([[1, 2]], "ids must be a .B, T. int64 tensor of token numbers, B and T at least 1; given: list"),
+    (torch.tensor([1, 2]), r"given: torch.int64 \(2,\)"),
+    (torch.ones(1, 2, 3, dtype=torch.int64), r"given: torch.int64 \(1, 2, 3\)"),
+    (torch.tensor([[1.0, 2.0]]), r"given: torch.float32 \(1, 2\)"),
+    (torch.tensor([[True]]), r"given: torch.bool \(1, 1\)"),
+    (torch.empty(1, 0, dtype=torch.int64), r"given: torch.int64 \(1, 0\)"),
+    (torch.empty(0, 3, dtype=torch.int64), r"given: torch.int64 \(0, 3\)"),
+    (torch.tensor([[3, 384]]), "ids 3 … 384 are not in this model's vocabulary, 0 … 383. Were they made with another tokenizer?"),
+    (torch.tensor([[-1, 3]]), "ids -1 … 3 are not in this model's vocabulary, 0 … 383"),
+    (some_ids(1, 193), "193 positions do not fit this model's context of 192"),
+])
+def test_ids_that_cannot_be_read(model, ids, message):
+    with pytest.raises(ValueError, match=message):
+        model(ids)
+
+
+WIDE = torch.ones(3, 33)
+
+
+@pytest.mark.parametrize(("steer", "message"), [
+    (Steer(4, some_vector()), r"layer 4: this model has blocks 0 … 3 \(layer = the block that reads the changed stream\)\."),
+    (Steer(30, some_vector()), "layer 30: this model has blocks 0 … 3"),
+    (Steer(0, WIDE), r"the vector is 33 wide, this model's residual stream 32\. Was it made with another model\?"),
+    (Steer(0, WIDE[0]), "the vector is 33 wide"),
+    (Steer(0, some_vector(), torch.tensor([1.0, 2.0, 3.0])), "coeff has 3 values, one for each row of a batch, but the batch has 2 rows"),
+    (Steer(0, some_vector(), torch.tensor([1.0])), "coeff has 1 values, one for each row of a batch, but the batch has 2 rows"),
+    (Steer(0, some_vector(5)), r"the steered positions 1 … 5 do not fit a prompt of 3 tokens\."),
+    (Steer(0, some_vector(1), start=3), "the steered positions 3 … 3 do not fit a prompt of 3 tokens"),
+    (Steer(0, some_vector(), model="0123456789abcdef"), r"the vector was made with another model \(0123456789abcdef\)"),
+    (Steer(0, some_vector(), model="0123456789abcdef", note={"model": "gpt5"}), r"made with another model \(gpt5\).*any_model=True"),
+])
+def test_steers_that_do_not_fit(model, steer, message):
+    """Wherever in the list it stands, and before anything is computed."""
+    good = Steer(0, some_vector(1))
+    for steers in (steer, [steer, good], [good, steer]):
+        with pytest.raises(ValueError, match=message):
+            model(some_ids(2, 3), steers)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"steer": some_vector()}, "steer must be a Steer or a list of them; given: Tensor"),
+    ({"steer": [Steer(0, some_vector(1)), 3.0]}, "steer must be a Steer or a list of them; given: float"),
+    ({"steer": None}, "steer must be a Steer or a list of them; given: NoneType"),
+    # What transformers calls past_key_values; an empty tuple is false and would pass for no cache.
+    ({"cache": ()}, "cache must be a KVCache or None; given: tuple"),
+])
+def test_arguments_of_another_type(model, given, message):
+    with pytest.raises(ValueError, match=message):
+        model(some_ids(), **given)
+
+
+@pytest.mark.parametrize("sizes", [(0,), (5, 0), (-1,), (2.5,), ("5",), (True,)])
+def test_a_cache_holds_something(sizes):
+    with pytest.raises(ValueError, match="(n_ctx|batch) must be a whole number, 1 or more; given: "):
+        KVCache(*sizes)
+
+
+def test_steers_that_just_fit(model):
+    for steer in [Steer(3, some_vector(2)), Steer(0, some_vector(1), torch.ones(2)), Steer(0, some_vector(3), start=0),
+                  Steer(0, some_vector(None), start=7)]:
+        model(some_ids(2, 3), replace(steer, model=model.fingerprint))
+    # With a cache more tokens will come, so a vector may reach beyond the first chunk.
+    model(some_ids(2, 3), Steer(0, some_vector(9)), KVCache(20, batch=2))
+
+
+# Gradients
+
+
+def test_loaded_models_have_no_gradients(model):
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    logits, resid = model(some_ids())
+    assert not logits.requires_grad and not any(x.requires_grad for x in resid)
+
+
+def test_a_vector_can_be_trained(model):
+    """The gradient reaches the vector through a model that has none itself, and moving against it lowers the loss."""
+    ids, vector = some_ids(), some_vector().requires_grad_()
+
+    def loss(vector):
+        return -model(ids, Steer(1, vector))[0][0, -1].log_softmax(dim=-1)[7]
+
+    loss(vector).backward()
+    with torch.no_grad():
+        assert loss(vector - 0.1 * vector.grad / vector.grad.norm()) < loss(vector)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_untouched_model_can_be_trained(family, tied):
+    """Made by hand from a Config, every parameter gets a gradient, and a few steps learn a sequence."""
+    torch.manual_seed(0)
+    config = replace(parse_config(hub_config(family).to_diff_dict()), tied=tied)
+    model = {"gpt2": GPT2, "llama": Llama}[family](config)
+    ids = some_ids(2)
+    losses = []
+    for _ in range(10):
+        logits, resid = model(ids)
+        assert logits.requires_grad and resid[-1].requires_grad
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.01 * p.grad.sign()       # by hand: an optimizer of torch takes longer to import than this test to run
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_cache_needs_all_blocks(tiny):
+    model, _ = tiny
+    pos = torch.arange(3)
+    x = model.embed(torch.zeros(1, 3, dtype=torch.int64), pos)
+    for part in ({"first": 1}, {"stop": 2}):
+        with pytest.raises(ValueError, match="a cache needs all blocks"):
+            model.run(x, pos, cache=KVCache(3), **part)

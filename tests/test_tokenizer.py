@@ -1,0 +1,408 @@
+"""Tokenizer: one BOS and no second, text that survives, chat templates that stay in their box, and the tokens of transformers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tokenizers
+import torch
+from conftest import N_VOCAB, TEXT, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from ministeer.config import parse_config, read_config
+from ministeer.generation import Row
+from ministeer.tokenizer import Tokenizer
+
+CONFIG = parse_config({"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 32, "n_positions": 192, "vocab_size": N_VOCAB,
+                       "bos_token_id": 0, "eos_token_id": 1})
+AWKWARD = [
+    "", " ", "   leading", "trailing  ", "a  5", "x\n\n5", "1234567890 3.14 2nd", "don't I'll THEY'RE 'tis", "\t\ttabs\r\nlines\n\n\n end",
+    "\x00\x01\x1b[31m\x7f\x85", "\u200b\ufeff\u2028\u00a0\u3000", "\N{REPLACEMENT CHARACTER}",
+    "naïve café e\u0301", "日本語のテキスト 中文 한국어", "😀 👩\u200d👩\u200d👧 🏳\ufe0f 🇪🇺", "١٢٣ ⅷ ²", "Ġ▁ĊÿĀ",
+    "<|endoftext|>", "a<|im_start|>b<|im_end|> c <|endoftext|>", "<|endoftext|><|endoftext|> twice", "<|im_start", "<s>",
+    "word " * 2000, "a" * 10_000, " " * 1000, "```python\n    x = {'a': [1, 2]}\n```", "http://example.org/?q=a%20b#c",
+]
+anything = st.lists(st.one_of(st.text(max_size=20), st.sampled_from(AWKWARD)), max_size=4).map("".join)
+without_deadline = settings(deadline=None, max_examples=150)
+
+
+def llama_2(*letters):
+    """As Llama 2's tokenizer.json: BPE over the whole text, ▁ for a space and one in front, bytes for what is not in the vocabulary."""
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(TEXT * 3, trainers.BpeTrainer(vocab_size=100, show_progress=False))
+    bpe = json.loads(trained.to_str())["model"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *sorted(bpe["vocab"], key=bpe["vocab"].get), *letters]
+    tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [tuple(m) for m in bpe["merges"]],
+                                                unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+TINY, LLAMA_2 = Tokenizer(tiny_tokenizer(), 0, (1,)), Tokenizer(llama_2(), 1, (2,))
+both = pytest.mark.parametrize("tokenizer", [TINY, LLAMA_2], ids=["byte-level", "llama-2"])
+
+
+def bos_of(tokenizer):
+    return tokenizer.backend.id_to_token(tokenizer.bos_id)
+
+
+@pytest.fixture(scope="module")
+def smol(smollm2):
+    """The tokenizer of the default model, without the model."""
+    return Tokenizer.load(smollm2, read_config(smollm2 / "config.json"))
+
+
+@pytest.fixture(scope="module")
+def smol_hub(smollm2):
+    # Trap: if tokenizer_config.json named the class GPT2Tokenizer, transformers would put GPT-2's own splitting in place of the
+    # file's, which also splits before each digit ("a  5" would come out different).
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+# BOS
+
+
+@both
+def test_bos_stands_in_front_once(tokenizer):
+    ids = tokenizer.encode(TEXT[1])
+    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
+    assert ids[1:] == tokenizer.encode(TEXT[1], bos=False)
+    assert tokenizer.encode("") == [tokenizer.bos_id] and tokenizer.encode("", bos=False) == []
+
+
+@both
+def test_a_file_that_adds_a_bos_of_its_own(tokenizer):
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    bos = bos_of(tokenizer)
+    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
+    adding = Tokenizer(backend, tokenizer.bos_id)
+    assert backend.encode(TEXT[1]).ids == adding.encode(TEXT[1]) == tokenizer.encode(TEXT[1])
+    assert adding.encode(TEXT[1], bos=False) == tokenizer.encode(TEXT[1], bos=False)
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+@both
+def test_a_text_that_begins_with_bos(tokenizer, times):
+    written = bos_of(tokenizer) * times
+    ids = tokenizer.encode(written + TEXT[1])
+    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
+    assert tokenizer.decode(ids[1:]).strip() == TEXT[1]
+    assert tokenizer.encode(written) == [tokenizer.bos_id]
+    assert tokenizer.encode(written, bos=False) == [tokenizer.bos_id] * times           # the text's own, none of ours
+
+
+@both
+def test_a_bos_inside_a_text_stays(tokenizer):
+    bos = bos_of(tokenizer)
+    ids = tokenizer.encode(f"one{bos}{bos}two{bos}")
+    assert ids.count(tokenizer.bos_id) == 4 and ids[0] == ids[-1] == tokenizer.bos_id
+    assert tokenizer.decode(ids, special=True).count(bos) == 4
+    assert bos not in tokenizer.decode(ids)
+
+
+def test_smollm2s_bos_is_what_stood_before_every_document():
+    backend = tiny_tokenizer()
+    backend.add_special_tokens(["<|im_start|>"])
+    start = backend.token_to_id("<|im_start|>")
+    smol = Tokenizer(backend, start, (1,))
+    assert smol.bos_id == backend.token_to_id("<|endoftext|>") == 0
+    row = Row(smol, smol.encode("one"), ())
+    row.add(0)
+    assert smol.eos_ids == (1, 0) and row.ended and row.new == []       # the next document is not shown
+    assert Tokenizer(backend, 1, ()).bos_id == 1                        # another BOS is taken at its word
+    backend = tiny_tokenizer(bos="<s>")
+    backend.add_special_tokens(["<|im_start|>"])
+    start = backend.token_to_id("<|im_start|>")
+    other = Tokenizer(backend, start, (1,))
+    assert (other.bos_id, other.eos_ids) == (start, (1,))               # there is no <|endoftext|>
+
+
+def test_the_default_models_bos(smol, smollm2):
+    assert read_config(smollm2 / "config.json").bos_id == smol.backend.token_to_id("<|im_start|>")
+    assert bos_of(smol) == "<|endoftext|>"
+    assert [smol.backend.id_to_token(i) for i in smol.eos_ids] == ["<|im_end|>", "<|endoftext|>"]
+
+
+# Text to ids and back
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=lambda text: ascii(text[:12]))
+def test_awkward_text_survives(text):
+    assert TINY.decode(TINY.encode(text, bos=False), special=True) == text
+
+
+@without_deadline
+@given(anything)
+def test_any_text_survives_byte_level(text):
+    assert TINY.decode(TINY.encode(text, bos=False), special=True) == text
+
+
+@without_deadline
+@given(st.text())
+def test_any_text_survives_llama_2(text):
+    text = text.replace("▁", "")                # the one letter that stands for another
+    assert LLAMA_2.decode(LLAMA_2.encode(text)) == text
+
+
+@without_deadline
+@given(st.text(st.characters(codec="ascii")))
+def test_pieces_joined_are_the_text(text):
+    ids = TINY.encode(text)
+    pieces = TINY.pieces(ids)
+    assert len(pieces) == len(ids) and pieces[0] == "<|endoftext|>" and "".join(pieces[1:]) == text
+    ids = LLAMA_2.encode(text, bos=False)
+    pieces = LLAMA_2.pieces(ids)
+    assert len(pieces) == len(ids) and "".join(pieces) == (" " + text if text else "")      # with the space that it puts in front
+
+
+@both
+def test_pieces_of_parts_of_a_character(tokenizer):
+    ids = tokenizer.encode("I😀", bos=False)
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids) and pieces[-4:] == ["\N{REPLACEMENT CHARACTER}"] * 4
+    assert tokenizer.decode(ids) == "I😀"
+    assert tokenizer.pieces([]) == []
+
+
+@both
+def test_spaces_in_front_count(tokenizer):
+    texts = ["love", " love", "  love"]
+    rows = [tokenizer.encode(text) for text in texts]
+    assert [tokenizer.decode(row) for row in rows] == texts
+    assert len(set(map(tuple, rows))) == 3
+    assert [tokenizer.decode(torch.tensor(row)) for row in rows] == texts       # tensors too
+
+
+def test_a_piece_keeps_its_space():
+    assert TINY.pieces(TINY.encode("I love you", bos=False)) == ["I", " love", " you"]
+    ids = [LLAMA_2.backend.token_to_id(token) for token in ("▁because", "<s>", "b", "<0x0A>")]
+    assert LLAMA_2.pieces(ids) == [" because", "<s>", "b", "\n"]
+
+
+def test_the_space_that_pads():
+    assert TINY.backend.id_to_token(TINY.space_id) == "Ġ" and TINY.encode(" ") == [0, TINY.space_id]
+    assert LLAMA_2.backend.id_to_token(LLAMA_2.space_id) == "▁"
+    maltese = Tokenizer(llama_2("Ġ"), 1)        # a letter among the thousands of a SentencePiece vocabulary
+    assert maltese.backend.token_to_id("Ġ") and maltese.backend.id_to_token(maltese.space_id) == "▁"
+    plain = Tokenizer(tokenizers.Tokenizer(models.BPE({"<s>": 0, "a": 1, " ": 2}, [])), 0)
+    assert plain.space_id == 2
+    with pytest.raises(ValueError, match="no token for a single space"):
+        _ = Tokenizer(tokenizers.Tokenizer(models.BPE({"<s>": 0, "a": 1}, [])), 0).space_id
+
+
+def test_lengths_that_some_training_run_left_in_the_file(tmp_path):
+    backend = tiny_tokenizer()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=16)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path, CONFIG)
+    for text in ("I", TEXT[0]):
+        assert tokenizer.encode(text) == TINY.encode(text)
+
+
+@pytest.mark.parametrize("text", [None, b"bytes", ["list"], 5, "\ud800", "caf\udcff", "\ud83d\ude00"], ids=ascii)
+def test_what_is_no_text(text):
+    with pytest.raises(ValueError, match="surrogate" if isinstance(text, str) else f"must be a string; given: {type(text).__name__}"):
+        TINY.encode(text)
+
+
+# The same as transformers
+
+
+def same_as(tokenizer, hub, text):
+    ids = tokenizer.encode(text, bos=False)
+    assert ids == hub.encode(text, add_special_tokens=False)
+    for special in (False, True):
+        assert tokenizer.decode(ids, special) == hub.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=lambda text: ascii(text[:12]))
+def test_the_default_models_tokens_are_those_of_transformers(smol, smol_hub, text):
+    same_as(smol, smol_hub, text)
+
+
+def test_any_tokens_are_those_of_transformers(smol, smol_hub):
+    hubs = [(smol, smol_hub), *((t, PreTrainedTokenizerFast(tokenizer_object=t.backend)) for t in (TINY, LLAMA_2))]
+
+    @without_deadline
+    @given(anything)
+    def check(text):
+        for tokenizer, hub in hubs:
+            same_as(tokenizer, hub, text)
+
+    check()
+
+
+# Chat
+
+
+CHATS = [
+    [{"role": "user", "content": "Hi"}],
+    [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " Hi <|im_end|>\n"}],
+    [{"role": "user", "content": "“日本” & <b>'x'</b>"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}],
+]
+LLAMA_3 = """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start|>' + message['role'] + '<|end|>\n\n' + message['content'] | trim + '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant<|end|>\n\n' }}
+{%- endif %}"""
+MANY_PARTS = """{% if tools is not none or documents is not none %}{{ raise_exception('no tools') }}{% endif %}
+{% for message in messages %}
+    {% if loop.index > 2 %}{% break %}{% endif %}
+    {% set name = message.role | upper %}
+  {{ name }}: {{ message | tojson }}{{ eos_token }}
+{% endfor %}
+{{ 'ASSISTANT:' if add_generation_prompt }}"""
+
+
+def with_template(template):
+    return Tokenizer(tiny_tokenizer(), 0, (1,), template)
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("messages", CHATS)
+def test_the_default_models_chat_is_that_of_transformers(smol, smollm2, messages, add_generation_prompt):
+    hub = AutoTokenizer.from_pretrained(smollm2)
+    theirs = hub.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert smol.chat(messages, add_generation_prompt) == theirs
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("messages", CHATS)
+@pytest.mark.parametrize("template", [LLAMA_3, MANY_PARTS])
+def test_other_templates_as_in_transformers(template, messages, add_generation_prompt):
+    named = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    hub = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(), chat_template=template, **named)
+    theirs = hub.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    assert with_template(template).chat(messages, add_generation_prompt) == theirs.removeprefix("<|endoftext|>")
+
+
+def test_a_template_with_bos_gives_no_second_one():
+    tokenizer = with_template(LLAMA_3)
+    text = tokenizer.chat(CHATS[0])
+    assert text == "<|start|>user<|end|>\n\nHi<|eot|><|start|>assistant<|end|>\n\n"
+    assert tokenizer.encode(text).count(0) == tokenizer.encode("<|endoftext|>" + text).count(0) == 1
+
+
+def test_a_generation_prompt_is_the_default():
+    tokenizer = with_template(LLAMA_3)
+    assert tokenizer.chat(CHATS[0]) == tokenizer.chat(CHATS[0], True) != tokenizer.chat(CHATS[0], False)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that holds a tokenizer.json."""
+    tiny_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_where_a_template_is_found(folder):
+    def template():
+        return Tokenizer.load(folder, CONFIG).chat_template
+
+    config = folder / "tokenizer_config.json"
+    assert template() is None
+    config.write_text("{}")
+    assert template() is None
+    config.write_text(json.dumps({"chat_template": "text"}))
+    assert template() == "text"
+    config.write_text(json.dumps({"chat_template": [{"name": "tools", "template": "no"}, {"name": "default", "template": "list"}]}))
+    assert template() == "list"
+    config.write_text(json.dumps({"chat_template": [{"name": "tools", "template": "no"}]}))
+    assert template() is None
+    (folder / "chat_template.jinja").write_text("file: “é”\n", encoding="utf-8")
+    assert template() == "file: “é”\n"          # before the other, as in transformers
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer_config.json", b"{"), ("tokenizer_config.json", b"[]"), ("tokenizer_config.json", b"\xff"),
+    ("tokenizer_config.json", b'{"chat_template": 5}'), ("tokenizer_config.json", b'{"chat_template": {"default": "x"}}'),
+    ("tokenizer_config.json", b'{"chat_template": ["x"]}'), ("tokenizer_config.json", b'{"chat_template": [{"name": "default"}]}'),
+    ("tokenizer_config.json", b"[" * 100_000), ("chat_template.jinja", b"\xff"),
+], ids=lambda x: ascii(x[:40]))
+def test_a_template_that_cannot_be_read(folder, name, content):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        Tokenizer.load(folder, CONFIG)
+
+
+def test_no_template():
+    with pytest.raises(ValueError, match="no chat template"):
+        TINY.chat(CHATS[0])
+
+
+def test_a_template_that_raises():
+    with pytest.raises(ValueError, match=r"refuses these messages: roles must alternate"):
+        with_template("{{ raise_exception('roles must alternate') }}").chat(CHATS[0])
+
+
+HOSTILE = [
+    "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.__class__.__init__.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.system('touch ran') }}",
+    "{{ raise_exception.__globals__['json'].codecs.open('ran', 'w') }}",
+    "{{ lipsum.__globals__['os'].system('touch ran') }}",
+    "{{ (messages | attr('__class__')).__mro__ }}",
+    "{{ '{0.__class__.__mro__[1].__subclasses__}'.format(messages)() }}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{{ messages.append({'role': 'user', 'content': 'more'}) }}",
+    "{{ messages[0].update(content='other') }}",
+    "{% include '/etc/hostname' %}",
+    "{% import 'os' as os %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+]
+BROKEN = ["{% if %}", "{{ unclosed", "{% endfor %}", "{{ 'x' | no_such_filter }}", "{{ no_such_function() }}", "{{ messages[0].no.such }}",
+          "{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{{ 'x'.index('y') }}"]
+
+
+@pytest.mark.parametrize("template", HOSTILE + BROKEN)
+def test_hostile_and_broken_templates_are_refused(template, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    messages = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(ValueError, match="the chat template refuses these messages: "):
+        with_template(template).chat(messages)
+    assert list(tmp_path.iterdir()) == []
+    assert messages == [{"role": "user", "content": "Hi"}]
+
+
+NO_MESSAGES = [None, 5, "Hi", b"Hi", [None], ["Hi"], [{}], [{"role": "user"}], [{"role": "user", "content": None}]]
+
+
+@pytest.mark.parametrize("messages", NO_MESSAGES, ids=ascii)
+def test_messages_that_are_none(messages):
+    with pytest.raises(ValueError, match="refuses these messages"):
+        with_template("{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}").chat(messages)
+
+
+# Files that do not fit
+
+
+def test_no_tokenizer_json(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
+        Tokenizer.load(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
+def test_a_tokenizer_json_that_is_none(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer that can be read"):
+        Tokenizer.load(tmp_path, CONFIG)
+
+
+def test_a_tokenizer_that_does_not_fit_the_config(folder):
+    with pytest.raises(ValueError, match="names no bos_token_id"):
+        Tokenizer.load(folder, replace(CONFIG, bos_id=None))
+    with pytest.raises(ValueError, match="another model's tokenizer"):
+        Tokenizer.load(folder, replace(CONFIG, n_vocab=TINY.n_vocab - 1))
+    Tokenizer.load(folder, replace(CONFIG, n_vocab=TINY.n_vocab))
+    for changes in ({"bos_id": N_VOCAB - 1}, {"eos_ids": (1, N_VOCAB - 1)}):        # behind the last token of the file
+        with pytest.raises(ValueError, match=f"special token {N_VOCAB - 1} is not in the tokenizer"):
+            Tokenizer.load(folder, replace(CONFIG, **changes))
