@@ -25,7 +25,7 @@ Nothing is trained."""
 
 STEER_HELP = """Continue PROMPT without and with the steering vector PLUS - MINUS, side by side.
 
-A leading space matters: " weddings" is one token, "weddings" is three. Start
+A leading space matters: " weddings" is one token, "weddings" is several. Start
 with a layer in the first quarter of the model and coeff 1; raise coeff until
 the text changes, and stop before it breaks."""
 

@@ -70,7 +70,7 @@ def load_model(folder, dtype=torch.float32, device="cpu", config=None):
     for name, (path, full) in places.items():
         with safe_open(path, "pt") as file:         # mapped anew for each tensor, so that what was converted leaves memory
             stored = file.get_tensor(full)
-            digest.update(stored[:1].float().numpy().tobytes())     # a row of each tells checkpoints apart, whatever dtype they are loaded in
+            digest.update(stored.flatten()[:1024].float().numpy().tobytes())    # the stored numbers, so equal for every dtype of load
             weights[name] = _converted(stored, dtype, full, path).to(device)
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
@@ -216,7 +216,7 @@ fish market, begin to argue on the roof of the customs house. By seven o'clock t
 left for the islands, and the only sound on the quay is a radio that somebody forgot to turn off."""
 
 # nats/token on the paragraph in float32, by fingerprint; the same numbers stand in weights/README.md.
-KNOWN_LOSS = {"8548d6484519bc90": 3.8797}
+KNOWN_LOSS = {"673a8da46b535113": 3.8797}
 
 
 def main(folder):
