@@ -8,6 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .steering import steering_vectors
+
 
 @torch.no_grad()
 def logprobs(model, tokenizer, texts, steer=(), skip=0, tokens=1024):
@@ -52,6 +54,31 @@ def _next_logprobs(model, ids, steer, rows=256):
     stream = model.run(model.embed(ids, pos), pos, steer)[-1][:, :-1].flatten(0, 1)
     chunks = zip(stream.split(rows), ids[:, 1:].flatten().split(rows), strict=True)
     return torch.cat([-F.cross_entropy(model.unembed(x).float(), target, reduction="none") for x, target in chunks]).view(len(ids), -1)
+
+
+@torch.no_grad()
+def sweep(model, tokenizer, prompt, plus, minus, layers, coeffs):
+    """The next-token logits after `prompt` for every layer and coefficient -> (len(layers), len(coeffs), n_vocab), in the order given.
+
+    One pass for all: row 0 of the batch stays unsteered, and before each swept block the batch grows by one row for each
+    coefficient. So no block runs for a row that does not differ there yet, and no weight is read twice.
+    layers: block numbers, each once. coeffs: numbers. Raises ValueError for what `steering_vector` or the prompt refuses.
+    """
+    layers, coeffs = list(layers), torch.as_tensor(coeffs, dtype=torch.float32)
+    if not layers or len(set(layers)) < len(layers) or coeffs.ndim != 1 or not len(coeffs):
+        raise ValueError(f"a sweep takes one or more layers, each once, and one or more coeffs; given: {layers}, {coeffs.tolist()}.")
+    ids = torch.tensor([tokenizer.encode(prompt)], device=next(model.parameters()).device)
+    steers = steering_vectors(model, tokenizer, plus, minus, sorted(layers))
+    model.check(ids, steers, None)
+    pos = torch.arange(ids.shape[1], device=ids.device)
+    x, first = model.embed(ids, pos), 0
+    for s in steers:
+        x = model.run(x, pos, first=first, stop=s.layer)[-1]
+        x = torch.cat([x, x[:1] + (coeffs * s).delta(pos).to(x)])       # activation addition, one more row a coefficient
+        first = s.layer
+    x = model.run(x, pos, first=first)[-1]
+    logits = model.unembed(x[1:, -1:])[:, 0].unflatten(0, (len(layers), len(coeffs)))
+    return logits[[sorted(layers).index(l) for l in layers]]
 
 
 def wilson(k, n, z=1.96):

@@ -167,7 +167,6 @@ class Steer:
             raise ValueError(f"{os.fspath(path)} is not a steering vector that ministeer saved: {error}") from None
 
 
-@torch.no_grad()
 def steering_vector(model, tokenizer, plus, minus, layer):
     """h+ - h-, the difference of the residual streams of two prompts before block `layer` -> a Steer with coeff 1.
 
@@ -176,19 +175,26 @@ def steering_vector(model, tokenizer, plus, minus, layer):
     vector (n, d_model): the row of BOS, zero for every pair, is left out, so n is the tokens of the longer prompt without BOS
     Raises ValueError if the two prompts are the same tokens or `layer` is not a block of the model.
     """
-    if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < model.config.n_layer:
-        raise ValueError(f"layer {layer}: {model.layers_there()}")
+    (steer,) = steering_vectors(model, tokenizer, plus, minus, [layer])
+    return steer
+
+
+@torch.no_grad()
+def steering_vectors(model, tokenizer, plus, minus, layers):
+    """steering_vector for each of `layers`, a list of at least one, from one pass over the pair that ends before the highest of them."""
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < model.config.n_layer:
+            raise ValueError(f"layer {layer}: {model.layers_there()}")
     ids = pad_together(tokenizer, plus, minus)
     if ids[0] == ids[1]:
         raise ValueError(f"plus {plus!r} and minus {minus!r} are the same tokens once padded with spaces, so their difference is zero.")
     ids = torch.tensor(ids, device=next(model.parameters()).device)
     model.check(ids, (), None)
     pos = torch.arange(ids.shape[1], device=ids.device)
-    h_plus, h_minus = model.run(model.embed(ids, pos), pos, stop=layer)[-1].float()
-    # Trap: both prompts begin with the same BOS after nothing, so row 0 of the difference is zero. It is left out: start is 1.
-    vector = (h_plus - h_minus)[1:]
+    resid = model.run(model.embed(ids, pos), pos, stop=max(layers))
     note = {"plus": plus, "minus": minus, "model": getattr(model, "name", type(model).__name__)}
-    return Steer(layer, vector, model=model.fingerprint, note=note)
+    # Trap: both prompts begin with the same BOS after nothing, so row 0 of the difference is zero. It is left out: start is 1.
+    return [Steer(l, (resid[l][0].float() - resid[l][1].float())[1:], model=model.fingerprint, note=note) for l in layers]
 
 
 def pad_together(tokenizer, plus, minus):

@@ -8,7 +8,7 @@ from conftest import TEXT
 
 from ministeer import Steer, steering_vector
 from ministeer.judges import WEDDING_WORDS, count_words
-from ministeer.measure import logprobs, wilson
+from ministeer.measure import logprobs, sweep, wilson
 
 
 def slow_logprobs(model, tokenizer, text, steer=()):
@@ -52,6 +52,38 @@ def test_logits_are_never_held_for_the_whole_batch(tiny, monkeypatch):
     monkeypatch.setattr(model, "unembed", lambda x, unembed=model.unembed: seen.append(x[..., 0].numel()) or unembed(x))
     logprobs(model, tokenizer, [TEXT[0] * 5] * 6, tokens=10**6)
     assert max(seen) <= 256 < sum(seen)
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3], [3, 1], [2]])
+def test_a_sweep_equals_one_steered_run_for_each_cell(tiny, layers):
+    model, tokenizer = tiny
+    coeffs = [0.0, 30.0, -50.0]
+    got = sweep(model, tokenizer, TEXT[0], "I love you", "I hate", layers, coeffs)
+    assert got.shape == (len(layers), 3, model.config.n_vocab)
+    ids = torch.tensor([tokenizer.encode(TEXT[0])])
+    for i, l in enumerate(layers):
+        for j, c in enumerate(coeffs):
+            steer = c * steering_vector(model, tokenizer, "I love you", "I hate", l)
+            torch.testing.assert_close(got[i, j], model(ids, steer)[0][0, -1], rtol=1e-4, atol=1e-5)
+    assert (got[:, 1] - got[:, 0]).abs().max() > 0.01
+
+
+def test_a_sweep_runs_no_block_for_a_row_that_does_not_differ_there(tiny, monkeypatch):
+    model, tokenizer = tiny
+    rows = []
+    for block in model.blocks:
+        monkeypatch.setattr(block, "forward", lambda x, *rest, forward=block.forward: rows.append(len(x)) or forward(x, *rest))
+    sweep(model, tokenizer, TEXT[0], "I love you", "I hate", [1, 3], [1.0, 2.0, 3.0])
+    assert rows == [2, 2, 2] + [1, 4, 4, 7]         # the pair up to block 3; then the prompt with three more rows at 1 and at 3
+
+
+@pytest.mark.parametrize(("layers", "coeffs", "says"), [
+    ([], [1.0], "one or more layers"), ([1, 1], [1.0], "each once"), ([1], [], "one or more coeffs"), ([4], [1.0], "blocks 0 … 3"),
+    ([1], [float("nan")], "finite"),
+])
+def test_sweeps_without_meaning(tiny, layers, coeffs, says):
+    with pytest.raises(ValueError, match=says):
+        sweep(*tiny, TEXT[0], "I love you", "I hate", layers, coeffs)
 
 
 @pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 100, 0.0, 0.0370), (53, 100, 0.4329, 0.6249), (10, 10, 0.7225, 1.0), (1, 2, 0.0945, 0.9055)])
