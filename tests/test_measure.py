@@ -74,7 +74,7 @@ def test_a_sweep_runs_no_block_for_a_row_that_does_not_differ_there(tiny, monkey
     for block in model.blocks:
         monkeypatch.setattr(block, "forward", lambda x, *rest, forward=block.forward: rows.append(len(x)) or forward(x, *rest))
     sweep(model, tokenizer, TEXT[0], "I love you", "I hate", [1, 3], [1.0, 2.0, 3.0])
-    assert rows == [2, 2, 2] + [1, 4, 4, 7]         # the pair up to block 3; then the prompt with three more rows at 1 and at 3
+    assert rows == [2, 2, 2, 1, 4, 4, 7]       # the pair up to block 3; then the prompt with three more rows at 1 and at 3
 
 
 @pytest.mark.parametrize(("layers", "coeffs", "says"), [
