@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import attend, merge_heads, split_heads
-from .model import LM
+from .model import LM, Embedding, Linear
 
 
 class GPT2(LM):
@@ -18,12 +18,12 @@ class GPT2(LM):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.wte = nn.Embedding(c.n_vocab, c.d_model)
-        self.wpe = nn.Embedding(c.n_ctx, c.d_model)
+        self.wte = Embedding(c.n_vocab, c.d_model)
+        self.wpe = Embedding(c.n_ctx, c.d_model)
         self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.ln_f = LayerNorm(c.d_model, c.norm_eps)
         if not c.tied:
-            self.lm_head = nn.Linear(c.d_model, c.n_vocab, bias=False)
+            self.lm_head = Linear(c.d_model, c.n_vocab, bias=False)
 
     @property
     def blocks(self):
@@ -83,8 +83,8 @@ class Conv1D(nn.Module):
 
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_in, n_out).normal_(0, 0.02))
-        self.bias = nn.Parameter(torch.zeros(n_out))
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
 
     def forward(self, x):
         return x @ self.weight + self.bias
@@ -96,8 +96,8 @@ class LayerNorm(nn.Module):
     def __init__(self, d_model, eps):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.bias = nn.Parameter(torch.empty(d_model))
 
     def forward(self, x):
         return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .attention import attend, merge_heads, split_heads
-from .model import LM
+from .model import LM, Embedding, Linear
 
 
 class Llama(LM):
@@ -20,11 +20,11 @@ class Llama(LM):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.embed_tokens = nn.Embedding(c.n_vocab, c.d_model)
+        self.embed_tokens = Embedding(c.n_vocab, c.d_model)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.d_model, c.norm_eps)
         if not c.tied:
-            self.lm_head = nn.Linear(c.d_model, c.n_vocab, bias=False)
+            self.lm_head = Linear(c.d_model, c.n_vocab, bias=False)
 
     @property
     def blocks(self):
@@ -83,10 +83,10 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_head, self.n_kv_head = c.n_head, c.n_kv_head
-        self.q_proj = nn.Linear(c.d_model, c.n_head * c.d_head, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.d_model, c.n_kv_head * c.d_head, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.d_model, c.n_kv_head * c.d_head, bias=c.attention_bias)
-        self.o_proj = nn.Linear(c.n_head * c.d_head, c.d_model, bias=c.attention_bias)
+        self.q_proj = Linear(c.d_model, c.n_head * c.d_head, bias=c.attention_bias)
+        self.k_proj = Linear(c.d_model, c.n_kv_head * c.d_head, bias=c.attention_bias)
+        self.v_proj = Linear(c.d_model, c.n_kv_head * c.d_head, bias=c.attention_bias)
+        self.o_proj = Linear(c.n_head * c.d_head, c.d_model, bias=c.attention_bias)
 
     def forward(self, x, l, rope, cache=None):
         q = rotate(split_heads(self.q_proj(x), self.n_head), *rope)
@@ -102,9 +102,9 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.d_model, c.d_mlp, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.d_model, c.d_mlp, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.d_mlp, c.d_model, bias=c.mlp_bias)
+        self.gate_proj = Linear(c.d_model, c.d_mlp, bias=c.mlp_bias)
+        self.up_proj = Linear(c.d_model, c.d_mlp, bias=c.mlp_bias)
+        self.down_proj = Linear(c.d_mlp, c.d_model, bias=c.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -116,7 +116,7 @@ class RMSNorm(nn.Module):
     def __init__(self, d_model, eps):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.weight = nn.Parameter(torch.empty(d_model))
 
     def forward(self, x):
         y = x.float()

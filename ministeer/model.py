@@ -14,6 +14,20 @@ class LM(nn.Module):
 
     fingerprint = ""        # set by weights.load: tells checkpoints apart, so that a vector meets the model it was made with
 
+    def initialise(self, seed):
+        """Give a new model random weights to train from, as GPT-2 began: N(0, 0.02^2), biases 0, norms 1. -> the model itself.
+
+        A model that was only made of a Config holds whatever was in memory.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if p.ndim == 2:
+                    p.copy_(0.02 * torch.randn(p.shape, generator=generator))
+                else:
+                    p.fill_(0 if name.endswith("bias") else 1)
+        return self
+
     def forward(self, ids, steer=(), cache=None, *, last=False):
         """-> logits (B, T, n_vocab), resid: a list of n_layer + 1 tensors (B, T, d_model).
 
@@ -107,3 +121,17 @@ class LM(nn.Module):
         """x (B, T, d_model) -> logits (B, T, n_vocab). unembed(resid[l]) for any l is the logit lens (nostalgebraist 2020)."""
         head = self.get_parameter(self.names["embedding"] if self.config.tied else "lm_head.weight")
         return self.final_norm(x) @ head.T
+
+
+class Linear(nn.Linear):
+    """nn.Linear without its random start: a file or `initialise` fills it, and to draw it first would take longer than to load."""
+
+    def reset_parameters(self):
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, likewise."""
+
+    def reset_parameters(self):
+        pass

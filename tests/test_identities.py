@@ -411,14 +411,19 @@ def test_a_vector_can_be_trained(model):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_untouched_model_can_be_trained(family, tied):
+def test_a_new_model_can_be_trained(family, tied):
     """Made by hand from a Config, every parameter gets a gradient, and a few steps learn a sequence."""
-    torch.manual_seed(0)
     config = replace(parse_config(hub_config(family).to_diff_dict()), tied=tied)
-    model = {"gpt2": GPT2, "llama": Llama}[family](config)
+    model = {"gpt2": GPT2, "llama": Llama}[family](config).initialise(seed=0)
+    weights = model.get_parameter(model.names["embedding"])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.05)
+    assert all(p.unique().tolist() in ([0], [1]) for p in model.parameters() if p.ndim == 1)
+    again, other = (type(model)(config).initialise(seed) for seed in (0, 1))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True) if a.ndim == 2)
     ids = some_ids(2)
     losses = []
-    for _ in range(10):
+    for _ in range(25):
         logits, resid = model(ids)
         assert logits.requires_grad and resid[-1].requires_grad
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
