@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import read_config
+from .fast import fast as packed
 from .gpt2 import GPT2
 from .llama import Llama
 from .tokenizer import Tokenizer
@@ -27,18 +28,20 @@ FILE_DTYPES = ("F32", "F16", "BF16", "F64")
 COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
-def load(name_or_folder, dtype=torch.float32, device="cpu"):
+def load(name_or_folder, dtype=torch.float32, device="cpu", fast=False):
     """-> (model, tokenizer), ready to run.
 
     name_or_folder: a folder that holds config.json, model.safetensors (or shards and their index) and tokenizer.json;
         or a name, looked up in the folder $MINISTEER_WEIGHTS and then in ./weights (`ministeer models` lists the known ones)
     dtype: torch.float32, bfloat16 or float16, or its name; the file's numbers are converted. device: as in torch
+    fast: pack the weights for the CPU, see fast.py; the same results up to rounding
     Raises FileNotFoundError for what is not there, ValueError for what cannot be run exactly as the checkpoint says.
     """
     folder = find(name_or_folder)
     config = read_config(folder / "config.json")
     tokenizer = Tokenizer.load(folder, config)          # first, because it is small
-    return load_model(folder, dtype, device, config), tokenizer
+    model = load_model(folder, dtype, device, config)
+    return packed(model) if fast else model, tokenizer
 
 
 def find(name_or_folder):
