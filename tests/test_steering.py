@@ -1,6 +1,8 @@
 """Steer, steering_vector and the controls. What the model does with them is in test_identities.py and test_parity.py."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -247,3 +249,9 @@ def test_the_public_face():
     assert set(ministeer.__all__) <= set(dir(ministeer))
     with pytest.raises(AttributeError, match="no 'steer'"):
         ministeer.steer  # noqa: B018
+
+
+def test_a_module_is_there_without_being_imported_by_name():
+    code = "import ministeer; print(ministeer.generation.stream.__name__, ministeer.generate.__name__, ministeer.measure.wilson.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.split() == ["stream", "generate", "wilson"]
