@@ -61,8 +61,8 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=40, steer=(), *, tem
         here = [rows[p][k] for p, k in group]
         ids = torch.tensor([row.prompt for row in here], device=_device(model))
         steps = sample(model, ids, [k for _, k in group], sampling, [s.rows([p * n + k for p, k in group]) for s in steer])
-        for t, tokens in enumerate(steps, 1):
-            for row, token in zip(here, tokens.tolist(), strict=True):
+        for t, new in enumerate(steps, 1):
+            for row, token in zip(here, new.tolist(), strict=True):
                 row.add(token)
             ended = all(row.ended for row in here)
             if progress:
