@@ -29,8 +29,10 @@ def fast(model):
     """A model -> one that computes the same up to rounding, faster. Both share what is not packed; drop the old one to free its memory.
 
     Works on the CPU in float32 and bfloat16. Elsewhere, and where this torch has not the operators, `model` itself comes back with a
-    warning that says why.
+    warning that says why. A model that is packed already comes back as it is.
     """
+    if any(isinstance(part, Packed) for part in model.modules()):
+        return model
     weight = next(model.parameters())
     try:
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
@@ -39,7 +41,6 @@ def fast(model):
     except (AttributeError, RuntimeError, ValueError) as error:
         warnings.warn(f"fast leaves the model as it is: {error}.", stacklevel=2)
         return model
-    head = Packed(model.get_parameter(model.names["embedding"] if model.config.tied else "lm_head.weight"))
     result = copy.deepcopy(model, {id(p): p for p in model.parameters()})       # new modules, the same tensors
     for parent in list(result.modules()):
         for name, part in list(parent.named_children()):
@@ -47,5 +48,7 @@ def fast(model):
                 setattr(parent, name, Packed(part.weight, part.bias))
             if isinstance(part, Conv1D):
                 setattr(parent, name, Packed(part.weight.T, part.bias))         # which keeps W as (inputs, outputs)
+    # A tied head is the embedding, which stays as it is for looking up; an untied one was packed above.
+    head = Packed(result.get_parameter(result.names["embedding"])) if result.config.tied else result.lm_head
     result.unembed = lambda x: head(result.final_norm(x))
     return result.requires_grad_(False)

@@ -57,6 +57,10 @@ def test_vectors_and_texts_are_the_same(tiny, quick):
     assert texts[0] == texts[1]
 
 
+def test_a_packed_model_is_not_packed_again(quick):
+    assert fast(quick) is quick
+
+
 def test_biases_are_kept(tmp_path):
     hub_model(hub_config("llama", attention_bias=True, mlp_bias=True)).save_pretrained(tmp_path)
     model = load_model(tmp_path)
