@@ -7,9 +7,9 @@ from importlib import import_module
 from importlib.util import find_spec
 
 __version__ = "0.1.0"
-__all__ = ["KVCache", "Steer", "generate", "load", "steering_vector"]
+__all__ = ["KVCache", "Steer", "fast", "generate", "load", "steering_vector"]
 
-_HOME = {"load": "weights", "generate": "generation", "steering_vector": "steering", "Steer": "steering", "KVCache": "attention"}
+_HOME = {"load": "weights", "generate": "generation", "steering_vector": "steering", "Steer": "steering", "KVCache": "attention", "fast": "faster"}
 
 
 def __getattr__(name):

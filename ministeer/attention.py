@@ -17,6 +17,9 @@ def attend(q, k, v):
     -> (B, H, T, D)
     """
     T, S = q.shape[2], k.shape[2]
+    if T == 1 and q.dtype == torch.bfloat16:
+        # The query heads that share a key head are as well several queries of one head; so torch's bfloat16 kernel takes a fifth of the time.
+        return F.scaled_dot_product_attention(q[:, :, 0].unflatten(1, (k.shape[1], -1)), k, v).flatten(1, 2)[:, :, None]
     mask = None
     if 1 < T < S:
         # Trap: is_causal=True lines up the FIRST query with the first key. In a later chunk the LAST ones line up.

@@ -61,10 +61,14 @@ class Attention(nn.Module):
         self.c_proj = Conv1D(c.d_model, c.d_model)
 
     def forward(self, x, l, cache=None):
-        q, k, v = (split_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
+        q, k, v = self.heads(x)
         if cache:
             k, v = cache.extend(l, k, v)
         return self.c_proj(merge_heads(attend(q, k, v)))
+
+    def heads(self, x, rope=None):
+        """x (B, T, d_model) -> queries, keys and values, each (B, H, T, D)."""
+        return tuple(split_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
 
 
 class MLP(nn.Module):

@@ -89,12 +89,16 @@ class Attention(nn.Module):
         self.o_proj = Linear(c.n_head * c.d_head, c.d_model, bias=c.attention_bias)
 
     def forward(self, x, l, rope, cache=None):
-        q = rotate(split_heads(self.q_proj(x), self.n_head), *rope)
-        k = rotate(split_heads(self.k_proj(x), self.n_kv_head), *rope)
-        v = split_heads(self.v_proj(x), self.n_kv_head)
+        q, k, v = self.heads(x, rope)
         if cache:
             k, v = cache.extend(l, k, v)
         return self.o_proj(merge_heads(attend(q, k, v)))
+
+    def heads(self, x, rope):
+        """x (B, T, d_model) -> queries (B, H, T, D), keys and values (B, H_kv, T, D), turned to their positions."""
+        q = rotate(split_heads(self.q_proj(x), self.n_head), *rope)
+        k = rotate(split_heads(self.k_proj(x), self.n_kv_head), *rope)
+        return q, k, split_heads(self.v_proj(x), self.n_kv_head)
 
 
 class MLP(nn.Module):

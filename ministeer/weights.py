@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import read_config
-from .fast import fast as packed
+from .faster import fast as packed
 from .gpt2 import GPT2
 from .llama import Llama
 from .tokenizer import Tokenizer
@@ -34,7 +34,7 @@ def load(name_or_folder, dtype=torch.float32, device="cpu", fast=False):
     name_or_folder: a folder that holds config.json, model.safetensors (or shards and their index) and tokenizer.json;
         or a name, looked up in the folder $MINISTEER_WEIGHTS and then in ./weights (`ministeer models` lists the known ones)
     dtype: torch.float32, bfloat16 or float16, or its name; the file's numbers are converted. device: as in torch
-    fast: pack the weights for the CPU, see fast.py; the same results up to rounding
+    fast: pack the weights for the CPU, see faster.py; the same results up to rounding
     Raises FileNotFoundError for what is not there, ValueError for what cannot be run exactly as the checkpoint says.
     """
     folder = find(name_or_folder)

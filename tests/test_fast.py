@@ -1,11 +1,11 @@
-"""The packed model is the plain one up to rounding, and nothing is lost where it cannot be had."""
+"""The fast model, packed or compiled, is the plain one up to rounding, and nothing is lost where it cannot be had."""
 
 import pytest
 import torch
 from conftest import TEXT, hub_config, hub_model
 
 from ministeer import KVCache, generate, load, steering_vector
-from ministeer.fast import Packed, fast
+from ministeer.faster import FastBlock, Packed, fast
 from ministeer.weights import load_model
 
 try:
@@ -20,9 +20,20 @@ def close(a, b, tolerance=TOLERANCE):
     return float((a - b).abs().max() / b.abs().max()) < tolerance
 
 
-@pytest.fixture
-def quick(tiny):
-    return fast(tiny[0])
+def compiled(model):
+    torch.compiler.reset()              # torch compiles one function for eight models only, and these tests have more
+    quick = fast(model, compile=True)
+    assert isinstance(quick.blocks[0], FastBlock)
+    return quick
+
+
+@pytest.fixture(scope="module", params=["packed", "compiled"])
+def quick(tiny, request, tmp_path_factory):
+    if request.param == "packed":
+        return fast(tiny[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        return compiled(tiny[0])
 
 
 def test_every_residual_and_the_logits_are_equal(tiny, quick):
@@ -34,9 +45,33 @@ def test_every_residual_and_the_logits_are_equal(tiny, quick):
         (logits, resid), (wanted, stream) = quick(ids, steered), model(ids, steered)
         assert close(logits, wanted)
         assert all(close(a, b) for a, b in zip(resid, stream, strict=True))
-    cache = KVCache(ids.shape[1], batch=2)
-    parts = [quick(part, steer, cache)[0] for part in ids.split(7, dim=1)]
-    assert close(torch.cat(parts, dim=1), wanted)
+    for rows, size in ((2, 7), (1, 1)):         # one row and one position is what is compiled
+        cache = KVCache(ids.shape[1], batch=rows)
+        parts = [quick(part, steer, cache) for part in ids[:rows].split(size, dim=1)]
+        assert close(torch.cat([logits for logits, _ in parts], dim=1), wanted[:rows])
+        for l, of_all in enumerate(stream):
+            assert close(torch.cat([resid[l] for _, resid in parts], dim=1), of_all[:rows])
+
+
+def test_steering_adds_what_it_says(tiny, quick):
+    model, tokenizer = tiny
+    steer = 3 * steering_vector(model, tokenizer, "I love you", "I hate", layer=2)
+    ids = torch.tensor([tokenizer.encode(TEXT[0])])
+    runs = {}
+    for name, steered in (("plain", ()), ("steered", steer), ("nothing", 0 * steer)):
+        cache = KVCache(ids.shape[1])
+        runs[name] = [quick(part, steered, cache)[1] for part in ids.split(1, dim=1)]
+    for pos, (before, after, same) in enumerate(zip(*runs.values(), strict=True)):
+        assert all(torch.equal(a, b) for a, b in zip(before, same, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before[:2], after[:2], strict=True))
+        torch.testing.assert_close(after[2] - before[2], steer.delta(torch.tensor([pos]))[None], rtol=0, atol=1e-4)
+
+
+def test_a_run_compiles_nothing_more(tiny, quick):
+    _, tokenizer = tiny
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for text in TEXT[:2]:
+            generate(quick, tokenizer, text, 1, 30, temperature=0)
 
 
 def test_the_model_that_was_packed_is_left_alone(tiny):
@@ -61,11 +96,45 @@ def test_a_packed_model_is_not_packed_again(quick):
     assert fast(quick) is quick
 
 
-def test_biases_are_kept(tmp_path):
-    hub_model(hub_config("llama", attention_bias=True, mlp_bias=True)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("settings", [{"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
+def test_biases_and_tied_heads_are_kept(tmp_path, monkeypatch, settings, compile):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    hub_model(hub_config("llama", **settings)).save_pretrained(tmp_path)
     model = load_model(tmp_path)
-    ids = torch.arange(50)[None]
-    assert close(fast(model)(ids)[0], model(ids)[0])
+    quick = compiled(model) if compile else fast(model)
+    ids, cache = torch.arange(50)[None], KVCache(50)
+    wanted = model(ids)[0]
+    assert close(quick(ids)[0], wanted)
+    assert close(torch.cat([quick(part, (), cache)[0] for part in ids.split(1, dim=1)], dim=1), wanted)
+
+
+def test_without_a_compiler_the_packed_model_comes_back_with_a_warning(tiny, tmp_path, monkeypatch):
+    import torch._inductor.config as inductor
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with inductor.patch("cpp.cxx", (None, "no-such-compiler")), pytest.warns(UserWarning, match="packs the weights, but does not compile .*C[+][+] compiler"):
+        quick = fast(tiny[0], compile=True)
+    ids = torch.tensor([tiny[1].encode(TEXT[0])])
+    cache = KVCache(ids.shape[1])
+    assert close(torch.cat([quick(part, (), cache)[0] for part in ids.split(1, dim=1)], dim=1), tiny[0](ids)[0])
+
+
+def test_bfloat16_in_every_mode(checkpoint, tiny):
+    """bfloat16 has 8 bits; each mode is off from float32 by no more than the plain bfloat16 model is, give or take half."""
+    model, tokenizer = tiny
+    ids = torch.tensor([tokenizer.encode(TEXT[0])])
+    half = load_model(checkpoint, dtype="bfloat16")
+    wanted = model(ids)[0]
+
+    def error(m):
+        cache = KVCache(ids.shape[1])
+        logits = torch.cat([m(part, (), cache)[0] for part in ids.split(1, dim=1)], dim=1).float()
+        return float((logits - wanted).abs().max() / wanted.abs().max())
+    plain = error(half)
+    assert 0 < plain < 0.03
+    assert error(fast(half)) < 1.5 * plain
+    assert error(compiled(half)) < 1.5 * plain
 
 
 def test_load_packs_where_it_is_asked_to(checkpoint, tiny):
@@ -84,14 +153,15 @@ def test_where_it_cannot_be_had_the_model_comes_back_with_a_warning(checkpoint, 
 
     def absent(*_):
         raise AttributeError("this torch has no such operator")
-    monkeypatch.setattr("ministeer.fast.Packed.__init__", absent)
+    monkeypatch.setattr("ministeer.faster.Packed.__init__", absent)
     with pytest.warns(UserWarning, match="as it is: this torch has no such operator"):
         assert fast(tiny[0]) is tiny[0]
 
 
-def test_the_real_model(real):
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_real_model(real, compile):
     model, tokenizer = real
-    quick = fast(model)
+    quick = compiled(model) if compile else fast(model)
     ids = torch.tensor([tokenizer.encode(" ".join(TEXT * 2))])
     (logits, resid), (wanted, stream) = quick(ids), model(ids)
     assert close(logits, wanted, 1e-4)

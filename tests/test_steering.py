@@ -244,7 +244,7 @@ def test_relative_norm_is_the_ratio_at_each_position(tiny, love):
 
 def test_the_public_face():
     import ministeer
-    assert set(ministeer.__all__) == {"load", "generate", "steering_vector", "Steer", "KVCache"}
+    assert set(ministeer.__all__) == {"load", "generate", "steering_vector", "Steer", "KVCache", "fast"}
     assert all(getattr(ministeer, name) for name in ministeer.__all__)
     assert set(ministeer.__all__) <= set(dir(ministeer))
     with pytest.raises(AttributeError, match="no 'steer'"):
