@@ -15,11 +15,12 @@ from .attention import KVCache, attend, merge_heads
 from .gpt2 import Conv1D
 
 
-def fast(model, compile=False):
+def fast(model, compile=False, in_place=False):
     """A model -> one that computes the same up to rounding, faster. Both share what is not packed; drop the old one to free its memory.
 
     compile: also compile the blocks for one row and one position, which is what generating one text is made of. It takes about ten
         seconds, here and at once, and keeps a second copy of the weight matrices.
+    in_place: change `model` itself, so that its matrices are never held twice
     Works on the CPU in float32 and bfloat16. Elsewhere, and where this torch has not the operators, `model` itself comes back with a
     warning that says why; without a C++ compiler, the packed one. A model that is packed already comes back as it is.
     """
@@ -33,8 +34,8 @@ def fast(model, compile=False):
     except (AttributeError, RuntimeError, ValueError) as error:
         warnings.warn(f"fast leaves the model as it is: {error}.", stacklevel=2)
         return model
-    result = copy.deepcopy(model, {id(p): p for p in model.parameters()})       # new modules, the same tensors
-    for parent in list(result.modules()):
+    result = model if in_place else copy.deepcopy(model, {id(p): p for p in model.parameters()})    # new modules, the same tensors
+    for parent in [part for part in result.modules() if not isinstance(part, nn.Linear | Conv1D)]:
         for name, part in list(parent.named_children()):
             if isinstance(part, nn.Linear):
                 setattr(parent, name, Packed(part.weight, part.bias, compile))

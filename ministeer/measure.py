@@ -47,7 +47,7 @@ def _by_length(encoded, tokens):
     return groups
 
 
-def _next_logprobs(model, ids, steer, rows=256):
+def _next_logprobs(model, ids, steer, rows=128):
     """ids (B, T) -> log p of ids[:, 1:] (B, T - 1), with logits for only `rows` positions at a time, never (B, T, n_vocab)."""
     pos = torch.arange(ids.shape[1], device=ids.device)
     steer = model.check(ids, steer, None)

@@ -41,7 +41,7 @@ def load(name_or_folder, dtype=torch.float32, device="cpu", fast=False):
     config = read_config(folder / "config.json")
     tokenizer = Tokenizer.load(folder, config)          # first, because it is small
     model = load_model(folder, dtype, device, config)
-    return packed(model) if fast else model, tokenizer
+    return packed(model, in_place=True) if fast else model, tokenizer
 
 
 def find(name_or_folder):
