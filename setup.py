@@ -6,6 +6,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
 tutorials = ["matplotlib", "tqdm"]
+bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", *tutorials]
 
 setup(
     name="ministeer",
@@ -20,6 +21,7 @@ setup(
     extras_require={
         "weights": weights,
         "tutorials": tutorials,
+        "bench": bench,         # repeng and steering-vectors want environments of their own: see benchmarks/README.md
         "test": ["pytest", "pytest-cov", "hypothesis", "transformers", "ruff", *weights, *tutorials],
     },
     entry_points={"console_scripts": ["ministeer = ministeer.cli:main"]},
