@@ -374,7 +374,8 @@ class Process:
     """A contestant in a process of its own."""
 
     def __init__(self, name, args):
-        self.name, self.log = name, tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
+        self.name = name
+        self.log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")     # noqa: SIM115 (closed in `close`)
         command = [args.pythons.get(name, sys.executable), os.path.abspath(__file__), "--serve", name, "--model", args.model,
                    "--dtype", args.dtype, "--device", args.device, "--threads", str(args.threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
@@ -475,10 +476,9 @@ def table(rows, names, versions, args):
         print(f"| {TASKS[task][0]} | " + " | ".join(cells) + f" | {statistics.median(base['seconds']):.3g} s ({base['peak_mib']}) |")
     seconds = {task: result for task, result, _ in rows}
     if {"generate-8", "sample-8"} <= set(seconds):
-        both = [name for name in names if name in seconds["generate-8"] and name in seconds["sample-8"]]
-        print("\nTime of sampling against greedy, batch 8: " + ", ".join(
-            "{} {:.2f}".format(name, statistics.median(seconds["sample-8"][name]["seconds"]) / statistics.median(seconds["generate-8"][name]["seconds"]))
-            for name in both))
+        greedy, sampled = ({name: statistics.median(one["seconds"]) for name, one in seconds[task].items()} for task in ("generate-8", "sample-8"))
+        print("\nTime of sampling against greedy, batch 8: "
+              + ", ".join(f"{name} {sampled[name] / greedy[name]:.2f}" for name in names if name in greedy and name in sampled))
     print("\n≠: its answer differs from transformers' answer.")
 
 

@@ -126,15 +126,19 @@ def parser():
 
 def run_demo(args):
     import_torch()
+    from .faster import fast
     from .fetch import DEFAULT, fetch
     from .generation import generate
+    from .intervals import wilson
     from .judges import WEDDING_WORDS, count_words
-    from .measure import wilson
     from .steering import random_like, steering_vector
     from .weights import load
     if args.n < 1:
         raise ValueError(f"-n must be 1 or more; given: {args.n}.")
     model, tokenizer = load(fetch(DEFAULT))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # where the weights cannot be packed, the plain model does it in its own time
+        model = fast(model, in_place=True)
     weddings = DEMO["coeff"] * steering_vector(model, tokenizer, DEMO["plus"], DEMO["minus"], DEMO["layer"])
     sampling = {**SAMPLING, "seed": args.seed}
     runs = {"unsteered": (), "steered": (weddings,), "random vector of the same norm": (random_like(weddings, args.seed),)}

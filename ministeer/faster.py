@@ -19,62 +19,79 @@ def fast(model, compile=False, in_place=False):
     """A model -> one that computes the same up to rounding, faster. Both share what is not packed; drop the old one to free its memory.
 
     compile: also compile the blocks for one row and one position, which is what generating one text is made of. It takes about ten
-        seconds, here and at once, and keeps a second copy of the weight matrices.
+        seconds, here and at once, and with packed weights keeps a second copy of the matrices.
     in_place: change `model` itself, so that its matrices are never held twice
-    Works on the CPU in float32 and bfloat16. Elsewhere, and where this torch has not the operators, `model` itself comes back with a
-    warning that says why; without a C++ compiler, the packed one. A model that is packed already comes back as it is.
+    Weights are packed on the CPU in float32 and bfloat16. Elsewhere, where this torch has not the operators, and where there is no
+    compiler, as much as can be had comes back, with a warning that says why. A model that is fast already comes back as it is.
     """
-    if any(isinstance(part, Packed) for part in model.modules()):
+    before = [part for part in model.modules() if isinstance(part, Packed | FastBlock)]
+    if before:
+        if compile and not any(isinstance(part, FastBlock) for part in before):
+            warnings.warn("fast leaves the model as it is: it was packed without what compiling needs. Pass the plain model.", stacklevel=2)
         return model
-    weight = next(model.parameters())
-    try:
-        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"it is for float32 and bfloat16 on the CPU, and this model is {weight.dtype} on {weight.device}")
-        Packed(torch.ones(16, 16, dtype=weight.dtype))(torch.ones(1, 1, 16, dtype=weight.dtype))
-    except (AttributeError, RuntimeError, ValueError) as error:
-        warnings.warn(f"fast leaves the model as it is: {error}.", stacklevel=2)
+    fault = cannot_pack(next(model.parameters()))
+    if fault and not compile:
+        warnings.warn(f"fast leaves the model as it is: {fault}.", stacklevel=2)
         return model
     result = model if in_place else copy.deepcopy(model, {id(p): p for p in model.parameters()})    # new modules, the same tensors
-    for parent in [part for part in result.modules() if not isinstance(part, nn.Linear | Conv1D)]:
-        for name, part in list(parent.named_children()):
-            if isinstance(part, nn.Linear):
-                setattr(parent, name, Packed(part.weight, part.bias, compile))
-            if isinstance(part, Conv1D):
-                setattr(parent, name, Packed(part.weight.T, part.bias, compile))    # which keeps W as (inputs, outputs)
-    # A tied head is the embedding, which stays as it is for looking up; an untied one was packed above.
-    result.head = Packed(result.get_parameter(result.names["embedding"]), None, compile) if result.config.tied else result.lm_head
-    result.unembed = lambda x: unembed(result, x)
-    result.requires_grad_(False)
+    if not fault:
+        pack(result, keep=compile)
     return compile_steps(result) if compile else result
 
 
+def cannot_pack(weight):
+    """Why weights like this one cannot be packed, or None if they can."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"it is for float32 and bfloat16 on the CPU, and this model is {weight.dtype} on {weight.device}"
+    try:
+        Packed(torch.ones(16, 16, dtype=weight.dtype))(torch.ones(1, 1, 16, dtype=weight.dtype))
+    except (AttributeError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def pack(model, keep):
+    for parent in [part for part in model.modules() if not isinstance(part, nn.Linear | Conv1D)]:
+        for name, part in list(parent.named_children()):
+            if isinstance(part, nn.Linear):
+                setattr(parent, name, Packed(part.weight, part.bias, keep))
+            if isinstance(part, Conv1D):
+                setattr(parent, name, Packed(part.weight.T, part.bias, keep))       # which keeps W as (inputs, outputs)
+    # A tied head is the embedding, which stays as it is for looking up; an untied one was packed above.
+    model.head = Packed(model.get_parameter(model.names["embedding"]), None, keep) if model.config.tied else model.lm_head
+    model.unembed = lambda x: unembed(model, x)
+    model.requires_grad_(False)
+
+
+def unembed(model, x):
+    return model.head(model.final_norm(x))
+
+
 def compile_steps(model):
-    """Compile a packed model for single positions, or warn and give it back as it was."""
+    """Compile a model for single positions, or warn and give it back as it was."""
     for l, block in enumerate(model.blocks):
         model.blocks[l] = FastBlock(block)
-    # Trap: the last of many positions has other strides than an only one, and the compiler would begin again. x[0] has the same.
-    model.unembed = lambda x: compiled(unembed)(model, x[0])[None] if x.shape[:2] == (1, 1) else unembed(model, x)
-    cache = KVCache(2)
+    plain = model.unembed
+    if hasattr(model, "head"):
+        # Trap: the last of many positions has other strides than an only one, and the compiler would begin again. x[0] has the same.
+        model.unembed = lambda x: compiled(unembed)(model, x[0])[None] if x.shape[:2] == (1, 1) else plain(x)
+    cache, ids = KVCache(2), torch.zeros(1, 1, dtype=torch.int64, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
             for _ in range(2):      # the first position and a later one, so that nothing is left to compile in a run
-                model(torch.tensor([[0]]), (), cache)
+                model(ids, (), cache)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
-        warnings.warn(f"fast packs the weights, but does not compile ({reason}). Is there a C++ compiler?", stacklevel=3)
+        warnings.warn(f"fast does not compile ({reason}). Is there a C++ compiler?", stacklevel=3)
         for l, block in enumerate(model.blocks):
             model.blocks[l] = block.block
-        model.unembed = lambda x: unembed(model, x)
+        model.unembed = plain
     return model
 
 
 @functools.cache
 def compiled(function):
     return torch.compile(function, dynamic=False)
-
-
-def unembed(model, x):
-    return model.head(model.final_norm(x))
 
 
 class Packed(nn.Module):

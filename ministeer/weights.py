@@ -34,14 +34,16 @@ def load(name_or_folder, dtype=torch.float32, device="cpu", fast=False):
     name_or_folder: a folder that holds config.json, model.safetensors (or shards and their index) and tokenizer.json;
         or a name, looked up in the folder $MINISTEER_WEIGHTS and then in ./weights (`ministeer models` lists the known ones)
     dtype: torch.float32, bfloat16 or float16, or its name; the file's numbers are converted. device: as in torch
-    fast: pack the weights for the CPU, see faster.py; the same results up to rounding
+    fast: True packs the weights for the CPU, "compile" also compiles single positions; the same results up to rounding (see faster.py)
     Raises FileNotFoundError for what is not there, ValueError for what cannot be run exactly as the checkpoint says.
     """
+    if fast not in (False, True, "compile"):
+        raise ValueError(f"fast must be False, True or 'compile'; given: {fast!r}.")
     folder = find(name_or_folder)
     config = read_config(folder / "config.json")
     tokenizer = Tokenizer.load(folder, config)          # first, because it is small
     model = load_model(folder, dtype, device, config)
-    return packed(model, in_place=True) if fast else model, tokenizer
+    return packed(model, compile=fast == "compile", in_place=True) if fast else model, tokenizer
 
 
 def find(name_or_folder):

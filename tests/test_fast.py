@@ -92,8 +92,11 @@ def test_vectors_and_texts_are_the_same(tiny, quick):
     assert texts[0] == texts[1]
 
 
-def test_a_packed_model_is_not_packed_again(quick):
+def test_a_packed_model_is_not_packed_again(tiny, quick):
     assert fast(quick) is quick
+    with pytest.warns(UserWarning, match="Pass the plain model"):
+        packed = fast(tiny[0])
+        assert fast(packed, compile=True) is packed
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -113,7 +116,8 @@ def test_without_a_compiler_the_packed_model_comes_back_with_a_warning(tiny, tmp
     import torch._inductor.config as inductor
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with inductor.patch("cpp.cxx", (None, "no-such-compiler")), pytest.warns(UserWarning, match="packs the weights, but does not compile .*C[+][+] compiler"):
+    said = "does not compile .*C[+][+] compiler"
+    with inductor.patch("cpp.cxx", (None, "no-such-compiler")), pytest.warns(UserWarning, match=said):
         quick = fast(tiny[0], compile=True)
     ids = torch.tensor([tiny[1].encode(TEXT[0])])
     cache = KVCache(ids.shape[1])
@@ -142,6 +146,10 @@ def test_load_packs_where_it_is_asked_to(checkpoint, tiny):
     ids = torch.tensor([tokenizer.encode(TEXT[0])])
     assert any(isinstance(part, Packed) for part in quick.modules())
     assert close(quick(ids)[0], tiny[0](ids)[0])
+    torch.compiler.reset()
+    assert isinstance(load(checkpoint, fast="compile")[0].blocks[0], FastBlock)
+    with pytest.raises(ValueError, match="fast must be False, True or 'compile'; given: 'quick'"):
+        load(checkpoint, fast="quick")
     half, _ = load(checkpoint, dtype="bfloat16", fast=True)
     assert close(half(ids)[0].float(), load(checkpoint, dtype="bfloat16")[0](ids)[0].float(), 0.02)     # bfloat16 has 8 bits
 
@@ -150,6 +158,9 @@ def test_where_it_cannot_be_had_the_model_comes_back_with_a_warning(checkpoint, 
     half = load_model(checkpoint, dtype="float16")
     with pytest.warns(UserWarning, match="as it is: it is for float32 and bfloat16 on the CPU, and this model is torch.float16"):
         assert fast(half) is half
+    ids, cache = torch.tensor([tiny[1].encode(TEXT[0])]), KVCache(99)
+    one_by_one = torch.cat([compiled(half)(part, (), cache)[0] for part in ids.split(1, dim=1)], dim=1)      # compiled, though not packed
+    assert close(one_by_one.float(), half(ids)[0].float(), 0.005)
 
     def absent(*_):
         raise AttributeError("this torch has no such operator")
