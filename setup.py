@@ -6,6 +6,7 @@ from setuptools import setup
 HERE = Path(__file__).parent
 weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
 tutorials = ["matplotlib", "tqdm"]
+judges = ["vaderSentiment", "alt-profanity-check", "transformers"]
 bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", *tutorials]
 
 setup(
@@ -21,8 +22,9 @@ setup(
     extras_require={
         "weights": weights,
         "tutorials": tutorials,
+        "judges": judges,
         "bench": bench,         # repeng and steering-vectors want environments of their own: see benchmarks/README.md
-        "test": ["pytest", "pytest-cov", "hypothesis", "transformers", "ruff", *weights, *tutorials],
+        "test": ["pytest", "pytest-cov", "hypothesis", "transformers", "ruff", *weights, *tutorials, *judges],
     },
     entry_points={"console_scripts": ["ministeer = ministeer.cli:main"]},
 )
