@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 
@@ -174,9 +175,25 @@ def steering_vector(model, tokenizer, plus, minus, layer):
     averaged and not normalised. Only blocks 0 … layer - 1 run.
     vector (n, d_model): the row of BOS, zero for every pair, is left out, so n is the tokens of the longer prompt without BOS
     Raises ValueError if the two prompts are the same tokens or `layer` is not a block of the model.
+    Warns if the vector is mostly an attention sink (see `sink_share`), because such a vector says little of what the prompts differ in.
     """
     (steer,) = steering_vectors(model, tokenizer, plus, minus, [layer])
+    share = sink_share(steer.vector)
+    if share > 0.5:
+        warnings.warn(f"{share:.0%} of the squared norm of {plus!r} - {minus!r} before block {layer} lies in 4 of {steer.vector.shape[-1]} "
+                      "dimensions: one of the prompts has an attention sink there, often a padding token. Try an earlier layer, or prompts "
+                      "of equally many tokens.", stacklevel=2)
     return steer
+
+
+def sink_share(vector, k=4):
+    """The part of a vector's squared norm, over all its rows, that lies in its k largest dimensions -> 0 … 1.
+
+    Some models park attention on tokens that mean little (BOS, a lone space) by giving them a stream that is enormous in a few
+    dimensions (Xiao et al. 2023; Sun et al. 2024). A difference with such a token is that sink and hardly anything else.
+    """
+    energy = vector.float().square().flatten(0, -2).sum(dim=0) if vector.ndim > 1 else vector.float().square()
+    return float(energy.topk(min(k, len(energy))).values.sum() / energy.sum())
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from conftest import hub_config, hub_model, save_checkpoint
 
 from ministeer import Steer, load, steering_vector
-from ministeer.steering import pad_together, random_like, relative_norm
+from ministeer.steering import pad_together, random_like, relative_norm, sink_share, steering_vectors
 
 
 @pytest.fixture
@@ -242,6 +243,50 @@ def test_relative_norm_is_the_ratio_at_each_position(tiny, love):
     torch.testing.assert_close(ratio[1:love.stop], 3 * love.vector.norm(dim=-1) / stream[1:love.stop], rtol=1e-4, atol=1e-5)
 
 
+def test_sink_share_of_hand_made_vectors():
+    assert sink_share(torch.ones(8)) == 0.5                         # any 4 of 8
+    assert sink_share(torch.tensor([0.0, -3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])) == pytest.approx(12 / 14)
+    assert sink_share(torch.tensor([0.0, 2.0, 0.0, 1.0, 0.0, 0.0])) == 1.0
+    # Over all rows together: of the columns' squared norms 1, 1, 4, 4, 9, 16 the four largest.
+    rows = torch.tensor([[1.0, 0.0, 0.0, 2.0, 0.0, 4.0], [0.0, 1.0, -2.0, 0.0, 3.0, 0.0]])
+    assert sink_share(rows) == pytest.approx(33 / 35)
+    assert sink_share(rows, k=1) == pytest.approx(16 / 35)
+    assert sink_share(rows[:1]) == sink_share(rows[0]) == 1.0
+    assert sink_share(-7 * rows) == pytest.approx(33 / 35)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (4,), (2, 3), (5, 1)])
+def test_sink_share_of_four_dimensions_or_fewer_is_all(shape):
+    assert sink_share(torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)) == 1.0
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)])
+def test_a_vector_warns_if_more_than_half_of_it_is_a_sink(tiny, monkeypatch, share, warns):
+    monkeypatch.setattr("ministeer.steering.sink_share", lambda vector: share)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steering_vector(*tiny, "I love you", "I hate", layer=1)
+    assert len(caught) == warns
+    if warns:
+        assert f"{share:.0%} of the squared norm of 'I love you' - 'I hate' before block 1 lies in 4 of 32 dimensions" in str(caught[0].message)
+        assert caught[0].filename == __file__                       # the line that asked for the vector, not one of ours
+
+
+def test_the_space_beside_weddings_is_a_sink_from_some_block_on(real):
+    model, tokenizer = real
+    with pytest.warns(UserWarning, match="of ' weddings' - ' ' before block 3 lies in 4 of 576 dimensions"):
+        late = steering_vector(model, tokenizer, " weddings", " ", layer=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        early = steering_vector(model, tokenizer, " weddings", " ", layer=1)
+        assert steering_vectors(model, tokenizer, " weddings", " ", [1, 3]) == [early, late]     # it is for whoever makes one, and looks
+    assert sink_share(late.vector) > 0.9
+    assert sink_share(early.vector) < 0.5
+    # Slow: square and add up one dimension at a time.
+    energy = sorted(sum(row[i] ** 2 for row in late.vector.tolist()) for i in range(576))
+    assert sink_share(late.vector) == pytest.approx(sum(energy[-4:]) / sum(energy), rel=1e-5)
+
+
 def test_the_public_face():
     import ministeer
     assert set(ministeer.__all__) == {"load", "generate", "steering_vector", "Steer", "KVCache", "fast"}
@@ -252,6 +297,6 @@ def test_the_public_face():
 
 
 def test_a_module_is_there_without_being_imported_by_name():
-    code = "import ministeer; print(ministeer.generation.stream.__name__, ministeer.generate.__name__, ministeer.measure.wilson.__name__)"
+    code = "import ministeer; print(ministeer.generation.stream.__name__, ministeer.generate.__name__, ministeer.intervals.wilson.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.split() == ["stream", "generate", "wilson"]
