@@ -18,7 +18,7 @@ def test_the_loop_is_the_real_one():
 
 
 def test_the_six_lines_run(smollm2, monkeypatch, capsys):
-    (code,) = (block for block in BLOCKS["python"] if "ministeer.load" in block)
+    (code,) = (block for block in BLOCKS["python"] if "steering_vector" in block)
     monkeypatch.setenv("MINISTEER_WEIGHTS", str(smollm2.parent))
     exec(code, {})
     printed = capsys.readouterr().out
@@ -49,6 +49,7 @@ def test_every_file_that_is_named_is_there():
 
 def test_every_command_that_is_shown_exists():
     from ministeer.cli import parser
-    for line in BLOCKS["sh"][-1].splitlines():
-        if line.startswith("ministeer"):
-            parser().parse_args(shlex.split(line, comments=True)[1:])
+    lines = [line for block in BLOCKS["sh"] for line in block.splitlines() if line.startswith("ministeer ")]
+    assert len(lines) >= 5
+    for line in lines:
+        parser().parse_args(shlex.split(line, comments=True)[1:])
