@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -479,7 +480,29 @@ def table(rows, names, versions, args):
         greedy, sampled = ({name: statistics.median(one["seconds"]) for name, one in seconds[task].items()} for task in ("generate-8", "sample-8"))
         print("\nTime of sampling against greedy, batch 8: "
               + ", ".join(f"{name} {sampled[name] / greedy[name]:.2f}" for name in names if name in greedy and name in sampled))
+    if "generate-1" in seconds:
+        reads, size, limit = bound(args)
+        print(f"\nAt batch 1 memory is the limit: {reads:.0f} GB/s of reading for {size:.2f} GB of weights are {limit:.0f} tokens/s. Reached: "
+              + ", ".join(f"{name} {NEW / statistics.median(one['seconds']):.0f}" for name, one in seconds["generate-1"].items()) + ".")
     print("\n≠: its answer differs from transformers' answer.")
+
+
+def bound(args):
+    """What memory allows at batch 1, where each token reads all weights once -> (GB/s that a sum reads, GB of weights, tokens/s)."""
+    import torch
+    from safetensors import safe_open
+    torch.set_num_threads(args.threads)
+    x, best = torch.ones(2 ** 28, device=args.device), 0.0          # 1 GiB
+    for _ in range(6):
+        start = time.perf_counter()
+        x.sum().item()
+        best = max(best, x.numel() * 4 / (time.perf_counter() - start))
+    numbers = 0
+    for path in Path(args.model).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            numbers += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())     # noqa: SIM118 (not a dict)
+    size = numbers * (4 if args.dtype == "float32" else 2)
+    return best / 1e9, size / 1e9, best / size
 
 
 def random_checkpoint(folder, args):
@@ -527,10 +550,11 @@ def main():
         parser.error("--reps takes 1 or more, and --python NAME=PATH with one of " + ", ".join(CONTESTANTS))
     args.model = os.path.abspath(args.model)
     if args.random and not os.path.exists(args.model):
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(args.model)) as folder:
-            random_checkpoint(Path(folder), args)
-            os.rename(folder, args.model)
-            os.mkdir(folder)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(args.model), ignore_cleanup_errors=True) as folder:
+            made = Path(folder) / "checkpoint"
+            made.mkdir()
+            random_checkpoint(made, args)
+            os.rename(made, args.model)
     if not os.path.isfile(os.path.join(args.model, "config.json")):
         parser.error(f"no checkpoint in {args.model}; run `ministeer fetch smollm2-135m`")
     versions = {name: installed(name, args, print) for name in CONTESTANTS if name == "transformers" or name in args.contestants}
