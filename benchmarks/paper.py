@@ -24,6 +24,7 @@ from lab import Lab
 
 import ministeer
 from ministeer import shards
+from ministeer.files import write
 from ministeer.judges import JudgeError
 
 EXPERIMENTS = {"perplexity": texts.perplexity, "token-shifts": texts.token_shifts, "layer-sweep": completions.layer_sweep,
@@ -58,8 +59,8 @@ def main():
                 about = {"experiment": args.experiment, "setting": {**vars(args), "processes": rank[1]}, "seed": args.seed, "model": lab.model.name,
                          "versions": {"ministeer": ministeer.__version__, **{name: importlib.metadata.version(name) for name in libraries}}}
                 about["setting"].pop("data")
-                shards.write(lab.out / f"{args.experiment}.json", json.dumps({**about, "found": found}, ensure_ascii=False))
-                shards.write(lab.out / f"{args.experiment}.md", text)
+                write(lab.out / f"{args.experiment}.json", json.dumps({**about, "found": found}, ensure_ascii=False).encode())
+                write(lab.out / f"{args.experiment}.md", text.encode())
                 print(f"\n{text}\nin {lab.out}: {args.experiment}.json, .md, .png")
     except (ValueError, OSError, JudgeError) as error:
         print(f"paper.py: {error}", file=sys.stderr)

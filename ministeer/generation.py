@@ -124,9 +124,12 @@ def uniforms(sampling, ids, k):
 
 def choose(logits, ids, u, sampling):
     """logits (B, n_vocab) after ids (B, T) -> the next ids (B,). u (B,): one uniform number in [0, 1) a row."""
-    logits = logits.float() / (sampling.temperature or 1)
-    # Each token of the row, BOS and prompt included, costs the logit of its like one penalty: in sum, penalty * count.
-    logits = logits.scatter_add(1, ids, torch.full(ids.shape, -float(sampling.freq_penalty), device=ids.device))
+    logits = logits.float()
+    if sampling.temperature not in (0, 1):
+        logits = logits / sampling.temperature
+    if sampling.freq_penalty:
+        # Each token of the row, BOS and prompt included, costs the logit of its like one penalty: in sum, penalty * count.
+        logits = logits.scatter_add(1, ids, torch.full(ids.shape, -float(sampling.freq_penalty), device=ids.device))
     best, greedy = logits.max(dim=-1)
     if not bool(torch.isfinite(best).all()):
         raise ValueError("the logits are not finite any more. Lower the coeff, or load the model in float32 or bfloat16.")

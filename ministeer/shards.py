@@ -8,11 +8,12 @@ import datetime
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from .files import write
 
 
 @contextlib.contextmanager
@@ -78,17 +79,5 @@ def _once(unit, work, folder):
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} is not a result that this program wrote; delete it, and that unit is done again.") from None
     text = json.dumps({"unit": unit, "result": work(unit)})
-    write(path, text)
+    write(path, text.encode())
     return json.loads(text)["result"]       # as it would be read, so that nothing depends on who worked
-
-
-def write(path, text):
-    """Write a file whole or not at all: to a temporary one beside it, then renamed."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=os.path.dirname(path) or ".", prefix=".part-", delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

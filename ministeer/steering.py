@@ -6,7 +6,6 @@ Read before: model.py, whose loop adds it. Read next: generation.py. Turner et a
 import json
 import math
 import os
-import tempfile
 import warnings
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from . import __version__
+from .files import write
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Steer:
     def save(self, path):
         """Write a safetensors file: the tensor "vector" (and "coeff", if it has one for each row), the rest as metadata.
 
-        Written to a temporary file and then renamed, so `path` holds the whole Steer or what it held before.
+        `path` then holds the whole Steer, or what it held before.
         """
         tensors = {"vector": self.vector.contiguous()}
         about = {"ministeer": __version__, "layer": self.layer, "start": self.start, "model": self.model, "note": self.note}
@@ -139,16 +139,7 @@ class Steer:
             tensors["coeff"] = self.coeff.contiguous()
         else:
             about["coeff"] = self.coeff
-        data = save(tensors, {"steer": json.dumps(about)})
-        path = os.fspath(path)
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path) or ".", prefix=".steer-", delete=False) as file:
-            try:
-                file.write(data)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        write(path, save(tensors, {"steer": json.dumps(about)}))
 
     @classmethod
     def load(cls, path, any_model=False):

@@ -41,7 +41,8 @@ def data(tmp_path_factory):
 
 
 def command(experiment, model, data, out, *more):
-    return ["-m", "benchmarks.paper", experiment, "--model", str(model), "--data", str(data), "--out", str(out), "-n", str(N[experiment]), *FEW, *more]
+    places = ["--model", str(model), "--data", str(data), "--out", str(out)]
+    return ["-m", "benchmarks.paper", experiment, *places, "-n", str(N[experiment]), *FEW, *more]
 
 
 def run(arguments, fails=False, python=(sys.executable,)):
