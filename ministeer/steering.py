@@ -17,6 +17,8 @@ from safetensors.torch import save
 from . import __version__
 from .files import write
 
+NARROW = 128        # d_model below which 4 dimensions are much of any vector, and nothing is said of sinks
+
 
 @dataclass(frozen=True, eq=False)
 class Steer:
@@ -166,11 +168,11 @@ def steering_vector(model, tokenizer, plus, minus, layer):
     averaged and not normalised. Only blocks 0 … layer - 1 run.
     vector (n, d_model): the row of BOS, zero for every pair, is left out, so n is the tokens of the longer prompt without BOS
     Raises ValueError if the two prompts are the same tokens or `layer` is not a block of the model.
-    Warns if the vector is mostly an attention sink (see `sink_share`), because such a vector says little of what the prompts differ in.
+    Warns if more than half of the vector is attention sink (`sink_share`), because that half says nothing of what the prompts differ in.
     """
     (steer,) = steering_vectors(model, tokenizer, plus, minus, [layer])
     share = sink_share(steer.vector)
-    if share > 0.5:
+    if share > 0.5 and steer.vector.shape[-1] >= NARROW:
         warnings.warn(f"{share:.0%} of the squared norm of {plus!r} - {minus!r} before block {layer} lies in 4 of {steer.vector.shape[-1]} "
                       "dimensions: one of the prompts has an attention sink there, often a padding token. Try an earlier layer, or prompts "
                       "of equally many tokens.", stacklevel=2)

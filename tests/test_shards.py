@@ -135,24 +135,26 @@ def test_a_lone_process_is_worker_0_of_1(monkeypatch):
 
 def test_write_replaces_the_whole_file(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
-    for text in ("first, and longer", "sécond"):
-        write(path, text)
-        assert path.read_text(encoding="utf-8") == text
+    for data in (b"first, and longer", "sécond".encode()):
+        write(path, data)
+        assert path.read_bytes() == data
     monkeypatch.chdir(tmp_path)
-    write("bare", "a name without a folder")
+    write("bare", b"a name without a folder")
     assert files(tmp_path) == ["bare", "file.txt"]
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "bare").stat().st_mode == (tmp_path / "usual").stat().st_mode        # others may read it, if they may read the rest
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file.txt"
-    write(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write(path, "half of it is written, then \ud800")
+    write(path, b"old")
+    with pytest.raises(TypeError):
+        write(path, "a text")
     for error in (OSError("disk full"), KeyboardInterrupt()):
         monkeypatch.setattr("os.replace", lambda *paths, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(type(error)):
-            write(path, "new")
-    assert path.read_text(encoding="utf-8") == "old"
+            write(path, b"new")
+    assert path.read_bytes() == b"old"
     assert files(tmp_path) == ["file.txt"]
 
 

@@ -260,9 +260,12 @@ def test_sink_share_of_four_dimensions_or_fewer_is_all(shape):
     assert sink_share(torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)) == 1.0
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("share", "warns"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)])
 def test_a_vector_warns_if_more_than_half_of_it_is_a_sink(tiny, monkeypatch, share, warns):
     monkeypatch.setattr("ministeer.steering.sink_share", lambda vector: share)
+    steering_vector(*tiny, "I love you", "I hate", layer=1)             # so narrow a model is not warned of; a warning would be a fault
+    monkeypatch.setattr("ministeer.steering.NARROW", 32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         steering_vector(*tiny, "I love you", "I hate", layer=1)
