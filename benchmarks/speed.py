@@ -522,7 +522,7 @@ def random_checkpoint(folder, args):
         made = {name: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator) for name, shape in tensors}
         save_file({name: tensor.bfloat16() for name, tensor in made.items()}, folder / file)
         places.update(dict.fromkeys(made, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8")
 
 
 def main():
