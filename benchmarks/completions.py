@@ -26,7 +26,7 @@ def layer_sweep(lab):
         steer = random_like(steer, args.seed) if kind == "random" else steer
         return [count_words(text) for text in lab.generate(PROMPT, n, 40, steer, {**V1, "top_p": top_p}, args.seed)]
 
-    coeff = args.coeff or 1.0
+    _, coeff = lab.where(0, 1.0)
     some = sorted({*layers[:4], *layers[6::5], layers[-1]})             # where the random vector is measured
     first = [["unsteered", 0, 0.0, 0.3]] + [["steered", l, coeff, 0.3] for l in layers] + [["random", l, coeff, 0.3] for l in some]
     counts = dict(zip(map(tuple, first), lab.run(first, cell), strict=True))
@@ -67,7 +67,7 @@ def layer_sweep(lab):
 def positions(lab):
     """Where on the prompt the vector lies, and how many of its dimensions are added (appendix G)."""
     args, n = lab.args, lab.n or 100
-    layer, coeff = 2 if args.layer is None else args.layer, args.coeff or 2.0
+    layer, coeff = lab.where(2, 2.0)
     fractions = [round(0.1 * k, 1) for k in range(11)]
     length = len(lab.tokenizer.encode(PROMPT))
 
@@ -110,7 +110,7 @@ NEUTRAL = [PROMPT, "The weather was fine, so we decided to", "My neighbour knock
 def topics(lab):
     """Section 4.2: steer toward each of six topics, score all six, on several neutral prompts."""
     args, n = lab.args, lab.n or 50
-    layer, coeff = 2 if args.layer is None else args.layer, args.coeff or 2.0
+    layer, coeff = lab.where(2, 2.0)
 
     def cell(topic, kind):
         steer = () if topic is None else lab.steer(f" {topic}", " ", layer, coeff)
@@ -210,7 +210,7 @@ def provoking(lab):
 def toxicity(lab):
     """Section 4.3: love - hate on prompts that may provoke something toxic; score of the continuation, disfluency."""
     args = lab.args
-    layer, coeff = 2 if args.layer is None else args.layer, args.coeff or 2.0
+    layer, coeff = lab.where(2, 2.0)
     prompts = provoking(lab)[TUNING:][:lab.n or 200]
     scorer = judge(args.judge or "profanity", cache=lab.out)
     result = compare(lab, "toxicity", prompts, lab.three(lab.steer(" love", " hate", layer, coeff)), 5, 32, V6, scorer)
@@ -239,12 +239,12 @@ def dots(axes, result, labels, seed):
 def sentiment(lab):
     """Section 4.4: continue the first 32 tokens of a review, in both directions; and prompts whose first tokens say nothing."""
     args = lab.args
-    layer, coeff = 2 if args.layer is None else args.layer, args.coeff or 2.0
+    layer, coeff = lab.where(2, 2.0)
     scorer = judge(args.judge or "vader", cache=lab.out)
-    n, results, text = lab.n or 100, {}, ""
+    reviews = {label: [row["text"] for row in lab.rows("imdb.jsonl") if row["label"] == label and row["split"] == "test"] for label in ("neg", "pos")}
+    n, results, text = min(lab.n or 100, *map(len, reviews.values())), {}, ""
     draw = random.Random(args.seed)
-    reviews = {label: draw.sample([row["text"] for row in lab.rows("imdb.jsonl") if row["label"] == label and row["split"] == "test"], n)
-               for label in ("neg", "pos")}
+    reviews = {label: draw.sample(some, n) for label, some in reviews.items()}
 
     def start(review):
         return lab.tokenizer.decode(lab.tokenizer.encode(review)[1:33])

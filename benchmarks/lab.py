@@ -54,6 +54,11 @@ class Lab:
                 return lines.read()
             return [json.loads(line) for line in lines]
 
+    def where(self, layer, coeff):
+        """(layer, coeff) as the command line has them, and otherwise these."""
+        args = self.args
+        return layer if args.layer is None else args.layer, coeff if args.coeff is None else args.coeff
+
     def steer(self, plus, minus, layer, coeff):
         return coeff * steering_vectors(self.model, self.tokenizer, plus, minus, [layer])[0]
 

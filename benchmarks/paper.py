@@ -65,6 +65,9 @@ def main():
     except (ValueError, OSError, JudgeError) as error:
         print(f"paper.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\npaper.py: interrupted; the same command goes on from what is done.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

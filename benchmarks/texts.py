@@ -22,7 +22,7 @@ ESSAYS = {"weddings": "wedding", "shipping": "shipping", "Macedonia": "macedonia
 def perplexity(lab):
     """Figure 2: how much likelier texts become that are about the topic, and those that are not."""
     args, plus, minus = lab.args, " weddings", " "
-    layer, coeff = 16 if args.layer is None else args.layer, args.coeff or 1.0
+    layer, coeff = lab.where(16, 1.0)
     steers = lab.three(lab.steer(plus, minus, layer, coeff))
     del steers["unsteered"]
     skip = steers["steered"].stop
@@ -115,7 +115,7 @@ def perplexity(lab):
 def token_shifts(lab):
     """Figure 7 and table 8: which tokens become likelier, and how heavy the two tails of all tokens are."""
     args = lab.args
-    layer, coeff = 16 if args.layer is None else args.layer, args.coeff or 1.0
+    layer, coeff = lab.where(16, 1.0)
     conditions = lab.three(lab.steer(" weddings", " ", layer, coeff))
     skip = conditions["steered"].stop
     texts = [row["text"] for row in lab.rows("owt_sentences.jsonl") if len(lab.tokenizer.encode(row["text"])) > skip + 1]
@@ -169,7 +169,7 @@ def token_shifts(lab):
 def knowledge(lab):
     """Section 4.5: does the answer stay among the K likeliest next tokens? P@K for K = 1 … 100."""
     args = lab.args
-    layer, coeff = 16 if args.layer is None else args.layer, args.coeff or 1.0
+    layer, coeff = lab.where(16, 1.0)
     rows = [row for row in lab.rows("conceptnet.jsonl") if "[MASK]" in row["sentence"]]
     rows = random.Random(args.seed).sample(rows, min(lab.n or len(rows), len(rows)))
     conditions, chunk = lab.three(lab.steer(" weddings", " ", layer, coeff)), 200
@@ -220,8 +220,7 @@ def anatomy(lab):
     texts = [row["text"] for row in lab.rows("owt_sentences.jsonl")]
     texts = random.Random(args.seed).sample([text for text in texts if len(lab.tokenizer.encode(text)) > 12], lab.n or 58)
     prompt = "I think you're a very good friend of mine"
-    where = 20 if args.layer is None else args.layer
-    where = min(where, layers[-1])
+    where = min(lab.where(20, 1.0)[0], layers[-1])
 
     def norms(plus, minus):
         vectors = steering_vectors(lab.model, lab.tokenizer, plus, minus, list(layers))
