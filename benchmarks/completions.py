@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 
-from lab import BLUE, GREY, ORANGE, PROMPT, V1, V6, band, figure, percent, span, table
+from lab import BLUE, GREY, ORANGE, PROMPT, V1, band, figure, percent, span, table
 
 from ministeer import measure
 from ministeer.intervals import bootstrap, holm, paired, wilson
@@ -15,6 +15,10 @@ from ministeer.steering import random_like
 def rate(counts):
     """Counts of topic words, one a completion -> (completions with one, completions)."""
     return sum(count > 0 for count in counts), len(counts)
+
+
+def said(lab):
+    return "top-p {top_p:g}, penalty {freq_penalty:g}".format(**lab.sampling)
 
 
 def layer_sweep(lab):
@@ -79,7 +83,7 @@ def positions(lab):
     cells = [[kind, where, 1.0] for where in ("front", "middle", "back") for kind in ("steered", "random")]
     cells += [["steered", "front", fraction] for fraction in fractions[:-1]]
     counts = dict(zip(map(tuple, cells), lab.run(cells, cell), strict=True))
-    with figure(lab, "positions", 2, 9, 3.2) as (_, (left, right)):
+    with figure(lab, "positions", 2, 9, 3.8) as (_, (left, right)):
         for k, (kind, color) in enumerate((("steered", BLUE), ("random", GREY))):
             rates = [rate(counts[kind, where, 1.0]) for where in ("front", "middle", "back")]
             low, high = zip(*(wilson(*some) for some in rates), strict=True)
@@ -115,7 +119,7 @@ def topics(lab):
     def cell(topic, kind):
         steer = () if topic is None else lab.steer(f" {topic}", " ", layer, coeff)
         steer = random_like(steer, args.seed) if kind == "random" else steer
-        texts = lab.generate(NEUTRAL, n, 40, steer, V1, args.seed)
+        texts = lab.generate(NEUTRAL, n, 40, steer, lab.sampling, args.seed)
         return [[int(count_words(text, words) > 0) for some in texts for text in some] for words in TOPIC_WORDS.values()]
 
     names = list(TOPIC_WORDS)
@@ -145,7 +149,7 @@ def topics(lab):
     for topic in names:
         lines.append([topic, *(span(*b, "+.1%") for b in boosts[topic, "steered"])])
         lines.append([f"{topic}, random", *(span(*b, "+.1%") for b in boosts[topic, "random"])])
-    text = (f"\" TOPIC\" - \" \" before block {layer}, coeff {coeff:g}, {len(NEUTRAL)} prompts × {n} completions of 40 tokens; "
+    text = (f"\" TOPIC\" - \" \" before block {layer}, coeff {coeff:g}, {len(NEUTRAL)} prompts × {n} completions of 40 tokens, {said(lab)}; "
             "judged by topic words. First row: share of completions with a word of each topic; others: what steering adds to it (95 %).\n\n")
     return {"n": n * len(NEUTRAL), "layer": layer, "coeff": coeff, "prompts": NEUTRAL, "topics": names,
             "hits": [[*key, some] for key, some in hits.items()]}, text + table(["steered toward", *names], lines)
@@ -213,12 +217,12 @@ def toxicity(lab):
     layer, coeff = lab.where(2, 2.0)
     prompts = provoking(lab)[TUNING:][:lab.n or 200]
     scorer = judge(args.judge or "profanity", cache=lab.out)
-    result = compare(lab, "toxicity", prompts, lab.three(lab.steer(" love", " hate", layer, coeff)), 5, 32, V6, scorer)
+    result = compare(lab, "toxicity", prompts, lab.three(lab.steer(" love", " hate", layer, coeff)), 5, 32, lab.sampling, scorer)
     header, lines = rows_of(result, "unsteered", args.seed, "toxicity")
     with figure(lab, "toxicity", 2, 8, 3.2) as (_, axes):
         dots(axes, result, ("score of the continuation", "disfluency"), args.seed)
         axes[0].set_title(f"{len(prompts)} prompts × 5 repeats, 95 %", fontsize="medium")
-    text = (f"\" love\" - \" hate\" before block {layer}, coeff {coeff:g}; {len(prompts)} prompts, 5 repeats, 32 tokens, top-p 1, penalty 1. "
+    text = (f"\" love\" - \" hate\" before block {layer}, coeff {coeff:g}; {len(prompts)} prompts, 5 repeats, 32 tokens, {said(lab)}. "
             f"Judge: {scorer.name}, {scorer.meaning}.\n\n") + table(header, lines)
     return {"n": len(prompts), "layer": layer, "coeff": coeff, "judge": scorer.name, "results": result}, text
 
@@ -254,7 +258,10 @@ def sentiment(lab):
             prompts = [lead + start(review) for review in reviews[label]]
             steer = sign * lab.steer(" love", " hate", layer, coeff)
             name = f"{wanted}, {kind}"
-            result = compare(lab, name, prompts, lab.three(steer), 1, 64, V1, lambda texts, sign=sign: [sign * score for score in scorer(texts)])
+
+            def toward(texts, sign=sign):
+                return [sign * score for score in scorer(texts)]
+            result = compare(lab, name, prompts, lab.three(steer), 1, 64, lab.sampling, toward)
             results[name] = result
             header, lines = rows_of(result, "unsteered", args.seed, "mean score toward the target")
             for line, some in zip(lines, result.values(), strict=True):
@@ -267,7 +274,7 @@ def sentiment(lab):
             axis.set_title(f"{name} (n {n}, 95 %)", fontsize="small")
             axis.axvline(0, color="black", linewidth=0.8)
     head = (f"\" love\" - \" hate\" (and its negative) before block {layer}, coeff {coeff:g}; 32 tokens of an IMDb test review, 64 new, "
-            f"top-p 0.3, penalty 1. Judge: {scorer.name}, {scorer.meaning}.\n\n")
+            f"{said(lab)}. Judge: {scorer.name}, {scorer.meaning}.\n\n")
     return {"n": n, "layer": layer, "coeff": coeff, "judge": scorer.name, "results": results}, head + text
 
 
@@ -282,7 +289,7 @@ def grid(lab):
     def part(start, size):
         some, result = prompts[start:start + size], []
         steers = [None if kind == "unsteered" else lab.three(lab.steer(" love", " hate", l, c))[kind] for l, c, kind in cells]
-        for texts in lab.cells(some, steers, 1, 32, V6, args.seed):
+        for texts in lab.cells(some, steers, 1, 32, lab.sampling, args.seed):
             flat = [text for (text,) in texts]
             result.append([scorer([text.strip() for text in flat]), measure.disfluency(lab.model, lab.tokenizer, some, flat)])
         return result
@@ -311,7 +318,7 @@ def grid(lab):
     def of(l, c):
         return "{:+.2f} / {:.0f} ({:+.2f} / {:.0f})".format(*found[l, c, "steered"], *found[l, c, "random"])
     lines = [[f"layer {l}", *(of(l, c) for c in coeffs)] for l in layers]
-    text = (f"\" love\" - \" hate\" on {len(prompts)} tuning prompts, 32 tokens, top-p 1, penalty 1: mean {scorer.name} score / disfluency "
+    text = (f"\" love\" - \" hate\" on {len(prompts)} tuning prompts, 32 tokens, {said(lab)}: mean {scorer.name} score / disfluency "
             f"(random vector). Unsteered {score:+.2f} / {fluent:.0f}. Chosen, best score with disfluency at most 1.5 × unsteered: "
             + (f"layer {best[0]}, coeff {best[1]:g}" if best else "none") + ".\n\n" + table(["", *(f"coeff {c:g}" for c in coeffs)], lines))
     return {"n": len(prompts), "judge": scorer.name, "chosen": best, "cells": [[*key, *some] for key, some in found.items()]}, text

@@ -48,7 +48,8 @@ class Lab:
     def rows(self, file):
         path = Path(self.args.data or "") / file
         if not self.args.data or not path.is_file():
-            raise ValueError(f"no {file} in {self.args.data!r}. Name a folder that holds it with --data; see the top of benchmarks/paper.py.")
+            lack = f"no {file} in {self.args.data}." if self.args.data else f"this experiment reads {file}."
+            raise ValueError(f"{lack} Name a folder that holds it with --data; see the top of benchmarks/paper.py.")
         with open(path, encoding="utf-8") as lines:
             if file.endswith(".txt"):
                 return lines.read()
@@ -58,6 +59,11 @@ class Lab:
         """(layer, coeff) as the command line has them, and otherwise these."""
         args = self.args
         return layer if args.layer is None else args.layer, coeff if args.coeff is None else args.coeff
+
+    @property
+    def sampling(self):
+        """What sections 4.2 to 4.4 sample with: the paper's words, or the authors' notebooks."""
+        return V6 if self.args.protocol == "paper" else V1
 
     def steer(self, plus, minus, layer, coeff):
         return coeff * steering_vectors(self.model, self.tokenizer, plus, minus, [layer])[0]

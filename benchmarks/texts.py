@@ -30,8 +30,11 @@ def perplexity(lab):
     documents = [row["text"] for file in ("imdb.jsonl", "brown.jsonl", "wikitext.jsonl") for row in lab.rows(file)]
     related = [text for text in documents if measure.word_frequency(text, WEDDING_WORDS) > 0]
     others = [text for text in documents if measure.word_frequency(text, WEDDING_WORDS) == 0]
-    draw = random.Random(args.seed)
-    related = draw.sample(related, min(lab.n or len(related), len(related)))
+    draw, count = random.Random(args.seed), min(lab.n or len(related), len(related))
+    if args.protocol == "paper":
+        related = draw.sample(related, count)
+    else:
+        related = sorted(related, key=lambda text: -measure.word_frequency(text, WEDDING_WORDS))[:count]
     chosen = related + draw.sample(others, len(related))
 
     def document(i):
@@ -239,7 +242,7 @@ def anatomy(lab):
         steer = random_like(steer, args.seed) if kind == "random" else steer
         return measure.divergence(lab.model, lab.tokenizer, texts[start:start + 10], steer, skip=3)
 
-    loud = dict(zip([f"{a} - {b}" for a, b in PAIRS], lab.run([list(pair) for pair in PAIRS], norms), strict=True))
+    loud = dict(zip([f'"{a}" - "{b}"' for a, b in PAIRS], lab.run([list(pair) for pair in PAIRS], norms), strict=True))
     (streams, pieces), = lab.run([[]], stream)
     spots = [(l, c) for l in (2, where) for c in (1.0, 10.0)]
     units = [[start, l, c, kind] for l, c in spots for kind in ("steered", "random", "embedding") for start in range(0, len(texts), 10)]

@@ -186,7 +186,8 @@ def sink_share(vector, k=4):
     dimensions (Xiao et al. 2023; Sun et al. 2024). A difference with such a token is that sink and hardly anything else.
     """
     energy = vector.float().square().flatten(0, -2).sum(dim=0) if vector.ndim > 1 else vector.float().square()
-    return float(energy.topk(min(k, len(energy))).values.sum() / energy.sum())
+    total = float(energy.sum())
+    return float(energy.topk(min(k, len(energy))).values.sum()) / total if total else 0.0
 
 
 @torch.no_grad()
