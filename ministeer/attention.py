@@ -69,3 +69,7 @@ class KVCache:
         for old, new in zip(self.layers[l], (k, v), strict=True):
             old[:, :, self.length:end] = new
         return tuple(old[:B, :, :end] for old in self.layers[l])
+
+    def attend(self, l, q, k, v):
+        """attend for the newest positions of block l, which see those before them as well; q (B, H, T, D), k, v (B, H_kv, T, D)."""
+        return attend(q, *self.extend(l, k, v))

@@ -136,9 +136,7 @@ class FastBlock(nn.Module):
         if x.shape[:2] != (1, 1):
             return self.block(x, l, rope, cache)
         q, k, v = compiled(FastBlock.before)(self, x, rope)
-        if cache:
-            k, v = cache.extend(l, k, v)
-        return compiled(FastBlock.after)(self, x, attend(q, k, v))
+        return compiled(FastBlock.after)(self, x, cache.attend(l, q, k, v) if cache else attend(q, k, v))
 
     def before(self, x, rope):
         return self.attention.heads(self.norm_1(x), rope)

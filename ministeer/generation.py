@@ -57,7 +57,7 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=40, steer=(), *, tem
     for ids in encoded:
         steer = _check_fit(model, ids, max_new_tokens, steer, len(encoded) * n)
     rows = [[Row(tokenizer, ids, stop) for _ in range(n)] for ids in encoded]
-    for group in _groups(encoded, n, max_new_tokens, tokens):
+    for group in groups(encoded, n, max_new_tokens, tokens):
         here = [rows[p][k] for p, k in group]
         ids = torch.tensor([row.prompt for row in here], device=_device(model))
         steps = sample(model, ids, [k for _, k in group], sampling, [s.rows([p * n + k for p, k in group]) for s in steer])
@@ -196,7 +196,7 @@ class Row:
         return max(len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}")), *begun, 0)
 
 
-def _groups(encoded, n, max_new_tokens, tokens):
+def groups(encoded, n, max_new_tokens, tokens):
     """Lists of (prompt number, continuation number) that run together: prompts of one length, about `tokens` positions in all."""
     by_length = {}
     for p, ids in enumerate(encoded):

@@ -62,9 +62,8 @@ class Attention(nn.Module):
 
     def forward(self, x, l, cache=None):
         q, k, v = self.heads(x)
-        if cache:
-            k, v = cache.extend(l, k, v)
-        return self.c_proj(merge_heads(attend(q, k, v)))
+        mixed = cache.attend(l, q, k, v) if cache else attend(q, k, v)
+        return self.c_proj(merge_heads(mixed))
 
     def heads(self, x, rope=None):
         """x (B, T, d_model) -> queries, keys and values, each (B, H, T, D)."""

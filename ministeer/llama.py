@@ -90,9 +90,8 @@ class Attention(nn.Module):
 
     def forward(self, x, l, rope, cache=None):
         q, k, v = self.heads(x, rope)
-        if cache:
-            k, v = cache.extend(l, k, v)
-        return self.o_proj(merge_heads(attend(q, k, v)))
+        mixed = cache.attend(l, q, k, v) if cache else attend(q, k, v)
+        return self.o_proj(merge_heads(mixed))
 
     def heads(self, x, rope):
         """x (B, T, d_model) -> queries (B, H, T, D), keys and values (B, H_kv, T, D), turned to their positions."""

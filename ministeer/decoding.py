@@ -1,0 +1,293 @@
+"""The paper's rivals, which change next-token logits instead of activations: several readings of one text, and a formula that combines them.
+
+A method is a list of streams and a `combine`; one loop runs them all. Read before: generation.py. Turner et al., sections 4.3 and 4.4; the
+formulas are those of Dekoninck et al. 2024 ("Controlled text generation via language model arithmetic") where nothing else is said.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .attention import KVCache
+from .generation import Row, Sampling, choose, groups, uniforms
+
+TOXIC = ("The following conversation is one that perpetuates negative stereotypes, is threatening or sexually explicit and contains "
+         "profane language.")
+POSITIVE = "The following is a positive movie review, with a very positive sentiment and a very positive tone."
+NEGATIVE = "The following is a negative movie review, with a very negative sentiment and a very negative tone."
+# Schick et al. 2021, table 1 and self_debiasing.py: what each kind of toxicity is called.
+SIX = tuple(f"The following text contains {what}:" for what in (
+    "rude, disrespectful, or unreasonable language", "very hateful, aggressive, disrespectful language", "sexually explicit language", "a threat",
+    "negative or hateful language targeting someone because of their identity",
+    "swear words, curse words, or other obscene or profane language"))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One reading of the text. prefix: what stands before the prompt, a line of its own. steer: Steers, at the front of prefix and prompt.
+
+    model: another model with the same tokenizer; None for the one that `generate` was given
+    """
+    prefix: str = ""
+    steer: tuple = ()
+    model: object = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """streams: what is read. combine: a list of log p (B, n_vocab), one a stream -> logits (B, n_vocab) to draw from.
+
+    guide: a Guide that changes those logits by a classifier of the text so far, or None
+    """
+    streams: tuple
+    combine: object
+    guide: object = None
+
+    def steered(self, steer):
+        """The same method with ActAdd in its first stream, the base: both at once."""
+        steer = tuple(steer) if isinstance(steer, list | tuple) else (steer,)
+        first, *rest = self.streams
+        return replace(self, streams=(replace(first, steer=first.steer + steer), *rest))
+
+
+def unsteered():
+    """log p"""
+    return Method((Stream(),), lambda logps: logps[0])
+
+
+def prompted(prefix):
+    """log p(token | prefix, text): ask for it in words."""
+    return Method((Stream(prefix),), lambda logps: logps[0])
+
+
+def act_add(steer):
+    """log p of the model whose activations are changed: Turner et al., Algorithm 1."""
+    return unsteered().steered(steer)
+
+
+def preadd(prefix, strength=1.5, base=""):
+    """log p + strength (log p - log q), q after `prefix`: away from what the prefix makes likelier (Pei et al. 2023; their alpha is -strength).
+
+    The paper's tables have 1.5 for large models and 1 for GPT-2. base: a prefix of the first stream, p, as for sentiment
+    """
+    def combine(logps):
+        p, q = logps
+        return p + strength * (p - q)
+    return Method((Stream(base), Stream(prefix)), combine)
+
+
+def lma(prefix, strength=24.0, base=""):
+    """log p - strength relu(log q - log p): the union of p and q, subtracted. Only what the prefix makes likelier is punished.
+
+    Dekoninck et al. write (log p - w max(log p, log q)) / (1 - w); strength is w / (1 - w): 24 for w 0.96, 9 for w 0.9.
+    """
+    def combine(logps):
+        p, q = logps
+        return p - strength * F.relu(q - p)
+    return Method((Stream(base), Stream(prefix)), combine)
+
+
+def weighted(streams, weights):
+    """sum_i w_i log p_i / sum_i w_i: any mixture of prompts and of models that share a tokenizer. Weights may be negative, their sum not 0 or less."""
+    total = sum(weights)
+    if len(streams) != len(weights) or not streams or not total > 0 or not math.isfinite(total):
+        raise ValueError(f"weights must be as many as streams, with a sum above 0; given: {len(streams)} streams, weights {list(weights)}.")
+
+    def combine(logps):
+        return sum(w * p for w, p in zip(weights, logps, strict=True)) / total
+    return Method(tuple(streams), combine)
+
+
+def self_debias(prefixes=SIX, strength=50.0, epsilon=0.01, base=""):
+    """log p + log max(exp(-strength relu(q - p)), epsilon), on probabilities; q the largest over the prefixes (Schick et al. 2021).
+
+    The paper's tables have one prefix, strength 10 and no floor, which is epsilon 0.
+    """
+    prefixes = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
+    floor = math.log(epsilon) if epsilon else -math.inf
+
+    def combine(logps):
+        p, *others = logps
+        q = torch.stack(others).max(dim=0).values
+        return p + (-strength * F.relu(q.exp() - p.exp())).clamp(min=floor)
+    return Method((Stream(base), *map(Stream, prefixes)), combine)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A classifier that steps through the text with the model: adds strength (log c(text + t) - log c(text)) to the logit of each token t.
+
+    c is P(class 1 | text) of `classifier`, or P(class 0) with toward=0. Only the `top` likeliest tokens are asked about and may be drawn with
+    it; the others keep their logits.
+    """
+    classifier: object
+    strength: float = 1.0
+    top: int = 50
+    toward: int = 1
+
+    def log_c(self, score):
+        return F.logsigmoid(score if self.toward else -score)
+
+    def change(self, logits, state):
+        """logits (B, n_vocab) after the text of `state` -> logits"""
+        candidates = logits.topk(min(self.top, logits.shape[-1])).indices
+        now, then = self.log_c(self.classifier.score(state)), self.log_c(self.classifier.score_next(state, candidates))
+        return logits.scatter_add(1, candidates, self.strength * (then - now[:, None]).to(logits))
+
+
+def fudge(classifier, strength=1.0, top=50, toward=1, base=""):
+    """log p + strength (log c(x + t) - log c(x)): a classifier of unfinished texts votes on every candidate (Yang and Klein 2021)."""
+    return replace(prompted(base), guide=Guide(classifier, strength, top, toward))
+
+
+def lma_classifier(prefix, classifier, strength=24.0, vote=1.0, top=50, toward=1, base=""):
+    """lma and fudge in one: the formula chooses the candidates, then the classifier votes on them."""
+    return replace(lma(prefix, strength, base), guide=Guide(classifier, vote, top, toward))
+
+
+class PrefixClassifier(nn.Module):
+    """P(class 1 | the text so far) from a GRU over token ids, trained on texts that are cut anywhere (benchmarks/train_classifier.py).
+
+    A state is all it keeps of a text, so 50 candidates for the next token cost 50 steps and no re-reading.
+    """
+
+    def __init__(self, n_vocab, d_embedding=64, d_state=128):
+        super().__init__()
+        self.embedding = nn.Embedding(n_vocab, d_embedding)
+        self.gru = nn.GRU(d_embedding, d_state, batch_first=True)
+        self.head = nn.Linear(d_state, 1)
+
+    def read(self, ids, state=None):
+        """ids (B, T) after `state` (B, d_state), or from BOS on -> the new state"""
+        return self.gru(self.embedding(ids), None if state is None else state[None])[1][0]
+
+    def score(self, state):
+        """state (B, d_state) -> the log-odds of class 1, (B,)"""
+        return self.head(state)[:, 0]
+
+    def score_next(self, state, ids):
+        """The log-odds after each of K candidates: state (B, d_state), ids (B, K) -> (B, K)"""
+        B, K = ids.shape
+        return self.score(self.read(ids.reshape(B * K, 1), state.repeat_interleave(K, dim=0))).view(B, K)
+
+
+def generate(model, tokenizer, prompts, method, n=1, max_new_tokens=32, *, temperature=1.0, top_p=1.0, top_k=None, freq_penalty=0.0, seed=0,
+             stop=(), tokens=8192, progress=None):
+    """-> n continuations of each prompt, as `ministeer.generate`, by a Method instead of Steers; arguments and draws as there.
+
+    The penalty counts the tokens of the prompt, not those of prefixes. Raises ValueError for what does not fit.
+    """
+    sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
+    encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+    heads = [prefixed(tokenizer, stream.prefix) for stream in method.streams]
+    for ids in encoded:
+        for stream, head in zip(method.streams, heads, strict=True):
+            check(stream.model or model, model, stream, len(head) + len(ids) - 1, max_new_tokens)
+    rows = [[Row(tokenizer, ids, stop) for _ in range(n)] for ids in encoded]
+    for group in groups(encoded, n, max_new_tokens + max(map(len, heads)), tokens):
+        here = [rows[p][k] for p, k in group]
+        ids = torch.tensor([row.prompt for row in here], device=next(model.parameters()).device)
+        for t, new in enumerate(sample(model, ids, heads, [k for _, k in group], sampling, method), 1):
+            for row, token in zip(here, new.tolist(), strict=True):
+                row.add(token)
+            ended = all(row.ended for row in here)
+            if progress:
+                progress(len(here) * (1 + max_new_tokens - t if ended else 1))
+            if ended:
+                break
+    texts = [[row.text for row in some] for some in rows]
+    return texts[0] if isinstance(prompts, str) else texts
+
+
+def prefixed(tokenizer, prefix):
+    """What a stream reads before the prompt: BOS, and the prefix as a line. It has tokens of its own, so that the prompt's are the same everywhere."""
+    return tokenizer.encode(prefix + "\n") if prefix else tokenizer.encode("")
+
+
+def check(model, base, stream, length, max_new_tokens):
+    c = model.config
+    if c.n_vocab != base.config.n_vocab:
+        raise ValueError(f"a stream's model has {c.n_vocab} tokens, the base {base.config.n_vocab}. They must share a tokenizer.")
+    if length + max_new_tokens > c.n_ctx:
+        raise ValueError(f"prefix and prompt of {length} tokens and {max_new_tokens} new ones do not fit a context of {c.n_ctx}.")
+    if any(isinstance(s.coeff, torch.Tensor) for s in stream.steer):
+        raise ValueError("a stream's Steers take a number as coeff.")
+    model.check_steer(stream.steer, 1, length)
+
+
+@torch.no_grad()
+def sample(model, ids, heads, completions, sampling, method):
+    """Yield the next token of every row, (B,) ids: every stream reads the prompt, then one position a step, all under the same drawn tokens.
+
+    ids (B, T): prompts of one length, BOS first. heads: what each stream reads in place of that BOS
+    """
+    B, T = ids.shape
+    draws = torch.stack([torch.from_numpy(uniforms(sampling, row.tolist(), k)) for row, k in zip(ids, completions, strict=True)])
+    caches = [KVCache(len(head) + T - 1 + sampling.max_new_tokens, batch=B) for head in heads]
+    logits = []
+    for stream, head, cache in zip(method.streams, heads, caches, strict=True):
+        whole = torch.cat([torch.tensor([head], device=ids.device).expand(B, -1), ids[:, 1:]], dim=1)
+        alike = bool((ids == ids[0]).all())             # rows that read the same are one row until they draw
+        some, _ = (stream.model or model)(whole[:1] if alike else whole, stream.steer, cache, last=True)
+        logits.append(some[:, -1].expand(B, -1))
+    state = None
+    for t in range(sampling.max_new_tokens):
+        combined = method.combine([some.float().log_softmax(dim=-1) for some in logits])
+        if method.guide:
+            state = method.guide.classifier.read(ids if t == 0 else ids[:, -1:], state)
+            combined = method.guide.change(combined, state)
+        new = choose(combined, ids, draws[:, t].to(ids.device), sampling)
+        yield new
+        if t + 1 < sampling.max_new_tokens:
+            ids = torch.cat([ids, new[:, None]], dim=1)
+            logits = step(model, new, method.streams, caches)
+
+
+def step(model, new, streams, caches):
+    """new (B,): one more token for every stream -> its logits (B, n_vocab), one a stream. Streams of one model run as one batch.
+
+    The weights are read once for all of them, which is most of the time; each has its own position, and its own keys and values.
+    """
+    result = [None] * len(streams)
+    for one in {id(stream.model): stream.model for stream in streams}.values():
+        mine = [i for i, stream in enumerate(streams) if stream.model is one]
+        logits = together(one or model, new, [streams[i].steer for i in mine], [caches[i] for i in mine])
+        for i, some in zip(mine, logits, strict=True):
+            result[i] = some
+    return result
+
+
+def together(model, new, steers, caches):
+    """The loop of model.py for one position of several streams, each with the Steers and the cache of its own."""
+    B, parts = len(new), len(caches)
+    pos = torch.tensor([len(cache) for cache in caches], device=new.device)
+    each = pos.repeat_interleave(B)
+    x = model.embed(new.repeat(parts)[:, None], each[:, None])              # (parts * B, 1, d_model)
+    rope = model.rope(each)
+    rope = rope and tuple(turn[:, None, None] for turn in rope)             # a position for every row
+    cache = Caches(caches)
+    for l, block in enumerate(model.blocks):
+        for i, some in enumerate(steers):
+            for s in some:
+                if s.layer == l:
+                    rows = list(x.split(B))
+                    rows[i] = rows[i] + s.delta(pos[i:i + 1]).to(x)         # reaches new tokens only if the vector goes to every position
+                    x = torch.cat(rows)
+        x = block(x, l, rope, cache)
+    for one in caches:
+        one.length += 1
+    return model.unembed(x)[:, 0].split(B)
+
+
+class Caches:
+    """Several caches of equally many rows and different lengths, which a block may use as if they were one."""
+
+    def __init__(self, caches):
+        self.caches = caches
+
+    def attend(self, l, q, k, v):
+        parts = zip(self.caches, *(t.chunk(len(self.caches)) for t in (q, k, v)), strict=True)
+        return torch.cat([cache.attend(l, *some) for cache, *some in parts])
