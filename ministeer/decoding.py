@@ -5,13 +5,17 @@ formulas are those of Dekoninck et al. 2024 ("Controlled text generation via lan
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from .attention import KVCache
+from .files import write
 from .generation import Row, Sampling, choose, groups, uniforms
 
 TOXIC = ("The following conversation is one that perpetuates negative stereotypes, is threatening or sexually explicit and contains "
@@ -91,7 +95,7 @@ def lma(prefix, strength=24.0, base=""):
 
 
 def weighted(streams, weights):
-    """sum_i w_i log p_i / sum_i w_i: any mixture of prompts and of models that share a tokenizer. Weights may be negative, their sum not 0 or less."""
+    """sum_i w_i log p_i / sum_i w_i: any mixture of prompts and of models that share a tokenizer. Weights may be negative, their sum may not."""
     total = sum(weights)
     if len(streams) != len(weights) or not streams or not total > 0 or not math.isfinite(total):
         raise ValueError(f"weights must be as many as streams, with a sum above 0; given: {len(streams)} streams, weights {list(weights)}.")
@@ -173,6 +177,24 @@ class PrefixClassifier(nn.Module):
         B, K = ids.shape
         return self.score(self.read(ids.reshape(B * K, 1), state.repeat_interleave(K, dim=0))).view(B, K)
 
+    def save(self, path):
+        """Write a safetensors file, whole or not at all."""
+        write(path, save({name: p.detach().contiguous() for name, p in self.named_parameters()}, {"ministeer": "PrefixClassifier"}))
+
+    @classmethod
+    def load(cls, path):
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError if the file holds something else."""
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no file {os.fspath(path)}. benchmarks/train_classifier.py makes one.")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}     # noqa: SIM118 (not a dict)
+            classifier = cls(*tensors["embedding.weight"].shape, tensors["head.weight"].shape[1])
+            classifier.load_state_dict(tensors)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a classifier that ministeer saved: {error}") from None
+        return classifier.requires_grad_(False).eval()
+
 
 def generate(model, tokenizer, prompts, method, n=1, max_new_tokens=32, *, temperature=1.0, top_p=1.0, top_k=None, freq_penalty=0.0, seed=0,
              stop=(), tokens=8192, progress=None):
@@ -203,7 +225,7 @@ def generate(model, tokenizer, prompts, method, n=1, max_new_tokens=32, *, tempe
 
 
 def prefixed(tokenizer, prefix):
-    """What a stream reads before the prompt: BOS, and the prefix as a line. It has tokens of its own, so that the prompt's are the same everywhere."""
+    """What a stream reads before the prompt: BOS, and the prefix as a line. Its tokens are its own, so the prompt's are the same everywhere."""
     return tokenizer.encode(prefix + "\n") if prefix else tokenizer.encode("")
 
 

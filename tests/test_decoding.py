@@ -48,6 +48,11 @@ NAMES = ["unsteered", "prompted", "preadd", "lma", "weighted", "self_debias", "s
                                              "act_add", "act_add at every position", "another model", "both"]
 
 
+def log_c(guide, ids):
+    score = guide.classifier.score(guide.classifier.read(torch.tensor([ids])))
+    return torch.nn.functional.logsigmoid(score if guide.toward else -score)
+
+
 def slowly(model, tokenizer, prompt, k, method, sampling):
     """The tokens of continuation k, every stream read from its beginning for every token, no cache and no batch."""
     ids = tokenizer.encode(prompt)
@@ -60,12 +65,8 @@ def slowly(model, tokenizer, prompt, k, method, sampling):
             logps.append(logits[:, -1].float().log_softmax(dim=-1))
         combined = method.combine(logps)
         if method.guide:
-            classifier, sign = method.guide.classifier, 1 if method.guide.toward else -1
-
-            def log_c(some):
-                return torch.nn.functional.logsigmoid(sign * classifier.score(classifier.read(torch.tensor([some]))))
             for i in combined[0].topk(method.guide.top).indices.tolist():
-                combined[0, i] += method.guide.strength * (log_c([*ids, i]) - log_c(ids)).item()
+                combined[0, i] += method.guide.strength * (log_c(method.guide, [*ids, i]) - log_c(method.guide, ids)).item()
         ids.append(int(choose(combined, torch.tensor([ids]), draws[t:t + 1], sampling)))
     return ids
 
@@ -96,8 +97,9 @@ def test_without_a_second_stream_it_is_the_generation_of_the_package(name, tiny,
     assert generate(model, tokenizer, PROMPTS, method, **LONG) == ministeer.generate(model, tokenizer, PROMPTS, 2, 8, steer, seed=3)
 
 
-@pytest.mark.parametrize("make", [lambda s: decoding.preadd(PREFIX, s), lambda s: decoding.lma(PREFIX, s), lambda s: decoding.self_debias(PREFIX, s, 0.01),
-                                  lambda s: decoding.self_debias(strength=s), lambda s: decoding.weighted([Stream(), Stream(PREFIX)], [1, s])])
+@pytest.mark.parametrize("make", [lambda s: decoding.preadd(PREFIX, s), lambda s: decoding.lma(PREFIX, s),
+                                  lambda s: decoding.self_debias(PREFIX, s, 0.01), lambda s: decoding.self_debias(strength=s),
+                                  lambda s: decoding.weighted([Stream(), Stream(PREFIX)], [1, s])])
 def test_strength_0_is_exactly_unsteered(make, tiny, logps):
     plain = generate(*tiny, PROMPTS, decoding.unsteered(), **LONG)
     method = make(0.0)
@@ -144,7 +146,8 @@ def test_a_guide_changes_the_likeliest_tokens_by_bayes_rule_and_no_other(tiny, c
         for b in range(2):
             top = set(logits[b].topk(5).indices.tolist())
             for t in range(40):
-                c = [torch.sigmoid(classifier.score(classifier.read(some))).item() for some in (ids[b:b + 1], torch.cat([ids[b:b + 1], torch.tensor([[t]])], 1))]
+                longer = torch.cat([ids[b:b + 1], torch.tensor([[t]])], dim=1)
+                c = [torch.sigmoid(classifier.score(classifier.read(some))).item() for some in (ids[b:b + 1], longer)]
                 c = c if toward else [1 - x for x in c]
                 wanted = logits[b, t] + (2 * math.log(c[1] / c[0]) if t in top else 0)
                 assert changed[b, t].item() == pytest.approx(wanted.item(), abs=1e-3)

@@ -1,0 +1,140 @@
+"""CAA, RepE, ITI and ICV against slow re-computations on tiny models of both families."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TEXT
+
+from ministeer import fast, generate, relatives
+from ministeer.attention import attend, merge_heads
+
+PLUS = ["I love you", "the gulls love the town", "you are kind", "we love the bride", "the wedding is kind", "love is all"]
+MINUS = ["I hate you", "the gulls hate the town", "you are mean", "we hate the bride", "the wedding is mean", "hate is all"]
+
+
+def ids_of(tokenizer, text):
+    return torch.tensor([tokenizer.encode(text)])
+
+
+def test_caa_is_the_mean_difference_of_the_last_tokens(tiny):
+    model, tokenizer = tiny
+    steer = relatives.caa(model, tokenizer, PLUS, MINUS, 2)
+    rows = [model(ids_of(tokenizer, a))[1][2][0, -1] - model(ids_of(tokenizer, b))[1][2][0, -1] for a, b in zip(PLUS, MINUS, strict=True)]
+    torch.testing.assert_close(steer.vector, sum(rows) / len(rows))
+    assert steer.stop is None
+    assert steer.model == model.fingerprint
+    plain, steered = model(ids_of(tokenizer, TEXT[0]))[1][2], model(ids_of(tokenizer, TEXT[0]), 2 * steer)[1][2]
+    torch.testing.assert_close((steered - plain)[0, 1:], (2 * steer.vector).expand(plain.shape[1] - 1, -1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(steered[0, 0], plain[0, 0])
+
+
+def test_repe_is_the_direction_of_most_squared_length_toward_plus(tiny):
+    model, tokenizer = tiny
+    steers = relatives.repe(model, tokenizer, PLUS, MINUS, [1, 3])
+    rows = relatives.differences(model, tokenizer, PLUS, MINUS)
+    for steer, layer in zip(steers, (1, 3), strict=True):
+        assert steer.layer == layer
+        values, vectors = torch.linalg.eigh(rows[:, layer].T @ rows[:, layer])
+        assert abs(vectors[:, -1] @ steer.vector) == pytest.approx(1, abs=1e-3)
+        assert steer.vector.norm() == pytest.approx(1, abs=1e-5)
+        assert rows[:, layer].mean(dim=0) @ steer.vector > 0
+    turned = relatives.repe(model, tokenizer, MINUS, PLUS, [1])[0]
+    torch.testing.assert_close(turned.vector, -steers[0].vector, rtol=1e-3, atol=1e-3)
+
+
+def test_head_outputs_are_what_the_projection_reads(tiny):
+    model, tokenizer = tiny
+    ids = ids_of(tokenizer, TEXT[1])
+    seen = []
+    handles = [relatives._parts(block)[0].register_forward_hook(lambda module, given, result: seen.append(result)) for block in model.blocks]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    found = relatives.head_outputs(model, ids)
+    for l, block in enumerate(model.blocks):
+        attention, _ = relatives._parts(block)
+        out = getattr(attention, "o_proj", None) or attention.c_proj
+        torch.testing.assert_close(out(found[l].flatten()), seen[l][0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_iti_adds_to_the_chosen_heads_and_to_no_other(tiny):
+    model, tokenizer = tiny
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    changed = relatives.iti(model, tokenizer, PLUS, MINUS, heads=3, strength=5.0)
+    assert len(changed.chosen_heads) == 3
+    a, b = (torch.stack([relatives.head_outputs(model, ids_of(tokenizer, text)) for text in texts]) for texts in (PLUS, MINUS))
+    ids = ids_of(tokenizer, TEXT[1])
+    pos = torch.arange(ids.shape[1])
+    x, rope = model.embed(ids, pos), model.rope(pos)
+    for l, block in enumerate(model.blocks):        # the same by hand: heads, what is added to them, projection
+        attention, norm = relatives._parts(block)
+        out = getattr(attention, "o_proj", None) or attention.c_proj
+        mixed = attend(*attention.heads(norm(x), rope))
+        for h in [h for m, h in changed.chosen_heads if m == l]:
+            theta = F.normalize(a[:, l, h].mean(dim=0) - b[:, l, h].mean(dim=0), dim=0)
+            sigma = torch.cat([a[:, l, h], b[:, l, h]]).matmul(theta).std()
+            mixed[:, h] += 5 * sigma * theta
+        x = x + out(merge_heads(mixed))
+        x = x + block.mlp((block.post_attention_layernorm if hasattr(block, "mlp") and hasattr(block, "self_attn") else block.ln_2)(x))
+    torch.testing.assert_close(changed(ids)[1][-1], x, rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not torch.allclose(changed(ids)[0], model(ids)[0], atol=1e-3)
+    assert len(generate(changed, tokenizer, "I", 2, 4)) == 2
+
+
+def test_iti_of_strength_0_changes_nothing(tiny):
+    model, tokenizer = tiny
+    ids = ids_of(tokenizer, TEXT[0])
+    torch.testing.assert_close(relatives.iti(model, tokenizer, PLUS, MINUS, 5, 0.0)(ids)[0], model(ids)[0])
+
+
+def test_a_probe_finds_what_is_there_and_not_what_is_not():
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(200, 4, generator=generator) for _ in "ab"]
+    assert relatives._probe(noise[0] + 3, noise[1] - 3) == 1
+    assert 0.35 < relatives._probe(*noise) < 0.65
+
+
+def test_icv_turns_and_keeps_the_norm(tiny):
+    model, tokenizer = tiny
+    changed = relatives.icv(model, tokenizer, PLUS, MINUS, 0.5)
+    x = torch.randn(2, 3, model.config.d_model, generator=torch.Generator().manual_seed(0))
+    for old, new in zip(model.blocks, changed.blocks, strict=True):
+        y, z = old.mlp(x), new.mlp(x)
+        torch.testing.assert_close(z.norm(dim=-1), y.norm(dim=-1), rtol=1e-4, atol=1e-4)
+        cosines = [F.cosine_similarity(some, new.mlp.v, dim=-1) for some in (y, z)]
+        assert (cosines[1] > cosines[0]).all()
+        u, v = F.normalize(y[0, 0], dim=0), new.mlp.v
+        wanted = F.normalize(u + 0.5 * (1 + max(0.0, float(-u @ v))) * v, dim=0) * y[0, 0].norm()
+        torch.testing.assert_close(z[0, 0], wanted, rtol=1e-4, atol=1e-4)
+    ids = ids_of(tokenizer, TEXT[0])
+    torch.testing.assert_close(relatives.icv(model, tokenizer, PLUS, MINUS, 0.0)(ids)[0], model(ids)[0], rtol=1e-3, atol=1e-3)
+    assert len(generate(changed, tokenizer, "I", 2, 4)) == 2
+
+
+def test_icv_takes_mean_and_component_of_all_layers_together(tiny):
+    model, tokenizer = tiny
+    changed = relatives.icv(model, tokenizer, PLUS, MINUS)
+    rows = relatives.differences(model, tokenizer, PLUS, MINUS)[:, 1:].flatten(1)
+    _, vectors = torch.linalg.eigh(torch.cov(rows.T.double()))
+    component = vectors[:, -1].float()
+    component = component * torch.sign(component @ rows.mean(dim=0))
+    wanted = (rows.mean(dim=0) + component).view(model.config.n_layer, -1)
+    for l, block in enumerate(changed.blocks):
+        torch.testing.assert_close(block.mlp.v, F.normalize(wanted[l], dim=0), rtol=1e-2, atol=1e-2)
+
+
+def test_faults_say_what_is_possible(tiny):
+    model, tokenizer = tiny
+    with pytest.raises(ValueError, match="as many plus as minus"):
+        relatives.caa(model, tokenizer, PLUS, MINUS[:2], 1)
+    with pytest.raises(ValueError, match="layer 9: this model has blocks"):
+        relatives.caa(model, tokenizer, PLUS, MINUS, 9)
+    with pytest.raises(ValueError, match="layer -1"):
+        relatives.repe(model, tokenizer, PLUS, MINUS, [-1])
+    with pytest.raises(ValueError, match="four or more pairs"):
+        relatives.iti(model, tokenizer, PLUS[:3], MINUS[:3])
+    packed = fast(model)
+    if packed is not model:
+        with pytest.raises(ValueError, match="without fast"):
+            relatives.icv(packed, tokenizer, PLUS, MINUS)
