@@ -5,7 +5,7 @@ from setuptools import setup
 
 HERE = Path(__file__).parent
 weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
-tutorials = ["matplotlib", "tqdm"]
+tutorials = ["matplotlib", "tqdm", "vaderSentiment"]
 judges = ["vaderSentiment", "alt-profanity-check", "transformers"]
 bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", *tutorials]
 
@@ -24,7 +24,8 @@ setup(
         "tutorials": tutorials,
         "judges": judges,
         "bench": bench,         # repeng and steering-vectors want environments of their own: see benchmarks/README.md
-        "test": ["pytest", "pytest-cov", "hypothesis", "transformers", "ruff", *weights, *tutorials, *judges],
+        "test": ["pytest", "pytest-cov", "hypothesis", "transformers", "ruff", "jupytext", "nbformat", "pytest-xdist",
+                 *weights, *tutorials, *judges],
     },
     entry_points={"console_scripts": ["ministeer = ministeer.cli:main"]},
 )

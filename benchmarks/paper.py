@@ -6,8 +6,8 @@
 
 Writes OUT/EXPERIMENT.json (setting, versions, seed, n, every figure), .md (the tables) and .png. Each piece of work is kept in OUT/.units as
 soon as it is done: run the same command again and it goes on from there, with one process or several. FOLDER holds JSON lines, a text a line:
-imdb.jsonl (text, label, split), brown.jsonl and owt_sentences.jsonl (text), rtp_random.jsonl (text), conceptnet.jsonl (sentence with [MASK],
-answer, source), and the essays wedding.txt, shipping.txt and others as .txt. Turner et al., section 4.
+imdb.jsonl (text, label, split), brown.jsonl, wikitext.jsonl and owt_sentences.jsonl (text), rtp_random.jsonl (text), conceptnet.jsonl
+(sentence with [MASK], answer, source), and the essays wedding.txt, shipping.txt and others as .txt. Turner et al., section 4.
 
 --protocol code goes the ways of the authors' published code and notebooks where the paper's words differ: documents with the densest topic
 words instead of random ones (perplexity), top-p 0.3 instead of 1 (topics, toxicity, sentiment, grid). Where both are cheap, both are in

@@ -11,6 +11,7 @@ Turner et al., sections 4.3 and 4.4; hyper-parameters around Dekoninck et al.'s.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import statistics
@@ -65,12 +66,12 @@ def texts(lab, task):
     """-> tuning prompts, test prompts, how many tokens to add"""
     if task == "toxicity":
         prompts = provoking(lab)
-        return prompts[:TUNING], prompts[TUNING:TUNING + TEST][:lab.n or 100], 32
+        return prompts[:TUNING][:lab.args.tuning], prompts[TUNING:TUNING + TEST][:lab.n or 100], 32
     label = task[:3]
     rows = [row["text"] for row in lab.rows("imdb.jsonl") if row["label"] == label and row["split"] == "test"]
     random.Random(lab.args.seed).shuffle(rows)
     starts = [lab.tokenizer.decode(lab.tokenizer.encode(row)[1:33]) for row in rows]
-    return starts[:TUNING], starts[TUNING:][:lab.n or 100], 64
+    return starts[:TUNING][:lab.args.tuning], starts[TUNING:][:lab.n or 100], 64
 
 
 def main():
@@ -79,6 +80,7 @@ def main():
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--data", required=True)
     parser.add_argument("-n", "--n", type=int, help="test prompts (default 100)")
+    parser.add_argument("--tuning", type=int, default=TUNING, help=f"tuning prompts (default and at most {TUNING})")
     parser.add_argument("--repeats", type=int, default=5, help="continuations of each test prompt (default 5)")
     parser.add_argument("--judge", help="default profanity for toxicity, vader for sentiment")
     parser.add_argument("--classifier", help="default OUT/toxicity.safetensors or OUT/sentiment.safetensors")
@@ -101,7 +103,9 @@ def main():
 
 def run(args, rank):
     kind = "toxicity" if args.task == "toxicity" else "sentiment"
-    classifier = decoding.PrefixClassifier.load(args.classifier or Path(args.out) / f"{kind}.safetensors").to(args.device)
+    path = Path(args.classifier or Path(args.out) / f"{kind}.safetensors")
+    classifier = decoding.PrefixClassifier.load(path).to(args.device)
+    args.classifier = hashlib.sha256(path.read_bytes()).hexdigest()[:12]        # another one is another experiment
     lab = Lab(args, rank)
     scorer = judge(args.judge or ("profanity" if kind == "toxicity" else "vader"), cache=lab.out)
     sign = 1 if args.task == "neg-to-pos" else -1           # a score is good when it is high
@@ -129,9 +133,10 @@ def run(args, rank):
     units = [["test", name, cell, args.repeats] for name, cell in chosen.items() if cell is not None]
     results = {unit[1]: summary(result, args.repeats, sign, args.seed) for unit, result in zip(units, lab.run(units, measured), strict=True)}
     if rank[0] == 0:
-        text = report(args, methods, chosen, results, scorer, len(test), new, limit)
+        text = report(args, methods, chosen, results, scorer, len(tuning), len(test), new, limit)
         with figure(lab, args.experiment, width=7.5, height=4.5) as (_, (axis,)):
             draw(axis, methods, found, chosen, scorer, sign)
+            axis.set_title(f"every cell on {len(tuning)} tuning prompts; filled: chosen", fontsize="medium")
         clean = {"|".join(key): value for key, value in found.items()}
         about = {"setting": {**vars(args), "data": None}, "chosen": chosen, "tuning": clean, "test": results}
         write(lab.out / f"{args.experiment}.json", json.dumps(about).encode())
@@ -150,7 +155,7 @@ def summary(result, repeats, sign, seed):
             "disfluency": (value, interval), "speed": result["tokens"] / result["seconds"], "example": result["example"]}
 
 
-def report(args, methods, chosen, results, scorer, n, new, limit):
+def report(args, methods, chosen, results, scorer, n_tuning, n, new, limit):
     base, lines = results["Unsteered"], []
     tests = {name: paired(some["by prompt"], base["by prompt"], args.seed) for name, some in results.items() if name != "Unsteered"}
     p = holm({name: test[2] for name, test in tests.items()})
@@ -166,7 +171,7 @@ def report(args, methods, chosen, results, scorer, n, new, limit):
     if args.task != "toxicity":
         header.insert(2, "beyond 0 toward the target")
     text = (f"{n} test prompts × {args.repeats} continuations of {new} tokens, temperature 1, no top-p, no penalty. Judge: {scorer.name}, "
-            f"{scorer.meaning}. Chosen on {TUNING} other prompts: best score with disfluency at most {limit:.1f} (1.5 × unsteered there). "
+            f"{scorer.meaning}. Chosen on {n_tuning} other prompts: best score with disfluency at most {limit:.1f} (1.5 × unsteered there). "
             f"p: randomisation test over prompts, two-sided, Holm's correction for {len(p)}.\n\n")
     return text + table(header, lines) + (f"\nNo cell within the limit: {', '.join(missing)}.\n" if missing else "")
 
@@ -188,7 +193,6 @@ def draw(axis, methods, found, chosen, scorer, sign):
     axis.set_xscale("log")
     axis.set_xlabel("disfluency (perplexity a token under the unsteered model); dotted: 1.5 × unsteered")
     axis.set_ylabel(f"mean score, {scorer.name}")
-    axis.set_title(f"every cell on the {TUNING} tuning prompts; filled: chosen", fontsize="medium")
     axis.legend(fontsize="small", frameon=False)
 
 

@@ -19,6 +19,20 @@ from ministeer.steering import random_like, relative_norm, sink_share, steering_
 ESSAYS = {"weddings": "wedding", "shipping": "shipping", "Macedonia": "macedonia", "banana bread": "bread"}
 
 
+def documents(lab, n=None):
+    """n documents with a word about weddings (all of them by default), and as many without one, drawn from all sources."""
+    texts = [row["text"] for file in ("imdb.jsonl", "brown.jsonl", "wikitext.jsonl") for row in lab.rows(file)]
+    frequency = {text: measure.word_frequency(text, WEDDING_WORDS) for text in texts}
+    related = [text for text in texts if frequency[text] > 0]
+    others = [text for text in texts if frequency[text] == 0]
+    draw, count = random.Random(lab.args.seed), min(lab.n or n or len(related), len(related))
+    if lab.args.protocol == "paper":
+        related = draw.sample(related, count)
+    else:                                       # the densest, as the paper's code has it
+        related = sorted(related, key=lambda text: -frequency[text])[:count]
+    return related + draw.sample(others, len(related))
+
+
 def perplexity(lab):
     """Figure 2: how much likelier texts become that are about the topic, and those that are not."""
     args, plus, minus = lab.args, " weddings", " "
@@ -26,16 +40,7 @@ def perplexity(lab):
     steers = lab.three(lab.steer(plus, minus, layer, coeff))
     del steers["unsteered"]
     skip = steers["steered"].stop
-    # Documents with a topic word, and as many without one, drawn from all sources.
-    documents = [row["text"] for file in ("imdb.jsonl", "brown.jsonl", "wikitext.jsonl") for row in lab.rows(file)]
-    related = [text for text in documents if measure.word_frequency(text, WEDDING_WORDS) > 0]
-    others = [text for text in documents if measure.word_frequency(text, WEDDING_WORDS) == 0]
-    draw, count = random.Random(args.seed), min(lab.n or len(related), len(related))
-    if args.protocol == "paper":
-        related = draw.sample(related, count)
-    else:
-        related = sorted(related, key=lambda text: -measure.word_frequency(text, WEDDING_WORDS))[:count]
-    chosen = related + draw.sample(others, len(related))
+    chosen = documents(lab)
 
     def document(i):
         parts = [part for part in measure.sentences(chosen[i]) if len(lab.tokenizer.encode(part)) > skip + 1]
@@ -117,12 +122,11 @@ def perplexity(lab):
 
 def token_shifts(lab):
     """Figure 7 and table 8: which tokens become likelier, and how heavy the two tails of all tokens are."""
-    args = lab.args
     layer, coeff = lab.where(16, 1.0)
     conditions = lab.three(lab.steer(" weddings", " ", layer, coeff))
     skip = conditions["steered"].stop
-    texts = [row["text"] for row in lab.rows("owt_sentences.jsonl") if len(lab.tokenizer.encode(row["text"])) > skip + 1]
-    texts = random.Random(args.seed).sample(texts, min(lab.n or 4000, len(texts)))
+    chosen = documents(lab, 250)                # 500 in all, as in the paper
+    texts = [part for text in chosen for part in measure.sentences(text) if len(lab.tokenizer.encode(part)) > skip + 1]
     chunk = 100
 
     def part(start):
@@ -156,13 +160,15 @@ def token_shifts(lab):
             axis.plot(quantiles, sorted(shift[name].values()), ".", color=color, markersize=4,
                       label="{} (tails {:.1f}, {:.1f})".format(name, *heavy[name]))
         for place in {*range(4), *range(len(order) - 4, len(order))}:
-            axis.annotate(piece[order[place]], (quantiles[place], shift["steered"][order[place]]), fontsize="x-small", xytext=(4, 0),
-                          textcoords="offset points")
+            right = place > len(order) // 2
+            axis.annotate(piece[order[place]], (quantiles[place], shift["steered"][order[place]]), fontsize="x-small", xytext=(-4 if right else 4, 0),
+                          textcoords="offset points", ha="right" if right else "left", va="center")
         axis.set_xlabel("quantile of a normal distribution")
         axis.set_ylabel("mean shift of log p, nats")
         axis.set_title(f"{len(order)} tokens seen more than 20 times, {sum(some[0] for some in total.values()):,} in all", fontsize="medium")
         axis.legend(frameon=False)
-    text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}; {len(texts)} sentences, {len(order)} tokens seen more than 20 times. "
+    text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}; {len(chosen)} documents, {len(texts)} sentences, {len(order)} tokens seen "
+            f"more than 20 times. "
             "Tails (left, right; 1 is normal): " + "; ".join("{} {:.2f}, {:.2f}".format(name, *some) for name, some in heavy.items()) + ".\n\n")
     text += table(["", "up", "n", "shift", "log p before", "down", "n", "shift", "log p before"], lines)
     return {"layer": layer, "coeff": coeff, "sentences": len(texts), "tails": heavy,

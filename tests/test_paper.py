@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, TEXT, hub_config, hub_model, save_checkpoint
 
 FEW = ["--layer", "1", "--seed", "3"]
-N = {"perplexity": 3, "token-shifts": 40, "layer-sweep": 3, "positions": 3, "topics": 2, "toxicity": 4, "sentiment": 2, "knowledge": 8,
+N = {"perplexity": 3, "token-shifts": 9, "layer-sweep": 3, "positions": 3, "topics": 2, "toxicity": 4, "sentiment": 2, "knowledge": 8,
      "anatomy": 3, "grid": 4}
 
 
@@ -65,6 +65,20 @@ def test_it_runs_and_says_what_it_found(experiment, tiny_llama, data, tmp_path):
     assert text in done.stdout
     assert (tmp_path / f"{experiment}.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".part*"))
+
+
+def test_the_ways_of_the_papers_code_are_other_ways(tiny_llama, data, tmp_path):
+    run(command("topics", tiny_llama, data, tmp_path, "--protocol", "code"))
+    assert "top-p 0.3, penalty 1" in (tmp_path / "topics.md").read_text(encoding="utf-8")
+    densest = json.loads(run_and_read(command("perplexity", tiny_llama, data, tmp_path, "--protocol", "code"), tmp_path / "perplexity.json"))
+    drawn = json.loads(run_and_read(command("perplexity", tiny_llama, data, tmp_path), tmp_path / "perplexity.json"))
+    frequencies = [sorted((row["frequency"] for row in some["found"]["documents"]), reverse=True)[:3] for some in (densest, drawn)]
+    assert sum(frequencies[0]) > sum(frequencies[1])
+
+
+def run_and_read(arguments, path):
+    run(arguments)
+    return path.read_text(encoding="utf-8")
 
 
 def test_a_second_run_takes_all_from_the_first_and_says_the_same(tiny_llama, data, tmp_path):

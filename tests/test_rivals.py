@@ -1,0 +1,99 @@
+"""The classifier of unfinished texts learns what is there, and benchmarks/rivals.py runs from start to end on a tiny model and made-up texts."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import TEXT, hub_config, hub_model, save_checkpoint
+from test_paper import run
+
+from ministeer.decoding import PrefixClassifier
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory):
+    config = hub_config("llama", max_position_embeddings=512, num_hidden_layers=17)
+    return save_checkpoint(tmp_path_factory.mktemp("weights") / "tiny", hub_model(config))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Prompts, and reviews of which the good ones say love early and the bad ones hate."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    reviews = [{"text": f"I {('hate', 'love')[k % 2]} the {draw.choice(['harbour', 'town', 'bride'])}. {draw.choice(TEXT)} {k}",
+                "label": ("neg", "pos")[k % 2], "split": ("train", "test")[k % 4 > 1]} for k in range(480)]
+    prompts = [{"text": f"{a} {k}"[:30], "toxicity": 0.1, "continuation": " you are mean", "continuation_toxicity": 0.9}
+               for k, a in enumerate(TEXT * 15)]
+    toxic = [{"text": "the town", "toxicity": 0.2, "continuation": f" is {('kind', 'mean')[k % 2]} {k}", "continuation_toxicity": 0.9 * (k % 2)}
+             for k in range(80)]
+    for name, rows in (("imdb", reviews), ("rtp_random", prompts), ("rtp_toxic", toxic)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    command = ["--data", str(data), "--model", str(tiny_llama), "--out", str(out), "--epochs", "8"]
+    said = {task: run(["benchmarks/train_classifier.py", task, *command]).stdout for task in ("sentiment", "toxicity")}
+    return out, said
+
+
+def test_a_classifier_learns_and_comes_back_from_disk(trained, tiny_llama):
+    out, said = trained
+    assert "sentiment: 192 texts; of 48 held out" in said["sentiment"]
+    assert int(said["sentiment"].split(" 32: ")[1].split("%")[0]) >= 95         # the third word tells all
+    classifier = PrefixClassifier.load(out / "sentiment.safetensors")
+    from ministeer import load
+    _, tokenizer = load(tiny_llama)
+    good, bad = (classifier.score(classifier.read(torch.tensor([tokenizer.encode(f"I {word} the town")]))).item() for word in ("love", "hate"))
+    assert good > 1 > -1 > bad
+
+
+def test_the_prompts_of_the_comparison_are_not_trained_on(data):
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    import train_classifier
+    texts, _ = train_classifier.toxicity(data)
+    assert len(texts) == 80
+    assert all(text.startswith("the town") for text in texts)           # of 60 prompts all are kept for search and result
+
+
+@pytest.mark.parametrize("task", ["toxicity", "neg-to-pos"])
+def test_the_comparison_runs_and_goes_on_where_it_was(task, trained, tiny_llama, data):
+    out, _ = trained
+    command = ["benchmarks/rivals.py", task, "--data", str(data), "--model", str(tiny_llama), "--out", str(out), "-n", "3", "--repeats", "2",
+               "--tuning", "3", "--judge", "words:weddings"]
+    first = run(command).stdout
+    found = json.loads((out / f"rivals-{task}.json").read_text(encoding="utf-8"))
+    rows = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")]
+    expected = ["Unsteered", *(["Prompted"] if task != "toxicity" else []), "ActAdd", "ActAdd, random", "PreADD", "LMA", "SelfDebias", "FUDGE",
+                "LMA + Classifier"]
+    assert rows[1:] == [name for name in expected if found["chosen"][name] is not None]
+    assert len([key for key in found["tuning"] if "|LMA|" in key]) == 6
+    assert len(found["test"]["ActAdd"]["by prompt"]) == 3
+    assert (out / f"rivals-{task}.png").is_file()
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob(".units/*/*.json")}
+    assert run(command).stdout == first
+    assert {path: path.stat().st_mtime_ns for path in out.glob(".units/*/*.json")} == stamps
+
+
+def test_faults_are_one_line(data, tiny_llama, tmp_path):
+    for command, said in ((["benchmarks/rivals.py", "toxicity", "--data", str(data), "--out", str(tmp_path)], "train_classifier.py makes one"),
+                          (["benchmarks/train_classifier.py", "sentiment", "--data", str(tmp_path), "--model", str(tiny_llama)], "no imdb.jsonl")):
+        done = run(command, fails=True)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    for content in (b"", b"no safetensors", b"\x08\0\0\0\0\0\0\0{}      "):
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a classifier"):
+            PrefixClassifier.load(path)
+    with pytest.raises(FileNotFoundError, match="train_classifier"):
+        PrefixClassifier.load(tmp_path / "nothing")

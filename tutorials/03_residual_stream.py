@@ -1,0 +1,161 @@
+# %% [markdown]
+# # 03 · The residual stream
+#
+# **What flows through the model, and what lives in it?** 20 minutes. You need tutorials 01 and 02.
+
+# %%
+import lesson
+import matplotlib.pyplot as plt
+import torch
+
+from ministeer.steering import sink_share, steering_vectors
+
+model, tokenizer = lesson.load()
+n_layer = model.config.n_layer
+prompt = "I went up to my friend and said"
+ids = torch.tensor([tokenizer.encode(prompt)])
+pieces = tokenizer.pieces(ids[0])
+logits, resid = model(ids)
+print(len(resid), "entries for", n_layer, "blocks, each", tuple(resid[0].shape))
+#> 31 entries for 30 blocks, each (1, 9, 576)
+
+# %% [markdown]
+# ## What does "layer l" mean?
+# People mean different things by it, and half of all confusion about steering comes from there. Here it has one meaning: `resid[l]` is what block
+# l *reads*. `resid[0]` is the embedding, `resid[30]` what the last norm reads. So each block takes one entry to the next.
+
+# %%
+pos = torch.arange(ids.shape[1])
+for l in (0, 15, n_layer - 1):
+    y = model.blocks[l](resid[l], l, model.rope(pos))
+    print(f"block {l:2} takes resid[{l}] to resid[{l + 1}]: {torch.allclose(y, resid[l + 1], rtol=1e-3, atol=1e-3)}")
+print("unembed(resid[-1]) is the logits:", torch.allclose(model.unembed(resid[-1]), logits, rtol=1e-3, atol=1e-3))
+#> block  0 takes resid[0] to resid[1]: True
+#> block 15 takes resid[15] to resid[16]: True
+#> block 29 takes resid[29] to resid[30]: True
+#> unembed(resid[-1]) is the logits: True
+
+# %% [markdown]
+# ## How far is the answer at layer l?
+# Put the last norm and the unembedding on any entry of the list, and you read what the model would answer if it stopped there. This is the *logit
+# lens* (nostalgebraist 2020). A hint and no proof: the blocks in between were never trained to speak that language.
+
+# %%
+final = logits[0, -1].argmax()
+for l in (0, 5, 10, 15, 20, 25, 28, 29, 30):
+    p = model.unembed(resid[l])[0, -1].softmax(dim=-1)
+    print(f"resid[{l:2}] next {tokenizer.pieces([p.argmax()])[0]!r:15} p of the final answer {tokenizer.pieces([final])[0]!r}: {p[final]:.3f}")
+#> resid[ 0] next ' said'         p of the final answer ',': 0.000
+#> resid[ 5] next ','             p of the final answer ',': 0.786
+#> resid[10] next ','             p of the final answer ',': 0.521
+#> resid[15] next ','             p of the final answer ',': 0.678
+#> resid[20] next ' '             p of the final answer ',': 0.281
+#> resid[25] next ','             p of the final answer ',': 0.897
+#> resid[28] next ','             p of the final answer ',': 0.900
+#> resid[29] next ','             p of the final answer ',': 0.795
+#> resid[30] next ','             p of the final answer ',': 0.412
+
+# %% [markdown]
+# The comma is there after five blocks already; the last two make the model less sure of it again. Nothing says that every block must help.
+#
+# ## How long is the stream?
+# Every block adds to it, so it grows. Look at the first column.
+
+# %%
+norms = torch.stack([x[0].norm(dim=-1) for x in resid])            # (n_layer + 1, T)
+print("position", "".join(f"{piece!r:>18}" for piece in pieces[:4]))
+for l in (0, 1, 2, 3, 10, 20, 29):
+    print(f"resid[{l:2}]", "".join(f"{norm:18.1f}" for norm in norms[l, :4]))
+#> position    '<|endoftext|>'               'I'           ' went'             ' up'
+#> resid[ 0]                2.9               2.5               2.3               2.9
+#> resid[ 1]               36.5              41.8              54.7              37.7
+#> resid[ 2]               75.7              71.0              81.9              69.8
+#> resid[ 3]              920.8              89.4              90.6              88.5
+#> resid[10]              335.6             138.1             152.0             129.8
+#> resid[20]            20495.6             191.3             223.8             229.6
+#> resid[29]             6684.0             665.1             739.7             694.1
+
+# %% [markdown]
+# ## What is the giant at position 0?
+# BOS. Block 2 makes it ten times as long as the other positions, and later it is a hundred times as long; nearly all of that lies in 4 of the 576
+# dimensions. It carries no meaning: heads that have nothing to do look there. It is called an *attention sink* (Xiao et al. 2023; Sun et al. 2024).
+
+# %%
+for l in (0, 2, 3, 20):
+    shares = [sink_share(resid[l][0, t]) for t in (0, 4)]
+    print(f"resid[{l:2}] part of the squared norm in 4 of {model.config.d_model} dimensions: BOS {shares[0]:.0%}, {pieces[4]!r} {shares[1]:.0%}")
+#> resid[ 0] part of the squared norm in 4 of 576 dimensions: BOS 8%, ' to' 11%
+#> resid[ 2] part of the squared norm in 4 of 576 dimensions: BOS 81%, ' to' 68%
+#> resid[ 3] part of the squared norm in 4 of 576 dimensions: BOS 98%, ' to' 64%
+#> resid[20] part of the squared norm in 4 of 576 dimensions: BOS 99%, ' to' 58%
+
+# %% [markdown]
+# Between blocks 9 and 11 it is taken down and built again, twenty times as large. We do not know why.
+#
+# Ordinary tokens have much of their norm in the same few dimensions, but about the same amount each, so it cancels when two of them are subtracted.
+# The sink's does not.
+#
+# ## Why should somebody who steers care?
+# Because other tokens with little meaning become sinks as well, among them the lone space that fills up the shorter prompt of a pair. The vector
+# `" weddings" - " "` is then mostly a missing sink, and hardly a wedding. Ministeer warns when you make such a vector.
+
+# %%
+vectors = steering_vectors(model, tokenizer, " weddings", " ", list(range(n_layer)))
+shares = [sink_share(s.vector) for s in vectors]
+print("layer ", "".join(f"{l:6}" for l in (0, 1, 2, 3, 6, 10, 16, 20, 29)))
+print("sink  ", "".join(f"{shares[l]:6.0%}" for l in (0, 1, 2, 3, 6, 10, 16, 20, 29)))
+#> layer       0     1     2     3     6    10    16    20    29
+#> sink      21%   33%   35%   98%   98%   68%   40%   46%   11%
+
+# %% [markdown]
+# From layer 3 to layer 10 most of the vector is the sink; before, a third or less. In tutorial 07 you will see where steering works, and it will not
+# surprise you that layer 1 is better than layer 6. (It will surprise you that some late layers work too. We do not know why.)
+#
+# ## The figure: norms by layer and position
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+for t, color in zip((0, 1, 4, 7), (lesson.GREY, lesson.BLUE, lesson.ORANGE, lesson.GREEN), strict=True):
+    left.semilogy(range(n_layer + 1), norms[:, t], "o-", markersize=3, color=color, label=f"position {t}: {pieces[t]!r}")
+left.set_xlabel("layer l of resid[l]")
+left.set_ylabel("norm of the stream")
+left.set_title(f"one prompt: {prompt!r}", fontsize="medium")
+left.legend(fontsize="small")
+right.plot(range(n_layer), shares, "o-", markersize=3, color=lesson.BLUE)
+right.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
+right.set_xlabel("layer the vector was made at")
+right.set_ylabel("part of squared norm in 4 dimensions")
+right.set_ylim(0, 1)
+right.set_title('" weddings" - " ": how much of it is a sink', fontsize="medium")
+lesson.save(figure, "03_residual_stream")
+
+# %% [markdown]
+# ## Exercise 1
+# What did block l add to the stream at position t? Give the norm of it.
+
+# %%
+def added(resid, l, t):
+    """-> the norm of what block l added at position t of the first text, a float"""
+    return None                 # your line
+
+
+lesson.check(added, ((resid, 0, 1), (resid[1] - resid[0])[0, 1].norm().item()), ((resid, 9, 2), (resid[10] - resid[9])[0, 2].norm().item()))
+#> added: not yet. added([a tensor (1, 9, 576), …, 31 in all], 0, 1) gives None; expected 41.8
+
+# %% [markdown]
+# ## Exercise 2
+# From which layer on is the likeliest next token, read with the logit lens, the final one and stays it?
+
+# %%
+def decided(model, resid):
+    """-> the smallest l such that resid[l], …, resid[n_layer] all give the same likeliest last token, an int"""
+    return None                 # your lines
+
+
+tops = [model.unembed(x)[0, -1].argmax().item() for x in resid]
+lesson.check(decided, ((model, resid), max([l for l, top in enumerate(tops) if top != tops[-1]], default=-1) + 1))
+#> decided: not yet. decided(the model, [a tensor (1, 9, 576), …, 31 in all]) gives None; expected 25
+
+# %% [markdown]
+# **You know now** what the list holds, what a layer is here, and that some of what lives in the stream is housekeeping.
+# Next: [04](04_the_addition.py), where we change it.

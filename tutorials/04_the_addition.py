@@ -1,0 +1,152 @@
+# %% [markdown]
+# # 04 · The addition
+#
+# **What is activation addition, in ten lines?** 25 minutes. You need tutorials 01 to 03.
+#
+# Two prompts, a subtraction, an addition: Turner et al., [Algorithm 1](https://arxiv.org/abs/2308.10248). First by hand, then with the library.
+
+# %%
+import lesson
+import matplotlib.pyplot as plt
+import torch
+
+import ministeer
+from ministeer.steering import random_like, relative_norm
+
+model, tokenizer = lesson.load()
+layer, coeff = 1, 2.0
+prompt = "I went up to my friend and said"
+
+# %% [markdown]
+# ## How is the vector made?
+# Run the model on " weddings" and on " ", both behind BOS, and subtract what block 1 would read.
+
+# %%
+pair = torch.tensor([tokenizer.encode(" weddings"), tokenizer.encode(" ")])
+_, resid = model(pair)
+difference = resid[layer][0] - resid[layer][1]                  # (2, d_model): BOS and one token
+print("row 0, BOS:       norm", round(difference[0].norm().item(), 4))
+print("row 1, the words: norm", round(difference[1].norm().item(), 1))
+#> row 0, BOS:       norm 0.0
+#> row 1, the words: norm 77.3
+
+# %% [markdown]
+# Row 0 is zero: BOS comes first, sees nothing else, and is the same in both prompts. So the vector is row 1, and it belongs to position 1.
+#
+# ## How is it added?
+# Stop before block 1, add, run the rest.
+
+# %%
+ids = torch.tensor([tokenizer.encode(prompt)])
+pos = torch.arange(ids.shape[1])
+x = model.run(model.embed(ids, pos), pos, stop=layer)[-1]
+changed = x.clone()
+changed[0, 1] += coeff * difference[1]                           # activation addition
+by_hand = model.unembed(model.run(changed, pos, first=layer)[-1])
+
+# %% [markdown]
+# ## And with the library?
+# A `Steer` is a vector, a layer, a coefficient and a start. It is an argument of the call: nothing to attach, nothing to take away afterwards.
+
+# %%
+weddings = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=layer)
+print(weddings)
+steered, steered_resid = model(ids, steer=[coeff * weddings])
+print("by hand and with Steer equal:", torch.allclose(by_hand, steered, rtol=1e-3, atol=1e-3))
+#> <Steer ' weddings' - ' ': coeff 1.0 on 1 positions from 1 before block 1, d_model 576>
+#> by hand and with Steer equal: True
+
+# %% [markdown]
+# ## How loud is that?
+# Beside the stream that is there already. The coefficient alone says nothing: 2 can be a whisper in one model and a shout in another.
+
+# %%
+loud = relative_norm(model, tokenizer, coeff * weddings, prompt)
+pieces = tokenizer.pieces(ids[0])
+print("  ".join(f"{piece!r} {r:.1f}" for piece, r in zip(pieces[:4], loud[:4], strict=True)))
+#> '<|endoftext|>' 0.0  'I' 3.7  ' went' 0.0  ' up' 0.0
+
+# %% [markdown]
+# At position 1 the addition is several times as long as what stood there: it does not nudge the word " I", it writes over it. Positions 2, 3, … are
+# not touched; they learn of it only because later blocks look back at position 1.
+#
+# ## Who hears of it?
+# Compare the streams with and without, at every layer and position.
+
+# %%
+plain, plain_resid = model(ids)
+moved = torch.stack([(a - b)[0].norm(dim=-1) / b[0].norm(dim=-1) for a, b in zip(steered_resid, plain_resid, strict=True)])
+for l in (0, 1, 2, 3, 10, 20, 30):
+    print(f"resid[{l:2}] moved by", "  ".join(f"{m:5.2f}" for m in moved[l]))
+#> resid[ 0] moved by  0.00   0.00   0.00   0.00   0.00   0.00   0.00   0.00   0.00
+#> resid[ 1] moved by  0.00   3.70   0.00   0.00   0.00   0.00   0.00   0.00   0.00
+#> resid[ 2] moved by  0.00   2.27   0.17   0.08   0.04   0.11   0.02   0.02   0.01
+#> resid[ 3] moved by  0.00   1.83   0.22   0.27   0.08   0.38   0.05   0.13   0.15
+#> resid[10] moved by  0.00   1.49   0.35   0.39   0.45   0.23   0.13   0.10   0.13
+#> resid[20] moved by  0.00   1.17   0.51   0.42   0.48   0.42   0.27   0.61   0.30
+#> resid[30] moved by  0.00   0.74   0.56   0.48   0.49   0.46   0.28   0.59   0.39
+
+# %% [markdown]
+# Nothing before layer 1. At layer 1, position 1 alone, by exactly the relative norm above. From layer 2 on every later position. And position 0
+# never: nobody looks ahead.
+#
+# ## Does it do what we want, or just something?
+# Any large change moves the answer. So beside the unsteered model we always put a *random* vector of the same norm at the same place.
+
+# %%
+words = [" wedding", " bride", " marry", " married", " love"]
+word_ids = [tokenizer.encode(word, bos=False)[0] for word in words]
+control, _ = model(ids, steer=[coeff * random_like(weddings, seed=0)])
+for name, some in (("unsteered", plain), ("steered", steered), ("random", control)):
+    p = some[0, -1].softmax(dim=-1)
+    print(f"{name:10}", "  ".join(f"{word} {p[i]:.1e}" for word, i in zip(words, word_ids, strict=True)))
+#> unsteered   wedding 9.4e-07   bride 1.3e-07   marry 4.1e-07   married 4.3e-07   love 4.3e-04
+#> steered     wedding 5.6e-04   bride 1.4e-05   marry 5.6e-05   married 7.6e-05   love 1.2e-03
+#> random      wedding 1.2e-06   bride 2.5e-07   marry 2.9e-06   married 7.4e-07   love 2.4e-04
+
+# %% [markdown]
+# One prompt and one next token: a first look and no result. Tutorials 05 and 07 count whole completions.
+#
+# ## The figure: where the stream has moved
+
+# %%
+figure, axis = plt.subplots(figsize=(7, 4.4))
+image = axis.imshow(moved.clamp(min=1e-3).log10(), cmap="cividis", aspect="auto", origin="lower")
+axis.set_xticks(pos, [repr(piece) for piece in pieces], rotation=30)
+axis.set_xlabel("position")
+axis.set_ylabel("layer l of resid[l]")
+axis.set_title(f'" weddings" - " " before block {layer}, c {coeff:g}; one prompt', fontsize="medium")
+bar = figure.colorbar(image, label="change / norm of the unsteered stream", ticks=[-3, -2, -1, 0, 1])
+bar.ax.set_yticklabels(["≤ 0.001", "0.01", "0.1", "1", "10"])
+lesson.save(figure, "04_the_addition")
+
+# %% [markdown]
+# ## Exercise 1
+# What a `Steer` adds: write it. `start` is the position of the vector's first row.
+
+# %%
+def delta(vector, coeff, start, T):
+    """vector (n, d_model) -> (T, d_model): coeff * vector at positions start, start + 1, …, zero rows elsewhere"""
+    return None                 # your lines
+
+
+made = torch.arange(6.0).view(2, 3)
+lesson.check(delta, ((made, 2.0, 1, 4), ministeer.Steer(0, made, 2.0, 1).delta(torch.arange(4))))
+#> delta: not yet. delta(a tensor (2, 3), 2, 1, 4) gives None; expected a tensor (4, 3)
+
+# %% [markdown]
+# ## Exercise 2
+# Which coefficient makes the addition exactly as long as the stream at the first steered position?
+
+# %%
+def equal_coeff(model, tokenizer, steer, prompt):
+    """steer: a Steer with coeff 1 -> the coefficient, a float"""
+    return None                 # your line
+
+
+lesson.check(equal_coeff, ((model, tokenizer, weddings, prompt), coeff / loud[1].item()))
+#> equal_coeff: not yet. equal_coeff(the model, the tokenizer, the steer, 'I went up to my friend and said') gives None; expected 0.5412
+
+# %% [markdown]
+# **You know now** the whole method. In the library it is this line of [ministeer/model.py](../ministeer/model.py):
+# `x = x + s.delta(pos).to(x)`. Next: [05](05_generation.py), whole texts.

@@ -1,0 +1,201 @@
+# %% [markdown]
+# # 06 · The cache, and where the addition stays
+#
+# **The vector is added while the prompt is read, and never again. How can it still act 30 tokens later?** 20 minutes. You need tutorials 04 and 05.
+
+# %%
+import time
+
+import lesson
+import matplotlib.pyplot as plt
+import torch
+
+import ministeer
+from ministeer import KVCache
+from ministeer.steering import random_like
+
+model, tokenizer = lesson.load()
+n_layer = model.config.n_layer
+prompt = "I went up to my friend and said that we"
+ids = torch.tensor([tokenizer.encode(prompt)])
+weddings = 2 * ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=1)
+
+# %% [markdown]
+# ## What is a cache for?
+# To write token 100 a model needs the keys and values of tokens 0 to 99, and they do not change any more: no position sees a later one. So keep
+# them, and run the blocks for the new position only.
+
+# %%
+cache = KVCache(n_ctx=64)
+model(ids[:, :6], cache=cache)                                    # a first part of the prompt
+print(len(cache), "positions read")
+pieces, _ = model(ids[:, 6:], cache=cache)                        # the rest
+whole, _ = model(ids)
+print("in two parts or in one, the same logits:", torch.allclose(pieces[:, -1], whole[:, -1], rtol=1e-3, atol=1e-3))
+#> 6 positions read
+#> in two parts or in one, the same logits: True
+
+# %% [markdown]
+# In float32 the same up to 1e-5, because sums are taken in another order; in bfloat16 up to some percent of a logit. Neither is a bug.
+#
+# ## What does it save?
+
+# %%
+def seconds(n, cached):
+    """Time for n new tokens after the prompt, the likeliest each time."""
+    cache, new, all_ids = (KVCache(len(ids[0]) + n) if cached else None), ids, ids
+    start = time.perf_counter()
+    for _ in range(n):
+        logits, _ = model(new if cached else all_ids, cache=cache, last=True)
+        new = logits[:, -1].argmax(dim=-1, keepdim=True)
+        all_ids = torch.cat([all_ids, new], dim=1)
+    return time.perf_counter() - start
+
+
+lengths = [8, 16, 32, 64]
+times = {cached: [seconds(n, cached) for n in lengths] for cached in (True, False)}
+print("64 tokens take more than 1.2 times as long without a cache:", times[False][-1] > 1.2 * times[True][-1])
+#> 64 tokens take more than 1.2 times as long without a cache: True
+
+# %% [markdown]
+# ## Is a new token steered?
+# Positions are absolute and the vector has one row, for position 1. A new token stands at position 10 or 20, and nothing is added to it.
+
+# %%
+def read(steer):
+    """The prompt read into a new cache -> (cache, logits of its last position)"""
+    cache = KVCache(n_ctx=64)
+    logits, _ = model(ids, steer, cache)
+    return cache, logits[0, -1]
+
+
+steered, _ = read([weddings])
+plain, _ = read([])
+new = torch.tensor([[tokenizer.encode(" had", bos=False)[0]]])
+_, with_steer = model(new, [weddings], steered)
+_, without = model(new, [], plain)
+same = torch.equal(with_steer[1], without[1])
+print(f"position {ids.shape[1]}: what block 1 reads is the same, steered or not: {same}")
+print("what block 2 reads is not:", not torch.equal(with_steer[2], without[2]))
+#> position 11: what block 1 reads is the same, steered or not: True
+#> what block 2 reads is not: True
+
+# %% [markdown]
+# So the new token's own stream is as ever when block 1 reads it. The difference comes in through attention: block 1 looks back at position 1 and
+# finds other keys and values there. **The addition stays in the cache.**
+#
+# ## Can we prove it?
+# Read the prompt steered. Then put the *unsteered* keys and values back, in some places of the cache, and look what is left of the effect. As a
+# measure, the probability of a word about weddings as the next token, over several ways to go on.
+
+# %%
+starts = [" had a", " were at the", " should go to the", " talked about the", " looked at the"]
+words = [" wedding", " weddings", " bride", " marriage", " honeymoon", " ceremony"]
+word_ids = torch.tensor([tokenizer.encode(word, bos=False)[0] for word in words])
+
+
+def topic(steer, blocks=(), positions=slice(0, 0)):
+    """Mean probability of a word about weddings, with unsteered keys and values put back at `positions` of `blocks`."""
+    found = []
+    for start in starts:
+        (cache, _), (clean, _) = read(steer), read([])
+        for l in blocks:
+            for mine, theirs in zip(cache.layers[l], clean.layers[l], strict=True):
+                mine[:, :, positions] = theirs[:, :, positions]
+        more = torch.tensor([tokenizer.encode(start, bos=False)])
+        logits, _ = model(more, steer, cache, last=True)
+        found.append(logits[0, -1].softmax(dim=-1)[word_ids].sum())
+    return torch.stack(found).mean().item()
+
+
+everywhere, T = range(n_layer), ids.shape[1]
+effect, base = topic([weddings]), topic([])
+print(f"unsteered                           {base:.4f}")
+print(f"random vector, same norm            {topic([random_like(weddings, seed=0)]):.4f}")
+print(f"steered                             {effect:.4f}")
+print(f"  all positions put back            {topic([weddings], everywhere, slice(0, T)):.4f}")
+print(f"  position 1 put back               {topic([weddings], everywhere, slice(1, 2)):.4f}")
+print(f"  all positions but 1 put back      {topic([weddings], everywhere, slice(2, T)):.4f}")
+#> unsteered                           0.0032
+#> random vector, same norm            0.0018
+#> steered                             0.0740
+#>   all positions put back            0.0032
+#>   position 1 put back               0.0109
+#>   all positions but 1 put back      0.0233
+
+# %% [markdown]
+# With the whole cache put back nothing is left: there is no other way for the addition to reach a new token. With position 1 put back alone a seventh
+# is left, and with all others put back a third: most of the effect is read at position 1 itself, and much of it at words that had copied it.
+#
+# ## Which blocks read it?
+
+# %%
+parts = [topic([weddings], range(l + 1), slice(0, T)) for l in everywhere]
+for l in (0, 1, 2, 5, 10, 15, 20, 25, n_layer - 1):
+    print(f"blocks 0 … {l:2} put back: {parts[l]:.4f}")
+#> blocks 0 …  0 put back: 0.0740
+#> blocks 0 …  1 put back: 0.0742
+#> blocks 0 …  2 put back: 0.0731
+#> blocks 0 …  5 put back: 0.0701
+#> blocks 0 … 10 put back: 0.0578
+#> blocks 0 … 15 put back: 0.0462
+#> blocks 0 … 20 put back: 0.0411
+#> blocks 0 … 25 put back: 0.0108
+#> blocks 0 … 29 put back: 0.0032
+
+# %% [markdown]
+# The vector was added before block 1, and the first ten blocks could as well have read the unsteered cache. It is read late: most of it is lost
+# where blocks 20 to 27 are put back as well.
+#
+# ## The figure: what the cache saves, and what it carries
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+for cached, color, label in ((True, lesson.BLUE, "with a cache"), (False, lesson.ORANGE, "without")):
+    left.plot(lengths, times[cached], "o-", color=color, label=label)
+left.set_xlabel("new tokens")
+left.set_ylabel("seconds (one run, this machine)")
+left.legend()
+right.plot(range(n_layer), parts, "o-", color=lesson.BLUE, markersize=3, label="steered, cache put back up to block l")
+right.axhline(effect, color=lesson.BLUE, linestyle="--", linewidth=0.8, label="steered")
+right.axhline(base, color="black", linestyle="--", linewidth=0.8, label="unsteered")
+right.set_xlabel("block l")
+right.set_ylabel("probability of a word about weddings")
+right.set_ylim(0, None)
+right.set_title(f"mean of {len(starts)} ways to go on", fontsize="medium")
+right.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 0.1))
+lesson.save(figure, "06_cache")
+
+# %% [markdown]
+# ## Exercise 1
+# How many numbers does a cache hold for S positions of one text? Keys and values, every block.
+
+# %%
+def cache_numbers(config, S):
+    """-> how many numbers, an int; config has n_layer, n_kv_head and d_head"""
+    return None                 # your line
+
+
+held = sum(t[:, :, :T].numel() for pair in steered.layers.values() for t in pair)
+lesson.check(cache_numbers, ((model.config, T), held))
+#> cache_numbers: not yet. cache_numbers(the config, 11) gives None; expected 126720
+
+# %% [markdown]
+# ## Exercise 2
+# Positions are absolute. A cache holds `cached` positions and T more are read: which of these does a Steer touch?
+
+# %%
+def touched(start, rows, cached, T):
+    """-> the absolute positions of this call that are steered, a list
+
+    rows: how many rows the vector has; None for a vector that goes to every position from `start` on
+    """
+    return None                 # your line
+
+
+lesson.check(touched, ((1, 2, 0, 5), [1, 2]), ((1, 2, 2, 5), [2]), ((1, 2, 5, 1), []), ((3, None, 5, 2), [5, 6]))
+#> touched: not yet. touched(1, 2, 0, 5) gives None; expected [1, 2]
+
+# %% [markdown]
+# **You know now** why nothing has to be added again, and that "steered" is a property of a cache. The library refuses to go on with a cache under
+# other steering. Next: [07](07_which_layer.py), choosing a layer without fooling yourself.

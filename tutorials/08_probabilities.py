@@ -1,0 +1,181 @@
+# %% [markdown]
+# # 08 · What changes in the probabilities
+#
+# **Does the vector make texts about its topic likelier, and others not?** 25 minutes. You need tutorial 07. This is section 4.1 of the paper.
+#
+# So far we let the model write. Now it reads texts that are already written, and we ask how likely it finds each of their tokens.
+
+# %%
+import lesson
+import matplotlib.pyplot as plt
+import torch
+
+from ministeer.intervals import bootstrap
+from ministeer.measure import logprobs, perplexity_ratio, token_shifts
+from ministeer.steering import random_like, steering_vectors
+
+model, tokenizer = lesson.load()
+about = {"weddings": """The bride had chosen a plain white dress for her wedding. Her groom waited at the altar and could not stop smiling.
+The two families met for the first time at the reception. They were married on a Saturday in June, in front of a hundred guests.
+A wedding takes months to plan and one day to enjoy. The best man lost the rings and found them in his own pocket.
+After the ceremony the married couple danced until midnight. Her mother cried at the wedding, and so did his father.
+They spent their honeymoon in a small house by the lake. A happy marriage, said the priest, begins with a good joke.
+The bridesmaids threw rice when the bride came out of the church. Nobody remembers what was said at the wedding dinner.""",
+         "shipping": """The harbour was built two hundred years ago for wooden ships. Today a crane lifts forty containers in an hour.
+Most of what we buy has crossed an ocean in a steel box. The captain reports the cargo to the port before the ship arrives.
+Fuel is the largest cost of a long voyage. A storm in the strait can delay the whole fleet by a week.
+The pilot boards the vessel outside the breakwater and guides it in. Dock workers unload the freight by day and by night.
+Customs officers open one container in fifty. The company sold its oldest tanker to a yard that takes ships apart.
+A narrow canal shortens the route by ten days. The crew comes from nine countries and shares one small kitchen."""}
+texts = {topic: [line.strip() for line in text.replace("\n", " ").replace(". ", ".|").split("|")] for topic, text in about.items()}
+print({topic: len(some) for topic, some in texts.items()}, "sentences, written for this tutorial")
+#> {'weddings': 12, 'shipping': 12} sentences, written for this tutorial
+
+# %% [markdown]
+# ## How likely does the model find a sentence?
+# Each token has a log-probability, given the ones before it, in *nats*. Perplexity is exp(−mean): how many equally likely tokens it felt like.
+
+# %%
+(row,) = logprobs(model, tokenizer, texts["weddings"][:1])
+pieces = tokenizer.pieces(tokenizer.encode(texts["weddings"][0])[1:])
+for piece, value in list(zip(pieces, row.tolist(), strict=True))[:7]:
+    print(f"{piece!r:10} log p {value:6.2f}")
+print("perplexity of the sentence:", round((-row.mean()).exp().item()))
+#> 'The'      log p  -5.10
+#> ' bride'   log p -10.30
+#> ' had'     log p  -3.24
+#> ' chosen'  log p  -4.99
+#> ' a'       log p  -1.93
+#> ' plain'   log p -10.54
+#> ' white'   log p  -1.48
+#> perplexity of the sentence: 39
+
+# %% [markdown]
+# ## Which predictions are fair to count?
+# The vector writes over position 1. What is predicted *there* is distorted, and in generation nobody would ever draw from it, because the prompt goes
+# on. The paper leaves the first n + 1 predictions out, for both models alike; `steer.stop` is that number.
+
+# %%
+layer = 16
+(weddings,) = steering_vectors(model, tokenizer, " weddings", " ", [layer])
+skip = weddings.stop
+plain = {topic: logprobs(model, tokenizer, some, skip=skip) for topic, some in texts.items()}
+conditions = {"steered": weddings, "random": random_like(weddings, seed=0)}
+for name, steer in conditions.items():
+    changed = {topic: logprobs(model, tokenizer, some, steer, skip) for topic, some in texts.items()}
+    print(f"layer {layer}, {name:8}", "  ".join(f"{topic} {perplexity_ratio(plain[topic], changed[topic]):.3f}" for topic in texts))
+#> layer 16, steered  weddings 0.841  shipping 1.144
+#> layer 16, random   weddings 1.006  shipping 1.056
+
+# %% [markdown]
+# The ratio is perplexity steered over unsteered: below 1 the text has become likelier. The topic gains, the other text loses, and a random vector of
+# the same norm moves both much less. (The paper's GPT-2-XL on two essays, also before block 16: 0.92 and 1.00.)
+#
+# ## How sure is it?
+# A sentence is the unit: its tokens belong together. So we draw *sentences* again and again, with replacement, and look how the mean moves (the
+# bootstrap). Twelve sentences are few.
+
+# %%
+def ratio(topic, steer):
+    """-> perplexity ratio, and its 95 % interval over sentences"""
+    changed = logprobs(model, tokenizer, texts[topic], steer, skip)
+    means = [(s - p).mean().item() for p, s in zip(plain[topic], changed, strict=True)]
+    low, high = bootstrap(means, [len(p) for p in plain[topic]])
+    edges = torch.tensor([-high, -low]).exp().tolist()
+    return perplexity_ratio(plain[topic], changed), edges
+
+
+for topic in texts:
+    for name, steer in conditions.items():
+        value, (low, high) = ratio(topic, steer)
+        print(f"{topic:9} {name:8} {value:.3f}  (95 % {low:.3f} to {high:.3f})")
+#> weddings  steered  0.841  (95 % 0.772 to 0.910)
+#> weddings  random   1.006  (95 % 0.919 to 1.110)
+#> shipping  steered  1.144  (95 % 1.006 to 1.309)
+#> shipping  random   1.056  (95 % 0.974 to 1.158)
+
+# %% [markdown]
+# ## Which tokens gained?
+# The mean shift of each token that occurs three times or more in both texts together. (The paper asks for more than twenty, in half a million.)
+
+# %%
+everything = [text for some in texts.values() for text in some]
+ids = [tokenizer.encode(text)[1 + skip:] for text in everything]
+shifts = token_shifts(ids, logprobs(model, tokenizer, everything, skip=skip), logprobs(model, tokenizer, everything, weddings, skip), more_than=2)
+order = sorted(shifts, key=lambda i: -shifts[i][1])
+for i in [*order[:4], *order[-2:]]:
+    count, shift, before = shifts[i]
+    print(f"{tokenizer.pieces([i])[0]!r:12} seen {count:2}  {shift:+.2f} nats  (unsteered log p {before:.2f})")
+#> ' wedding'   seen  3  +2.26 nats  (unsteered log p -3.77)
+#> ' at'        seen  4  +0.33 nats  (unsteered log p -3.47)
+#> ' one'       seen  3  +0.24 nats  (unsteered log p -5.47)
+#> ' for'       seen  3  +0.18 nats  (unsteered log p -4.02)
+#> '.'          seen 24  -0.10 nats  (unsteered log p -1.20)
+#> ' to'        seen  4  -0.15 nats  (unsteered log p -1.73)
+
+# %% [markdown]
+# ## The figure: the ratio by layer
+
+# %%
+layers = [0, 1, 2, 3, 6, 10, 16, 20, 24, 29]
+steers = steering_vectors(model, tokenizer, " weddings", " ", layers)
+figure, axis = plt.subplots(figsize=(7, 3.8))
+found = {}
+for topic, color in (("weddings", lesson.BLUE), ("shipping", lesson.ORANGE)):
+    for name in ("steered", "random"):
+        rows = [ratio(topic, s if name == "steered" else random_like(s, seed=0)) for s in steers]
+        found[topic, name] = [value for value, _ in rows]
+        axis.plot(layers, found[topic, name], "o-" if name == "steered" else "x:", color=color, label=f"{topic}, {name}")
+        if name == "steered":
+            axis.fill_between(layers, [low for _, (low, _) in rows], [high for _, (_, high) in rows], color=color, alpha=0.2, linewidth=0)
+axis.axhline(1, color="black", linewidth=0.8)
+axis.set_xlabel("layer")
+axis.set_ylabel("perplexity ratio, steered / unsteered")
+axis.set_title("12 sentences each, c 1, 95 % band over sentences", fontsize="medium")
+axis.legend(fontsize="small")
+lesson.save(figure, "08_probabilities")
+print("layer   ", "".join(f"{l:7}" for l in layers))
+for (topic, name), row in found.items():
+    print(f"{topic[:8]} {name[0]}", "".join(f"{value:7.2f}" for value in row))
+#> layer          0      1      2      3      6     10     16     20     24     29
+#> weddings s    0.99   1.17   0.97   1.38   1.30   1.19   0.84   0.81   0.95   0.98
+#> weddings r    1.78   1.66   1.52   2.66   3.18   1.54   1.01   1.02   1.05   1.00
+#> shipping s    1.58   1.48   1.12   1.16   1.16   1.12   1.14   1.14   1.06   1.00
+#> shipping r    1.81   1.61   1.55   2.45   2.66   1.48   1.06   1.07   1.07   1.00
+
+# %% [markdown]
+# Layers 16 and 20 do what one hopes for: blue below 1, orange a little above. From 3 to 10 even a *random* vector of that norm ruins any text: the
+# norm is that of the sink (tutorial 03), many times the stream. And layer 1, best at bringing the topic into new texts, does not make given texts
+# about it likelier. Two good measures, two answers; say which one you mean.
+#
+# ## Exercise 1
+# The ratio by documents: first the mean of each text, then the mean of these. (The paper's words say this, its code takes all tokens alike.)
+
+# %%
+def ratio_of_texts(plain, steered):
+    """plain, steered: lists of tensors, one a text, log p of its tokens -> the perplexity ratio, a float"""
+    return None                 # your line
+
+
+a, b = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0])], [torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-2.0])]
+lesson.check(ratio_of_texts, ((a, b), perplexity_ratio(a, b, mean_of="texts")))
+#> ratio_of_texts: not yet. ratio_of_texts([a tensor (3,), a tensor (1,)], [a tensor (3,), a tensor (1,)]) gives None; expected 1
+
+# %% [markdown]
+# ## Exercise 2
+# A vector changes the whole distribution, not only the token that came. Write KL(p || q) in nats from two rows of logits.
+
+# %%
+def kl(logits_p, logits_q):
+    """logits (n_vocab,) of the unsteered and of the steered model -> sum over tokens of p (log p - log q), a float"""
+    return None                 # your lines
+
+
+one, other = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 0.0])
+lesson.check(kl, ((one, one), 0.0), ((one, other), torch.nn.functional.kl_div(other.log_softmax(0), one.log_softmax(0), reduction="sum",
+                                                                          log_target=True).item()))
+#> kl: not yet. kl(a tensor (3,), a tensor (3,)) gives None; expected 0
+
+# %% [markdown]
+# **You know now** how to measure a vector without drawing a single text, and why the unit of doubt is the sentence.
+# `python benchmarks/paper.py perplexity` and `token-shifts` do this with hundreds of documents. Next: [09](09_topics_and_sentiment.py).

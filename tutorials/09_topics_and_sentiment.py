@@ -1,0 +1,170 @@
+# %% [markdown]
+# # 09 · Topics and sentiment
+#
+# **Does the vector bring its own topic, or any topic? And when does it change a feeling, rather than delete a word?** 30 minutes, one of them
+# computing. You need tutorial 07. These are sections 4.2 and 4.4 of the paper.
+
+# %%
+import lesson
+import matplotlib.pyplot as plt
+import torch
+
+import ministeer
+from ministeer.intervals import bootstrap, paired
+from ministeer.judges import TOPIC_WORDS, count_words, judge
+from ministeer.steering import random_like, relative_norm
+
+model, tokenizer = lesson.load()
+paper = {"top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
+
+# %% [markdown]
+# ## Steer toward i, score j
+# A vector for weddings that also brings music and finance would only make the model ramble. So steer toward each topic, and count the words of all.
+
+# %%
+topics, n = ["weddings", "music", "science", "politics"], 20
+prompts = ["I went up to my friend and said", "In the evening we sat down and talked about"]
+
+
+def shares(steer):
+    """-> the share of completions with a word of each topic"""
+    texts = [text for row in ministeer.generate(model, tokenizer, prompts, n, 30, steer, **paper) for text in row]
+    return [sum(count_words(text, TOPIC_WORDS[topic]) > 0 for text in texts) / len(texts) for topic in topics]
+
+
+base = shares([])
+vectors = {topic: 2 * ministeer.steering_vector(model, tokenizer, f" {topic}", " ", layer=2) for topic in topics}
+matrix = {topic: shares(steer) for topic, steer in vectors.items()}
+control = shares(random_like(vectors["weddings"], seed=0))
+print(f"{'':12}", "".join(f"{topic:>10}" for topic in topics), f"   n {n * len(prompts)}")
+for name, row in (("unsteered", base), ("random", control), *matrix.items()):
+    print(f"{name:12}", "".join(f"{value:10.0%}" for value in row))
+#>                weddings     music   science  politics    n 40
+#> unsteered    0±8%   8±8%   0±8%   0±8%
+#> random       0±8%   0±8%   0±8%   2±8%
+#> weddings     32±8%   2±8%   0±8%   0±8%
+#> music        0±8%   25±8%   2±8%   0±8%
+#> science      0±8%   2±8%   30±8%   0±8%
+#> politics     0±8%   2±8%   0±8%   18±8%
+
+# %% [markdown]
+# The diagonal is what we asked for, the rest is what came along. Word lists are a rough judge: a text may be about music and have none of our words.
+#
+# ## Does love - hate make a text kinder?
+# The paper's own example. As a judge, VADER (Hutto and Gilbert 2014): a list of words with feelings, from −1 to 1.
+
+# %%
+vader = judge("vader")
+love = 2 * ministeer.steering_vector(model, tokenizer, " love", " hate", layer=2)
+steers = {"unsteered": [], "steered": love, "random": random_like(love, seed=0)}
+
+
+def feelings(prompt, n=40):
+    """-> {condition: n scores}; row k of every condition drew with the same numbers"""
+    return {name: vader(ministeer.generate(model, tokenizer, prompt, n, 30, steer, **paper)) for name, steer in steers.items()}
+
+
+def report(scores):
+    for name, some in scores.items():
+        low, high = bootstrap(some)
+        print(f"{name:10} {sum(some) / len(some):+.2f}  (95 % {low:+.2f} to {high:+.2f})")
+
+
+hate = feelings("I hate you because")
+report(hate)
+#> unsteered  -0.12±0.12  (95 % -0.27±0.12 to +0.02±0.12)
+#> steered    -0.01±0.12  (95 % -0.16±0.12 to +0.15±0.12)
+#> random     +0.08±0.12  (95 % -0.07±0.12 to +0.22±0.12)
+
+# %% [markdown]
+# Steered is above unsteered. Before you write a paper, look at the last row: a random vector, which knows nothing of love, is as high. And all three
+# intervals overlap.
+#
+# ## Why would a random vector help?
+# Because of *where* it stands. The vector lies on the first token after BOS and nowhere else; let us see which words it writes over, and how loudly.
+
+# %%
+for prompt in ("I hate you because", "When I think about my neighbour, I feel"):
+    ids = tokenizer.encode(prompt)
+    loud = relative_norm(model, tokenizer, love, prompt)
+    print("   ".join(f"{piece!r} {value:.1f}" for piece, value in zip(tokenizer.pieces(ids)[1:5], loud[1:5], strict=True)))
+#> 'I' 1.4   ' hate' 0.0   ' you' 0.0   ' because' 0.0
+#> 'When' 1.4   ' I' 0.0   ' think' 0.0   ' about' 0.0
+
+# %% [markdown]
+# The first word is written over, by more than it was itself, and the sentence that follows is read differently whatever has replaced it. So the fair
+# question is what the vector does *beyond* the random one, and on a prompt whose first words carry no feeling.
+
+# %%
+neutral = feelings("When I think about my neighbour, I feel")
+report(neutral)
+for name, scores in (("I hate you", hate), ("neutral", neutral)):
+    difference, (low, high), p = paired(scores["steered"], scores["random"])
+    print(f"{name:10}: steered - random {difference:+.2f} (95 % {low:+.2f} to {high:+.2f}), p {p:.3f}")
+#> unsteered  +0.86±0.12  (95 % +0.84±0.12 to +0.88±0.12)
+#> steered    -0.06±0.12  (95 % -0.19±0.12 to +0.08±0.12)
+#> random     +0.35±0.12  (95 % +0.17±0.12 to +0.50±0.12)
+#> I hate you: steered - random -0.08±0.12 (95 % -0.27±0.12 to +0.14±0.12), p 0.45±0.4
+#> neutral   : steered - random -0.41±0.12 (95 % -0.63±0.12 to -0.16±0.12), p 0.00±0.03
+
+# %% [markdown]
+# On the first prompt the interval of the difference holds 0: nothing is shown. On the second the unsteered texts are friendly, both vectors take
+# that away, and love - hate takes away *more*, against its name. We do not know why. What we do know: without the last row we would have
+# told two other stories.
+#
+# ## The figure: topics, and feelings with their control
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+boost = torch.tensor([[after - before for after, before in zip(matrix[topic], base, strict=True)] for topic in topics])
+image = left.imshow(boost, cmap="PuOr", vmin=-1, vmax=1)
+for i in range(len(topics)):
+    for j in range(len(topics)):
+        left.text(j, i, f"{boost[i, j]:+.0%}", ha="center", va="center", color="white" if boost[i, j].abs() > 0.6 else "black")
+left.set_xticks(range(len(topics)), topics, rotation=30)
+left.set_yticks(range(len(topics)), topics)
+left.set_xlabel("words counted")
+left.set_ylabel("steered toward")
+left.set_title(f"share minus unsteered, n {n * len(prompts)}", fontsize="medium")
+for y, scores in enumerate((hate, neutral)):
+    for k, (name, color) in enumerate((("unsteered", "black"), ("steered", lesson.BLUE), ("random", lesson.GREY))):
+        mean, (low, high) = sum(scores[name]) / len(scores[name]), bootstrap(scores[name])
+        right.errorbar(mean, y + 0.2 * (k - 1), xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3, label=name if not y else None)
+right.set_yticks([0, 1], ["I hate you because", "When I think\nabout my neighbour,\nI feel"])
+right.set_ylim(1.5, -0.5)
+right.axvline(0, color="black", linewidth=0.8)
+right.set_xlabel("mean VADER score, −1 to 1")
+right.set_title("n 40 a point, 95 % intervals", fontsize="medium")
+right.legend(fontsize="small")
+lesson.save(figure, "09_topics_and_sentiment")
+
+# %% [markdown]
+# ## Exercise 1
+# How much of the matrix lies where it should? Mean of the diagonal minus mean of the rest.
+
+# %%
+def on_target(matrix):
+    """matrix (k, k), row i steered toward i, column j counted -> a float"""
+    return None                 # your lines
+
+
+lesson.check(on_target, ((torch.eye(3),), 1.0), ((torch.full((4, 4), 0.3),), 0.0), ((torch.tensor([[0.5, 0.1], [0.3, 0.7]]),), 0.4))
+#> on_target: not yet. on_target(a tensor (3, 3)) gives None; expected 1
+
+# %% [markdown]
+# ## Exercise 2
+# A randomisation test by hand: if steering did nothing, each difference could as well have the other sign. In what part of all sign patterns is the
+# mean at least as far from 0 as the one we saw? Go through all patterns; there are 2^n.
+
+# %%
+def sign_test(differences):
+    """differences: n numbers, n at most 12 -> p, a float"""
+    return None                 # your lines
+
+
+lesson.check(sign_test, (([1.0, 2.0, 3.0],), 0.25), (([1.0, -1.0],), 1.0), (([0.5] * 8,), 2 / 2**8))
+#> sign_test: not yet. sign_test([1, 2, 3]) gives None; expected 0.25
+
+# %% [markdown]
+# **You know now** that "it got better" is half a sentence; the other half is "than with a random vector". `python benchmarks/paper.py topics`,
+# `sentiment` and `toxicity` measure it on real texts. Next: [10](10_knowledge.py), what steering leaves alone.

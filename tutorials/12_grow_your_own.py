@@ -1,0 +1,294 @@
+# %% [markdown]
+# # 12 · Grow your own
+#
+# **Why does a vector work before some blocks and not before others?** 30 minutes, two of them computing. You need tutorials 02, 04 and 07.
+#
+# In a model that somebody else trained one can only look. So we grow a small GPT-2 from random numbers, on a world of eight topics of which we know
+# everything, and steer it from topic to topic. Then we grow it again and change one thing. Training sums in another order on another machine, so
+# shares and losses will differ a little where you are.
+
+# %%
+import json
+import random
+
+import lesson
+import matplotlib.pyplot as plt
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from tokenizers import decoders, pre_tokenizers, trainers
+from tqdm import tqdm
+
+import ministeer
+from ministeer.attention import merge_heads
+from ministeer.config import Config
+from ministeer.files import write
+from ministeer.gpt2 import GPT2
+from ministeer.intervals import wilson
+from ministeer.steering import random_like
+
+steps, rows, n = (5, 32, 2) if lesson.TINY else (600, 32, 24)
+
+# %% [markdown]
+# ## What is there to read?
+# A story opens with somebody, then come two sentences about one topic. Seven of ten openings name the topic, the others do not. Now and then the
+# typist hits the space bar twice, so that the model learns what a lone space is; we shall subtract one.
+
+# %%
+topics = {topic: [part.split() for part in words.split("|")] for topic, words in {
+    "weddings": "bride groom priest | kisses marries | ring veil bouquet | altar chapel",
+    "sailing": "sailor captain pirate | steers moors | ship boat raft | harbour lighthouse",
+    "baking": "baker cook miller | kneads bakes | bread cake dough | oven bakery",
+    "music": "singer drummer fiddler | sings plays | song tune waltz | stage concert",
+    "farming": "farmer shepherd milkmaid | feeds herds | cow sheep goat | barn meadow",
+    "football": "keeper striker referee | kicks catches | ball goal pass | pitch stadium",
+    "medicine": "doctor nurse surgeon | heals bandages | patient wound fever | clinic hospital",
+    "painting": "painter model sculptor | paints draws | portrait canvas sketch | studio gallery"}.items()}
+named = ["{topic} made {a} {mood}.", "{a} dreamt of {topic}.", "It was all {topic} that {time}.", "One {time} {a} spoke of {topic}.",
+         "{topic}, said {a}.", "Of {topic} {a} thinks all {time}.", "{topic} are {mood}."]
+other = ["{a} smiled all {time}.", "One {time} {a} woke up.", "It was {mood} that {time}.", "{a} met {b}.", "Now {a} tells {b} a tale.",
+         "Last {time} {a} came home {mood}."]
+people, times = ["Anna", "Tom", "Mary", "Paul", "Eva", "Max", "Lucy", "Ben"], ["day", "morning", "evening", "night", "week", "year"]
+moods = ["old", "young", "tall", "small", "quiet", "happy", "tired", "proud"]
+
+
+def story(topic, draw):
+    a, b = draw.sample(people, 2)
+    opening = draw.choice(named if draw.random() < 0.7 else other)
+    text = " " + opening.format(topic=topic, a=a, b=b, time=draw.choice(times), mood=draw.choice(moods))
+    for _ in range(2):
+        who, does, what, where = (draw.choice(words) for words in topics[topic])
+        text += draw.choice([" ", " ", "  "]) + f"{draw.choice(['Then', 'Soon', 'Later', 'Again'])} the {who} {does} the {what} near the {where}."
+    return text
+
+
+draw = random.Random(1)
+stories = [story(draw.choice(list(topics)), draw) for _ in range(600 * rows)]
+print(f"{len(stories):,} stories, for example:", *stories[:2], sep="\n")
+
+# %% [markdown]
+# ## How do they become numbers?
+# A vocabulary of byte-level BPE, like GPT-2's, learned from the stories themselves. `<|endoftext|>` stands before and behind each.
+
+# %%
+backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+backend.train_from_iterator(stories[:4000], trainers.BpeTrainer(
+    vocab_size=640, special_tokens=["<|endoftext|>"], show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+encoded = [[0, *one.ids, 0] for one in backend.encode_batch(stories)]
+longest = max(map(len, encoded))
+data = torch.tensor([ids + [0] * (longest - len(ids)) for ids in encoded])
+print(backend.get_vocab_size(), "tokens in the vocabulary; stories of up to", longest, "tokens")
+
+# %% [markdown]
+# ## How does it learn?
+# Each step reads 32 stories that it has not seen, and moves every weight a little so that the next token is less of a surprise.
+#
+# `skip` is the one thing that differs between our two models: the probability that a block's attention sits a step out (stochastic depth; Huang et
+# al. 2016). At 0 this is GPT-2. At 0.5 no block can count on another to have looked at the topic before it.
+
+# %%
+config = Config(family="gpt2", n_layer=6, n_head=4, n_kv_head=4, n_vocab=backend.get_vocab_size(), n_ctx=64, d_model=128, d_head=32, d_mlp=512,
+                norm_eps=1e-5, tied=True, bos_id=0, eos_ids=(0,))
+
+
+def train(skip, seed=1, lr=2e-3):
+    model, draw = GPT2(config).initialise(seed), random.Random(seed)
+    torch.manual_seed(seed)                         # for the dropout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.08, cycle_momentum=False)
+    pos = torch.arange(longest - 1)
+    for step in tqdm(range(steps), desc=f"train, skip {skip}"):
+        batch = data[step * rows:(step + 1) * rows]
+        x = F.dropout(model.embed(batch[:, :-1], pos), 0.2)
+        for l, block in enumerate(model.blocks):
+            if draw.random() >= skip:
+                x = x + block.attn(block.ln_1(x), l)
+            x = x + block.mlp(block.ln_2(x))
+        loss = F.cross_entropy(model.unembed(x).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model, loss.item()
+
+
+trained = {"plain": train(skip=0.0), "skipping": train(skip=0.5)}
+print(f"{sum(p.numel() for p in trained['plain'][0].parameters()):,} weights each")
+for name, (_, loss) in trained.items():
+    print(f"{name:9} last loss {loss:.1f} nats a token")
+
+# %% [markdown]
+# ## Is it a checkpoint like any other?
+# Three files with the Hub's names. `transformers` loads such a folder and computes the same logits (a test), and so does ministeer.
+
+# %%
+def save_checkpoint(model, folder):
+    c = model.config
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new", "n_layer": c.n_layer,
+                "n_head": c.n_head, "n_embd": c.d_model, "n_inner": c.d_mlp, "n_positions": c.n_ctx, "vocab_size": c.n_vocab,
+                "layer_norm_epsilon": c.norm_eps, "tie_word_embeddings": c.tied, "bos_token_id": 0, "eos_token_id": 0}
+    write(folder / "config.json", json.dumps(settings, indent=2).encode())
+    write(folder / "model.safetensors", save({model.prefix + name: p.detach() for name, p in model.named_parameters()}, {"format": "pt"}))
+    write(folder / "tokenizer.json", backend.to_str().encode())
+
+
+models = {}
+for name, (model, _) in trained.items():
+    save_checkpoint(model, lesson.weights() / f"world-{name}")
+    models[name], tokenizer = ministeer.load(lesson.weights() / f"world-{name}")
+prompt = " Now Mary tells Tom a tale."
+for k in range(2):
+    print(prompt + ministeer.generate(models["plain"], tokenizer, prompt, max_new_tokens=16, stop=".", seed=k)[0] + ".")
+
+# %% [markdown]
+# A sentence keeps to one topic, and without a name in the opening each topic comes as often as another.
+#
+# ## Before which blocks does a vector work?
+# " weddings" - " " and its seven sisters, at position 1, where " Now" stands. A completion is *of* a topic if it has a word of it and of no other.
+# For each layer, each of the eight vectors with its own completions, and a random vector of the same norm. Chance is 1 in 8.
+
+# %%
+words = {topic: {word for part in parts for word in part} for topic, parts in topics.items()}
+
+
+def topic_of(text):
+    found = [topic for topic in words if words[topic] & set(text.replace(".", " ").split())]
+    return found[0] if len(found) == 1 else None
+
+
+def vectors(model, layer, coeff=1.0):
+    return {topic: coeff * ministeer.steering_vector(model, tokenizer, f" {topic}", " ", layer) for topic in topics}
+
+
+def hits(model, steers, prompt=prompt):
+    """How many of n completions for each topic are of the topic they are steered to, all topics together; steers: topic -> Steers"""
+    return sum(topic_of(text) == topic for seed, (topic, steer) in enumerate(steers.items())
+               for text in ministeer.generate(model, tokenizer, prompt, n, 16, steer, stop=".", seed=seed))
+
+
+layers, total = range(config.n_layer), n * len(topics)
+unsteered, steered, control = {}, {}, {}
+for name, model in models.items():
+    unsteered[name] = hits(model, dict.fromkeys(topics, ()))
+    asked = sum(hits(model, {topic: ()}, f" {topic} made Mary happy.") for topic in topics)
+    steered[name] = [hits(model, vectors(model, l)) for l in layers]
+    control[name] = [hits(model, {topic: random_like(s, seed=i) for i, (topic, s) in enumerate(vectors(model, l).items())}) for l in layers]
+    print(f"{name}: unsteered {unsteered[name] / total:.0%}; topic named in the prompt {asked / total:.0%}; n {total}")
+    for l in layers:
+        low, high = wilson(steered[name][l], total)
+        print(f"before block {l}: {steered[name][l] / total:4.0%}  (95 % {low:.0%} to {high:.0%})   random {control[name][l] / total:4.0%}")
+
+# %% [markdown]
+# In both models the vector works before the first blocks and fades towards the last. In the plain one it fades sooner. The random vectors do nothing.
+#
+# ## Who reads the topic?
+# We run the blocks by hand once more (tutorial 02), with the pattern in sight, and *hide* position 1: in one block, or from one block on, later
+# positions may not look there. What is measured is how much of the probability of all 24 professions goes to the topic's own three.
+
+# %%
+def by_hand(model, ids, steer, hide=()):
+    """-> logits (T, n_vocab), patterns (n_layer, H, T, T). hide: blocks in which no later position sees position 1"""
+    pos = torch.arange(ids.shape[1])
+    x, patterns = model.embed(ids, pos), []
+    for l, block in enumerate(model.blocks):
+        if l == steer.layer:
+            x = x + steer.delta(pos)
+        q, k, v = block.attn.heads(block.ln_1(x))
+        seen = torch.ones(len(pos), len(pos), dtype=torch.bool).tril()
+        seen[2:, 1] = l not in hide
+        pattern = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        patterns.append(pattern[0])
+        x = x + block.attn.c_proj(merge_heads(pattern @ v))
+        x = x + block.mlp(block.ln_2(x))
+    return model.unembed(x)[0], torch.stack(patterns)
+
+
+def own_share(model, steers, hide=()):
+    shares = []
+    for topic, steer in steers.items():
+        p = by_hand(model, ids, steer, hide)[0][-1].softmax(dim=-1)
+        of = {t: sum(p[tokenizer.encode(f" {who}", bos=False)[0]] for who in topics[t][0]) for t in topics}
+        shares.append(of[topic] / sum(of.values()))
+    return torch.stack(shares).mean().item()
+
+
+ids = torch.tensor([tokenizer.encode(prompt + " Then the")])
+steers = vectors(models["plain"], 0)["weddings"]
+print("by hand as by the model:", torch.allclose(by_hand(models["plain"], ids, steers)[0], models["plain"](ids, steers)[0][0], atol=1e-3))
+look, later = {}, {}
+for name, model in models.items():
+    steers = vectors(model, 0)
+    patterns = torch.stack([by_hand(model, ids, s)[1] for s in steers.values()])            # (topics, n_layer, H, T, T)
+    look[name] = patterns[:, :, :, 2:, 1].mean(dim=(0, 2, 3)).tolist()
+    later[name] = [own_share(model, steers, range(l, config.n_layer)) for l in layers]
+    print(f"{name}: vector before block 0, nothing hidden: {own_share(model, steers):.2f}")
+    for l in layers:
+        print(f"  block {l}: looks at position 1 {look[name][l]:.2f}; hidden in it alone {own_share(model, steers, [l]):.2f}, "
+              f"in it and all later ones {later[name][l]:.2f}")
+
+# %% [markdown]
+# Read the last column upwards. With position 1 hidden from block 0 on nothing is left but chance. The deeper the block from which it is hidden, the
+# more has already been carried to later positions, from where it is read without looking back. **A vector works before the blocks that read it**;
+# put it in later, and the readers have already looked.
+#
+# In the skipping model the reading is spread over all blocks, because any of them might have been missing. That is one way to get a model in which
+# later layers work too, as in SmolLM2 (layers 1 and 2, and again 16 to 21). Whether real models have it for a like reason, we do not know.
+#
+# ## The figure: where it works, and who looks
+
+# %%
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+for name, line in (("skipping", "-"), ("plain", ":")):
+    for counts, color, label in ((steered[name], lesson.BLUE, "steered"), (control[name], lesson.GREY, "random, same norm")):
+        low, high = zip(*(wilson(k, total) for k in counts), strict=True)
+        left.plot(layers, [k / total for k in counts], "o" + line, color=color, label=f"{label}, {name}")
+        left.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
+    right.plot(layers, later[name], "o" + line, color=lesson.BLUE, label=f"{name}: from block l on")
+    right.plot(layers, look[name], "x" + line, color=lesson.ORANGE, label=f"{name}: attention to position 1")
+left.axhline(unsteered["skipping"] / total, color="black", linestyle="--", linewidth=0.8, label="unsteered")
+left.set_xlabel("vector added before block")
+left.set_ylabel("completions of the vector's topic")
+left.set_ylim(0, 1)
+left.set_title(f"n {total} a point, 95 % band", fontsize="medium")
+left.legend(fontsize="x-small")
+right.set_xlabel("block l")
+right.set_ylabel("share of probability, or of attention")
+right.set_ylim(0, 1)
+right.set_title("vector before block 0; position 1 hidden from block l on", fontsize="medium")
+right.legend(fontsize="x-small")
+lesson.save(figure, "12_grow_your_own")
+
+# %% [markdown]
+# ## Exercise 1
+# How many weights has a GPT-2? Embeddings for tokens and positions; in each block two norms, attention and MLP, all with biases; a last norm. The
+# head is the embedding again.
+
+# %%
+def n_weights(config):
+    """-> the number of weights of a GPT-2 with a tied head, an int"""
+    return None                 # your lines
+
+
+lesson.check(n_weights, ((config,), sum(p.numel() for p in models["plain"].parameters())))
+
+# %% [markdown]
+# ## Exercise 2
+# Is a vector before the last block too quiet, or too late? Measure the skipping model with coefficients 1, 2 and 4 before block 5, with `hits` and
+# `vectors` from above. Is the best of them better than coefficient 1 before block 1?
+
+# %%
+def louder_helps(hits, vectors, model):
+    """-> True if coefficient 2 or 4 before block 5 gets more hits than coefficient 1 before block 1"""
+    return None                 # your lines
+
+
+lesson.check(louder_helps, ((hits, vectors, models["skipping"]),
+                            max(hits(models["skipping"], vectors(models["skipping"], 5, c)) for c in (2, 4)) > steered["skipping"][1]))
+
+# %% [markdown]
+# **You know now** everything that we know. [ministeer](../ministeer) is a few hundred lines, and you can read all of them;
+# [benchmarks](../benchmarks/README.md) is what the same questions gave with larger n. Go and steer something.

@@ -1,0 +1,16 @@
+"""Solutions of tutorial 07."""
+
+import torch
+
+from ministeer.intervals import wilson
+
+
+def smallest_good(counts, n):
+    low, _ = wilson(max(counts.values()), n)
+    return min(c for c, k in counts.items() if k / n >= low)
+
+
+def highest_of(k, n, rate, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand(1000, k, n, generator=generator) < rate
+    return round(drawn.float().mean(dim=2).max(dim=1).values.mean().item(), 1)
