@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tqdm import tqdm
 import ministeer
 from ministeer import measure, shards
 from ministeer.intervals import wilson
+from ministeer.judges import JudgeError
 from ministeer.steering import random_like, steering_vectors
 
 PROMPT = "I went up to my friend and said"
@@ -93,6 +95,19 @@ class Lab:
 
     def logprobs(self, texts, steer=None, skip=0, prompts=None):
         return measure.logprobs(self.model, self.tokenizer, texts, [] if steer is None else [steer], skip=skip, prompts=prompts)
+
+
+@contextlib.contextmanager
+def faults_in_one_line(script):
+    """Whatever a user can mend is said in one line, with exit status 2; Ctrl-C too, with 130."""
+    try:
+        yield
+    except (ValueError, OSError, JudgeError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{script}: interrupted; the same command goes on from what is done.", file=sys.stderr)
+        sys.exit(130)
 
 
 def table(header, rows):

@@ -24,12 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))      # so that its neighbours are
 
 import completions
 import texts
-from lab import Lab
+from lab import Lab, faults_in_one_line
 
 import ministeer
 from ministeer import shards
 from ministeer.files import write
-from ministeer.judges import JudgeError
 
 EXPERIMENTS = {"perplexity": texts.perplexity, "token-shifts": texts.token_shifts, "layer-sweep": completions.layer_sweep,
                "positions": completions.positions, "topics": completions.topics, "toxicity": completions.toxicity,
@@ -54,25 +53,18 @@ def main():
     args = parser.parse_args()
     if args.n is not None and args.n < 2:
         parser.error(f"--n takes 2 or more; given: {args.n}.")
-    try:
-        with shards.workers(args.device) as rank:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            lab = Lab(args, rank)
-            found, text = EXPERIMENTS[args.experiment](lab)
-            if rank[0] == 0:
-                libraries = ("torch", "numpy", "tokenizers", "safetensors")
-                about = {"experiment": args.experiment, "setting": {**vars(args), "processes": rank[1]}, "seed": args.seed, "model": lab.model.name,
-                         "versions": {"ministeer": ministeer.__version__, **{name: importlib.metadata.version(name) for name in libraries}}}
-                about["setting"].pop("data")
-                write(lab.out / f"{args.experiment}.json", json.dumps({**about, "found": found}, ensure_ascii=False).encode())
-                write(lab.out / f"{args.experiment}.md", text.encode())
-                print(f"\n{text}\nin {lab.out}: {args.experiment}.json, .md, .png")
-    except (ValueError, OSError, JudgeError) as error:
-        print(f"paper.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\npaper.py: interrupted; the same command goes on from what is done.", file=sys.stderr)
-        sys.exit(130)
+    with faults_in_one_line("paper.py"), shards.workers(args.device) as rank:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        lab = Lab(args, rank)
+        found, text = EXPERIMENTS[args.experiment](lab)
+        if rank[0] == 0:
+            libraries = ("torch", "numpy", "tokenizers", "safetensors")
+            about = {"experiment": args.experiment, "setting": {**vars(args), "processes": rank[1]}, "seed": args.seed, "model": lab.model.name,
+                     "versions": {"ministeer": ministeer.__version__, **{name: importlib.metadata.version(name) for name in libraries}}}
+            about["setting"].pop("data")
+            write(lab.out / f"{args.experiment}.json", json.dumps({**about, "found": found}, ensure_ascii=False).encode())
+            write(lab.out / f"{args.experiment}.md", text.encode())
+            print(f"\n{text}\nin {lab.out}: {args.experiment}.json, .md, .png")
 
 
 if __name__ == "__main__":

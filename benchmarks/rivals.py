@@ -22,14 +22,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from completions import TUNING, disfluency_of, provoking
-from lab import BLUE, GREEN, GREY, ORANGE, Lab, figure, span, table
+from lab import BLUE, GREEN, GREY, ORANGE, Lab, faults_in_one_line, figure, span, table
 from train_classifier import TEST
 
 from ministeer import decoding, measure, shards
 from ministeer.decoding import NEGATIVE, POSITIVE, TOXIC
 from ministeer.files import write
 from ministeer.intervals import bootstrap, holm, paired
-from ministeer.judges import JudgeError, judge
+from ministeer.judges import judge
 from ministeer.steering import random_like
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "freq_penalty": 0.0}
@@ -90,15 +90,8 @@ def main():
     parser.add_argument("--out", default="results")
     args = parser.parse_args()
     args.experiment, args.layer, args.coeff, args.protocol = f"rivals-{args.task}", None, None, "paper"
-    try:
-        with shards.workers(args.device) as rank:
-            run(args, rank)
-    except (ValueError, OSError, JudgeError) as error:
-        print(f"rivals.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nrivals.py: interrupted; the same command goes on from what is done.", file=sys.stderr)
-        sys.exit(130)
+    with faults_in_one_line("rivals.py"), shards.workers(args.device) as rank:
+        run(args, rank)
 
 
 def run(args, rank):

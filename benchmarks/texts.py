@@ -105,6 +105,9 @@ def perplexity(lab):
             right.plot(layers, [ratio[topic, l, coeff, "steered"] for l in layers], "o-", markersize=3, color=color,
                        label=f"{topic} ({len(texts)} sentences)")
         right.axhline(1, color="black", linewidth=0.8)
+        right.set_yscale("log")
+        right.set_yticks([1, 1.2, 1.5, 2, 3, 4], ["1", "1.2", "1.5", "2", "3", "4"])
+        right.minorticks_off()
         right.set_xlabel("layer")
         right.set_title(f"texts on one subject, c {coeff:g}", fontsize="medium")
         right.legend(frameon=False, fontsize="small")

@@ -16,7 +16,7 @@ from torch import nn
 
 from .attention import KVCache
 from .files import write
-from .generation import Row, Sampling, choose, groups, uniforms
+from .generation import Row, Sampling, choose, fill, groups, uniforms
 
 TOXIC = ("The following conversation is one that perpetuates negative stereotypes, is threatening or sexually explicit and contains "
          "profane language.")
@@ -212,14 +212,7 @@ def generate(model, tokenizer, prompts, method, n=1, max_new_tokens=32, *, tempe
     for group in groups(encoded, n, max_new_tokens + max(map(len, heads)), tokens):
         here = [rows[p][k] for p, k in group]
         ids = torch.tensor([row.prompt for row in here], device=next(model.parameters()).device)
-        for t, new in enumerate(sample(model, ids, heads, [k for _, k in group], sampling, method), 1):
-            for row, token in zip(here, new.tolist(), strict=True):
-                row.add(token)
-            ended = all(row.ended for row in here)
-            if progress:
-                progress(len(here) * (1 + max_new_tokens - t if ended else 1))
-            if ended:
-                break
+        fill(here, sample(model, ids, heads, [k for _, k in group], sampling, method), max_new_tokens, progress)
     texts = [[row.text for row in some] for some in rows]
     return texts[0] if isinstance(prompts, str) else texts
 

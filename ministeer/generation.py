@@ -61,16 +61,21 @@ def generate(model, tokenizer, prompts, n=1, max_new_tokens=40, steer=(), *, tem
         here = [rows[p][k] for p, k in group]
         ids = torch.tensor([row.prompt for row in here], device=_device(model))
         steps = sample(model, ids, [k for _, k in group], sampling, [s.rows([p * n + k for p, k in group]) for s in steer])
-        for t, new in enumerate(steps, 1):
-            for row, token in zip(here, new.tolist(), strict=True):
-                row.add(token)
-            ended = all(row.ended for row in here)
-            if progress:
-                progress(len(here) * (1 + max_new_tokens - t if ended else 1))
-            if ended:
-                break
+        fill(here, steps, max_new_tokens, progress)
     texts = [[row.text for row in some] for some in rows]
     return texts[0] if isinstance(prompts, str) else texts
+
+
+def fill(rows, steps, max_new_tokens, progress):
+    """Give the tokens of every step, (B,) ids, to the B rows, until all have ended."""
+    for t, new in enumerate(steps, 1):
+        for row, token in zip(rows, new.tolist(), strict=True):
+            row.add(token)
+        ended = all(row.ended for row in rows)
+        if progress:
+            progress(len(rows) * (1 + max_new_tokens - t if ended else 1))
+        if ended:
+            break
 
 
 def stream(model, tokenizer, prompt, max_new_tokens=40, steer=(), *, temperature=1.0, top_p=1.0, top_k=None,

@@ -1,5 +1,6 @@
 """The tutorials run from start to end, what they say they print is what they print, and solutions pass where stubs do not."""
 
+import functools
 import importlib.util
 import os
 import re
@@ -9,7 +10,11 @@ import sys
 import jupytext
 import nbformat
 import pytest
+import torch
+import transformers
 from conftest import ROOT
+
+import ministeer
 
 FOLDER = ROOT / "tutorials"
 TUTORIALS = sorted(path.stem for path in FOLDER.glob("[01][0-9]_*.py"))
@@ -36,9 +41,16 @@ def exercises(name):
     return re.findall(r"def (\w+)\([^)]*\):\n(?:(?!\ndef ).)*?return None +# your line", text, re.DOTALL)
 
 
+@functools.cache
+def checked(name, weights):
+    """What a tutorial prints on the default model; fails if its #> lines are not true. Once, because it may take minutes."""
+    # One thread, because another number of them sums in another order.
+    return run(FOLDER / "record.py", "--check", "--show", FOLDER / f"{name}.py", "--solutions", MINISTEER_WEIGHTS=str(weights), OMP_NUM_THREADS="1")
+
+
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_what_it_says_is_true_on_the_default_model(name, smollm2):
-    printed = run(FOLDER / "record.py", "--check", FOLDER / f"{name}.py", "--solutions", MINISTEER_WEIGHTS=str(smollm2.parent))
+    printed = checked(name, smollm2.parent)
     asked = exercises(name)
     assert 2 <= len(asked) <= 3
     for exercise in asked:
@@ -85,6 +97,45 @@ def test_the_list_has_every_tutorial_in_order():
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| \[\d\d\]\((\w+)\.py\)", text, re.MULTILINE) == TUTORIALS
     assert sorted(path.stem for path in (FOLDER / "solutions").glob("*.py")) == TUTORIALS
+
+
+def shares(printed, name):
+    """The table of tutorial 12 for one of its models: unsteered, then steered and random for each layer."""
+    (block,) = re.findall(rf"^{name}: unsteered (\d+)%.*\n((?:before block .*\n)+)", printed, re.MULTILINE)
+    rows = re.findall(r"^before block \d: +(\d+)%.* random +(\d+)%$", block[1], re.MULTILINE)
+    return int(block[0]), [int(a) for a, _ in rows], [int(b) for _, b in rows]
+
+
+def test_the_gpt2_that_grew_goes_where_it_is_steered(smollm2):
+    printed = checked("12_grow_your_own", smollm2.parent)
+    for name, best in (("skipping", 60), ("plain", 35)):
+        unsteered, steered, control = shares(printed, name)
+        assert unsteered <= 20
+        assert max(steered) >= best
+        assert max(control) <= 25
+        assert steered[-1] < max(steered) - 20          # before the last block it comes too late
+    assert sum(share >= 40 for share in shares(printed, "skipping")[1][1:]) >= 2        # later layers work too
+
+
+@pytest.mark.parametrize("name", ["skipping", "plain"])
+def test_transformers_reads_the_gpt2_that_grew_and_computes_the_same(name, smollm2):
+    checked("12_grow_your_own", smollm2.parent)
+    folder = smollm2.parent / f"world-{name}"
+    hub = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    model, tokenizer = ministeer.load(folder)
+    ids = torch.tensor([tokenizer.encode(" Now Mary tells Tom a tale. Then the baker kneads the dough near the oven.")])
+    logits, resid = model(ids)
+    with torch.no_grad():
+        theirs = hub(ids, output_hidden_states=True)
+    torch.testing.assert_close(logits, theirs.logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+    for l in range(model.config.n_layer):
+        torch.testing.assert_close(resid[l], theirs.hidden_states[l], rtol=1e-4, atol=1e-4 * float(resid[l].abs().max()))
+    steer = ministeer.steering_vector(model, tokenizer, " music", " ", 1)
+    handle = hub.transformer.h[1].register_forward_pre_hook(lambda block, given: (given[0] + 2 * steer.delta(torch.arange(ids.shape[1])), *given[1:]))
+    with torch.no_grad():
+        theirs = hub(ids).logits
+    handle.remove()
+    torch.testing.assert_close(model(ids, 2 * steer)[0], theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
 def test_a_line_that_is_not_true_is_found(tmp_path):

@@ -66,6 +66,9 @@ def story(topic, draw):
 draw = random.Random(1)
 stories = [story(draw.choice(list(topics)), draw) for _ in range(600 * rows)]
 print(f"{len(stories):,} stories, for example:", *stories[:2], sep="\n")
+#> 19,200 stories, for example:
+#>  baking are proud. Then the miller bakes the bread near the oven.  Again the cook bakes the dough near the oven.
+#>  It was old that day. Then the farmer feeds the sheep near the barn.  Soon the milkmaid feeds the sheep near the meadow.
 
 # %% [markdown]
 # ## How do they become numbers?
@@ -80,6 +83,7 @@ encoded = [[0, *one.ids, 0] for one in backend.encode_batch(stories)]
 longest = max(map(len, encoded))
 data = torch.tensor([ids + [0] * (longest - len(ids)) for ids in encoded])
 print(backend.get_vocab_size(), "tokens in the vocabulary; stories of up to", longest, "tokens")
+#> 640 tokens in the vocabulary; stories of up to 38 tokens
 
 # %% [markdown]
 # ## How does it learn?
@@ -119,6 +123,9 @@ trained = {"plain": train(skip=0.0), "skipping": train(skip=0.5)}
 print(f"{sum(p.numel() for p in trained['plain'][0].parameters()):,} weights each")
 for name, (_, loss) in trained.items():
     print(f"{name:9} last loss {loss:.1f} nats a token")
+#> 1,280,000 weights each
+#> plain     last loss 0.5±0.2 nats a token
+#> skipping  last loss 0.5±0.2 nats a token
 
 # %% [markdown]
 # ## Is it a checkpoint like any other?
@@ -143,6 +150,8 @@ for name, (model, _) in trained.items():
 prompt = " Now Mary tells Tom a tale."
 for k in range(2):
     print(prompt + ministeer.generate(models["plain"], tokenizer, prompt, max_new_tokens=16, stop=".", seed=k)[0] + ".")
+#> ≈  Now Mary tells Tom a tale. Later the fiddler plays the tune near the stage.
+#> ≈  Now Mary tells Tom a tale. Again the sculptor paints the canvas near the studio.
 
 # %% [markdown]
 # A sentence keeps to one topic, and without a name in the opening each topic comes as often as another.
@@ -181,6 +190,20 @@ for name, model in models.items():
     for l in layers:
         low, high = wilson(steered[name][l], total)
         print(f"before block {l}: {steered[name][l] / total:4.0%}  (95 % {low:.0%} to {high:.0%})   random {control[name][l] / total:4.0%}")
+#> plain: unsteered 11±12%; topic named in the prompt 98±12%; n 192
+#> before block 0:  40±12%  (95 % 33±12% to 47±12%)   random  11±12%
+#> before block 1:  49±12%  (95 % 42±12% to 56±12%)   random  12±12%
+#> before block 2:  42±12%  (95 % 35±12% to 49±12%)   random  11±12%
+#> before block 3:  22±12%  (95 % 17±12% to 29±12%)   random  11±12%
+#> before block 4:  23±12%  (95 % 18±12% to 29±12%)   random  11±12%
+#> before block 5:  17±12%  (95 % 12±12% to 23±12%)   random  11±12%
+#> skipping: unsteered 9±12%; topic named in the prompt 94±12%; n 192
+#> before block 0:  61±12%  (95 % 54±12% to 68±12%)   random  11±12%
+#> before block 1:  66±12%  (95 % 59±12% to 72±12%)   random  11±12%
+#> before block 2:  55±12%  (95 % 48±12% to 62±12%)   random  10±12%
+#> before block 3:  39±12%  (95 % 32±12% to 46±12%)   random   9±12%
+#> before block 4:  31±12%  (95 % 25±12% to 38±12%)   random   9±12%
+#> before block 5:  20±12%  (95 % 15±12% to 27±12%)   random   9±12%
 
 # %% [markdown]
 # In both models the vector works before the first blocks and fades towards the last. In the plain one it fades sooner. The random vectors do nothing.
@@ -229,6 +252,21 @@ for name, model in models.items():
     for l in layers:
         print(f"  block {l}: looks at position 1 {look[name][l]:.2f}; hidden in it alone {own_share(model, steers, [l]):.2f}, "
               f"in it and all later ones {later[name][l]:.2f}")
+#> by hand as by the model: True
+#> plain: vector before block 0, nothing hidden: 0.39±0.15
+#>   block 0: looks at position 1 0.14±0.15; hidden in it alone 0.39±0.15, in it and all later ones 0.12±0.15
+#>   block 1: looks at position 1 0.18±0.15; hidden in it alone 0.39±0.15, in it and all later ones 0.13±0.15
+#>   block 2: looks at position 1 0.11±0.15; hidden in it alone 0.27±0.15, in it and all later ones 0.13±0.15
+#>   block 3: looks at position 1 0.11±0.15; hidden in it alone 0.39±0.15, in it and all later ones 0.20±0.15
+#>   block 4: looks at position 1 0.13±0.15; hidden in it alone 0.25±0.15, in it and all later ones 0.20±0.15
+#>   block 5: looks at position 1 0.09±0.15; hidden in it alone 0.31±0.15, in it and all later ones 0.31±0.15
+#> skipping: vector before block 0, nothing hidden: 0.68±0.15
+#>   block 0: looks at position 1 0.15±0.15; hidden in it alone 0.67±0.15, in it and all later ones 0.12±0.15
+#>   block 1: looks at position 1 0.16±0.15; hidden in it alone 0.56±0.15, in it and all later ones 0.14±0.15
+#>   block 2: looks at position 1 0.24±0.15; hidden in it alone 0.58±0.15, in it and all later ones 0.20±0.15
+#>   block 3: looks at position 1 0.11±0.15; hidden in it alone 0.58±0.15, in it and all later ones 0.30±0.15
+#>   block 4: looks at position 1 0.23±0.15; hidden in it alone 0.56±0.15, in it and all later ones 0.43±0.15
+#>   block 5: looks at position 1 0.24±0.15; hidden in it alone 0.58±0.15, in it and all later ones 0.58±0.15
 
 # %% [markdown]
 # Read the last column upwards. With position 1 hidden from block 0 on nothing is left but chance. The deeper the block from which it is hidden, the
@@ -274,6 +312,7 @@ def n_weights(config):
 
 
 lesson.check(n_weights, ((config,), sum(p.numel() for p in models["plain"].parameters())))
+#> n_weights: not yet. n_weights(the config) gives None; expected 1280000
 
 # %% [markdown]
 # ## Exercise 2
@@ -288,7 +327,8 @@ def louder_helps(hits, vectors, model):
 
 lesson.check(louder_helps, ((hits, vectors, models["skipping"]),
                             max(hits(models["skipping"], vectors(models["skipping"], 5, c)) for c in (2, 4)) > steered["skipping"][1]))
+#> louder_helps: not yet. louder_helps(the function, the function, the model) gives None; expected False
 
 # %% [markdown]
-# **You know now** everything that we know. [ministeer](../ministeer) is a few hundred lines, and you can read all of them;
-# [benchmarks](../benchmarks/README.md) is what the same questions gave with larger n. Go and steer something.
+# **You know now** why a layer works in one small model. [benchmarks](../benchmarks/README.md) is what the questions of all tutorials gave with larger
+# n. Next: [13](13_activations_or_logits.py), other ways to the same wish.

@@ -1,7 +1,7 @@
 """What each cell of a tutorial prints stands below it as `#>` lines. This writes them, or says where they are no longer true.
 
     python tutorials/record.py 04_the_addition.py           # run it, and write them
-    python tutorials/record.py --check 04_the_addition.py   # run it, and compare; exits 1 if something differs
+    python tutorials/record.py --check 04_the_addition.py   # run it, and compare; exits 1 if something differs. --show: print all as well
 
 In a `#>` line `21±3` stands for any number from 18 to 24, and what is behind `≈` was drawn and may be any text. A line that still matches what was
 printed is left as it is. Flags of lesson.py (--tiny, --solutions) are passed on; lines about solutions are shown and not compared.
@@ -76,13 +76,13 @@ def renewed(cell, printed):
 
 def main():
     names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    flags = [argument for argument in sys.argv[1:] if argument.startswith("--") and argument != "--check"]
-    check = "--check" in sys.argv
+    flags = [argument for argument in sys.argv[1:] if argument.startswith("--") and argument not in ("--check", "--show")]
+    check, show = "--check" in sys.argv, "--show" in sys.argv
     if len(names) != 1 or not (path := Path(names[0]).resolve()).is_file():
         sys.exit(__doc__)
     text = path.read_text(encoding="utf-8")
     printed = run(path, text, flags)
-    for line in [line for some in printed for line in some if line.startswith("solution of ")]:
+    for line in [line for some in printed for line in some if show or line.startswith("solution of ")]:
         print(line)
     printed = [[line for line in some if not line.startswith("solution of ")] for some in printed]
     old = cells(text)
