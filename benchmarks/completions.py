@@ -268,11 +268,14 @@ def sentiment(lab):
                 line.insert(1, percent(sum(score > 0 for score in some["each"]), n))
             header.insert(1, "score beyond 0 (95 %)")
             text += f"{name}, n {n}:\n\n{table(header, lines)}\n"
+    edges = [edge for result in results.values() for some in result.values() for edge in bootstrap(some["score"], seed=args.seed)]
+    far = 1.1 * max(map(abs, edges)) or 1.0
     with figure(lab, "sentiment", 4, 12, 2.8) as (_, axes):
         for axis, (name, result) in zip(axes, results.items(), strict=True):
             dots([axis], result, ["score toward the target"], args.seed)
             axis.set_title(f"{name} (n {n}, 95 %)", fontsize="small")
             axis.axvline(0, color="black", linewidth=0.8)
+            axis.set_xlim(-far, far)
     head = (f"\" love\" - \" hate\" (and its negative) before block {layer}, coeff {coeff:g}; 32 tokens of an IMDb test review, 64 new, "
             f"{said(lab)}. Judge: {scorer.name}, {scorer.meaning}.\n\n")
     return {"n": n, "layer": layer, "coeff": coeff, "judge": scorer.name, "results": results}, head + text

@@ -162,7 +162,7 @@ def token_shifts(lab):
         for name, color in (("random", GREY), ("steered", BLUE)):
             axis.plot(quantiles, sorted(shift[name].values()), ".", color=color, markersize=4,
                       label="{} (tails {:.1f}, {:.1f})".format(name, *heavy[name]))
-        for place in {*range(4), *range(len(order) - 4, len(order))}:
+        for place in {*range(3), *range(len(order) - 3, len(order))}:
             right = place > len(order) // 2
             axis.annotate(piece[order[place]], (quantiles[place], shift["steered"][order[place]]), fontsize="x-small", xytext=(-4 if right else 4, 0),
                           textcoords="offset points", ha="right" if right else "left", va="center")

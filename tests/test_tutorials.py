@@ -108,10 +108,10 @@ def shares(printed, name):
 
 def test_the_gpt2_that_grew_goes_where_it_is_steered(smollm2):
     printed = checked("12_grow_your_own", smollm2.parent)
-    for name, best in (("skipping", 60), ("plain", 35)):
+    for name in ("skipping", "plain"):
         unsteered, steered, control = shares(printed, name)
         assert unsteered <= 20
-        assert max(steered) >= best
+        assert max(steered) >= 60
         assert max(control) <= 25
         assert steered[-1] < max(steered) - 20          # before the last block it comes too late
     assert sum(share >= 40 for share in shares(printed, "skipping")[1][1:]) >= 2        # later layers work too

@@ -5,7 +5,7 @@
 #
 # In a model that somebody else trained one can only look. So we grow a small GPT-2 from random numbers, on a world of eight topics of which we know
 # everything, and steer it from topic to topic. Then we grow it again and change one thing. Training sums in another order on another machine, so
-# shares and losses will differ a little where you are.
+# shares differ where you are, some by a lot; hence the wide ±.
 
 # %%
 import json
@@ -33,7 +33,7 @@ steps, rows, n = (5, 32, 2) if lesson.TINY else (600, 32, 24)
 # %% [markdown]
 # ## What is there to read?
 # A story opens with somebody, then come two sentences about one topic. Seven of ten openings name the topic, the others do not. Now and then the
-# typist hits the space bar twice, so that the model learns what a lone space is; we shall subtract one.
+# typist hits the space bar twice.
 
 # %%
 topics = {topic: [part.split() for part in words.split("|")] for topic, words in {
@@ -67,8 +67,8 @@ draw = random.Random(1)
 stories = [story(draw.choice(list(topics)), draw) for _ in range(600 * rows)]
 print(f"{len(stories):,} stories, for example:", *stories[:2], sep="\n")
 #> 19,200 stories, for example:
-#>  baking are proud. Then the miller bakes the bread near the oven.  Again the cook bakes the dough near the oven.
-#>  It was old that day. Then the farmer feeds the sheep near the barn.  Soon the milkmaid feeds the sheep near the meadow.
+#> baking are proud. Then the miller bakes the bread near the oven.  Again the cook bakes the dough near the oven.
+#> It was old that day. Then the farmer feeds the sheep near the barn.  Soon the milkmaid feeds the sheep near the meadow.
 
 # %% [markdown]
 # ## How do they become numbers?
@@ -157,8 +157,9 @@ for k in range(2):
 # A sentence keeps to one topic, and without a name in the opening each topic comes as often as another.
 #
 # ## Before which blocks does a vector work?
-# " weddings" - " " and its seven sisters, at position 1, where " Now" stands. A completion is *of* a topic if it has a word of it and of no other.
-# For each layer, each of the eight vectors with its own completions, and a random vector of the same norm. Chance is 1 in 8.
+# " weddings" - " Now" and its seven sisters, at position 1, where " Now" stands: at c 1 the topic takes that word's place, and nothing else changes.
+# (A lone space is a rare token here, longer than a topic; with " weddings" - " " the best layer reached 66 %.) A completion is *of* a topic if it
+# has a word of it and of no other. For each layer, each of the eight vectors, and a random vector of the same norm. Chance is 1 in 8.
 
 # %%
 words = {topic: {word for part in parts for word in part} for topic, parts in topics.items()}
@@ -170,7 +171,7 @@ def topic_of(text):
 
 
 def vectors(model, layer, coeff=1.0):
-    return {topic: coeff * ministeer.steering_vector(model, tokenizer, f" {topic}", " ", layer) for topic in topics}
+    return {topic: coeff * ministeer.steering_vector(model, tokenizer, f" {topic}", " Now", layer) for topic in topics}
 
 
 def hits(model, steers, prompt=prompt):
@@ -190,23 +191,24 @@ for name, model in models.items():
     for l in layers:
         low, high = wilson(steered[name][l], total)
         print(f"before block {l}: {steered[name][l] / total:4.0%}  (95 % {low:.0%} to {high:.0%})   random {control[name][l] / total:4.0%}")
-#> plain: unsteered 11±12%; topic named in the prompt 98±12%; n 192
-#> before block 0:  40±12%  (95 % 33±12% to 47±12%)   random  11±12%
-#> before block 1:  49±12%  (95 % 42±12% to 56±12%)   random  12±12%
-#> before block 2:  42±12%  (95 % 35±12% to 49±12%)   random  11±12%
-#> before block 3:  22±12%  (95 % 17±12% to 29±12%)   random  11±12%
-#> before block 4:  23±12%  (95 % 18±12% to 29±12%)   random  11±12%
-#> before block 5:  17±12%  (95 % 12±12% to 23±12%)   random  11±12%
-#> skipping: unsteered 9±12%; topic named in the prompt 94±12%; n 192
-#> before block 0:  61±12%  (95 % 54±12% to 68±12%)   random  11±12%
-#> before block 1:  66±12%  (95 % 59±12% to 72±12%)   random  11±12%
-#> before block 2:  55±12%  (95 % 48±12% to 62±12%)   random  10±12%
-#> before block 3:  39±12%  (95 % 32±12% to 46±12%)   random   9±12%
-#> before block 4:  31±12%  (95 % 25±12% to 38±12%)   random   9±12%
-#> before block 5:  20±12%  (95 % 15±12% to 27±12%)   random   9±12%
+#> plain: unsteered 11±25%; topic named in the prompt 98±25%; n 192
+#> before block 0:  98±25%  (95 % 96±25% to 99±25%)   random  10±25%
+#> before block 1:  98±25%  (95 % 95±25% to 99±25%)   random  11±25%
+#> before block 2:  98±25%  (95 % 96±25% to 99±25%)   random  11±25%
+#> before block 3:  44±25%  (95 % 37±25% to 51±25%)   random  11±25%
+#> before block 4:  36±25%  (95 % 30±25% to 43±25%)   random  11±25%
+#> before block 5:  17±25%  (95 % 13±25% to 23±25%)   random  11±25%
+#> skipping: unsteered 9±25%; topic named in the prompt 94±25%; n 192
+#> before block 0:  96±25%  (95 % 93±25% to 98±25%)   random  11±25%
+#> before block 1:  95±25%  (95 % 91±25% to 97±25%)   random  11±25%
+#> before block 2:  91±25%  (95 % 86±25% to 94±25%)   random  10±25%
+#> before block 3:  80±25%  (95 % 73±25% to 85±25%)   random  10±25%
+#> before block 4:  49±25%  (95 % 42±25% to 56±25%)   random  10±25%
+#> before block 5:  21±25%  (95 % 16±25% to 28±25%)   random   9±25%
 
 # %% [markdown]
-# In both models the vector works before the first blocks and fades towards the last. In the plain one it fades sooner. The random vectors do nothing.
+# In both models the vector works before the first blocks and not before the last. In the plain one it falls off a cliff before block 3; in the other
+# it fades. The random vectors do nothing.
 #
 # ## Who reads the topic?
 # We run the blocks by hand once more (tutorial 02), with the pattern in sight, and *hide* position 1: in one block, or from one block on, later
@@ -253,28 +255,31 @@ for name, model in models.items():
         print(f"  block {l}: looks at position 1 {look[name][l]:.2f}; hidden in it alone {own_share(model, steers, [l]):.2f}, "
               f"in it and all later ones {later[name][l]:.2f}")
 #> by hand as by the model: True
-#> plain: vector before block 0, nothing hidden: 0.39±0.15
-#>   block 0: looks at position 1 0.14±0.15; hidden in it alone 0.39±0.15, in it and all later ones 0.12±0.15
-#>   block 1: looks at position 1 0.18±0.15; hidden in it alone 0.39±0.15, in it and all later ones 0.13±0.15
-#>   block 2: looks at position 1 0.11±0.15; hidden in it alone 0.27±0.15, in it and all later ones 0.13±0.15
-#>   block 3: looks at position 1 0.11±0.15; hidden in it alone 0.39±0.15, in it and all later ones 0.20±0.15
-#>   block 4: looks at position 1 0.13±0.15; hidden in it alone 0.25±0.15, in it and all later ones 0.20±0.15
-#>   block 5: looks at position 1 0.09±0.15; hidden in it alone 0.31±0.15, in it and all later ones 0.31±0.15
-#> skipping: vector before block 0, nothing hidden: 0.68±0.15
-#>   block 0: looks at position 1 0.15±0.15; hidden in it alone 0.67±0.15, in it and all later ones 0.12±0.15
-#>   block 1: looks at position 1 0.16±0.15; hidden in it alone 0.56±0.15, in it and all later ones 0.14±0.15
-#>   block 2: looks at position 1 0.24±0.15; hidden in it alone 0.58±0.15, in it and all later ones 0.20±0.15
-#>   block 3: looks at position 1 0.11±0.15; hidden in it alone 0.58±0.15, in it and all later ones 0.30±0.15
-#>   block 4: looks at position 1 0.23±0.15; hidden in it alone 0.56±0.15, in it and all later ones 0.43±0.15
-#>   block 5: looks at position 1 0.24±0.15; hidden in it alone 0.58±0.15, in it and all later ones 0.58±0.15
+#> plain: vector before block 0, nothing hidden: 0.98±0.4
+#>   block 0: looks at position 1 0.14±0.4; hidden in it alone 0.98±0.4, in it and all later ones 0.12±0.4
+#>   block 1: looks at position 1 0.14±0.4; hidden in it alone 0.98±0.4, in it and all later ones 0.14±0.4
+#>   block 2: looks at position 1 0.17±0.4; hidden in it alone 0.53±0.4, in it and all later ones 0.14±0.4
+#>   block 3: looks at position 1 0.20±0.4; hidden in it alone 0.95±0.4, in it and all later ones 0.43±0.4
+#>   block 4: looks at position 1 0.21±0.4; hidden in it alone 0.64±0.4, in it and all later ones 0.51±0.4
+#>   block 5: looks at position 1 0.17±0.4; hidden in it alone 0.85±0.4, in it and all later ones 0.85±0.4
+#> skipping: vector before block 0, nothing hidden: 0.98±0.4
+#>   block 0: looks at position 1 0.14±0.4; hidden in it alone 0.98±0.4, in it and all later ones 0.12±0.4
+#>   block 1: looks at position 1 0.15±0.4; hidden in it alone 0.95±0.4, in it and all later ones 0.15±0.4
+#>   block 2: looks at position 1 0.25±0.4; hidden in it alone 0.97±0.4, in it and all later ones 0.35±0.4
+#>   block 3: looks at position 1 0.19±0.4; hidden in it alone 0.97±0.4, in it and all later ones 0.60±0.4
+#>   block 4: looks at position 1 0.28±0.4; hidden in it alone 0.95±0.4, in it and all later ones 0.84±0.4
+#>   block 5: looks at position 1 0.25±0.4; hidden in it alone 0.96±0.4, in it and all later ones 0.96±0.4
 
 # %% [markdown]
-# Read the last column upwards. With position 1 hidden from block 0 on nothing is left but chance. The deeper the block from which it is hidden, the
-# more has already been carried to later positions, from where it is read without looking back. **A vector works before the blocks that read it**;
-# put it in later, and the readers have already looked.
+# Look at the plain model. Hide position 1 in one block: block 2 is missed most, then block 4, the others hardly. Block 2 is the main reader. And
+# before block 3, when it has already looked, the vector's share has just fallen from nearly all to less than half. **A vector works before the
+# block that reads it.** Hide it from a block on, and the share rises with that block: the later, the more has been carried elsewhere already.
 #
-# In the skipping model the reading is spread over all blocks, because any of them might have been missing. That is one way to get a model in which
-# later layers work too, as in SmolLM2 (layers 1 and 2, and again 16 to 21). Whether real models have it for a like reason, we do not know.
+# In the skipping model no block is missed, because any of them might have been missing in training. That is one way to get a model whose later
+# layers work too, as SmolLM2's do (layers 1 and 2, and again 16 to 21). Whether they do for a like reason, we do not know.
+#
+# How much a block *looks* at position 1 tells far less: those that look most are not those that are missed most. And an honest word: prompt, seed,
+# dropout and " Now" were chosen after looking at runs like this one. Another seed has its reader in another block, and some learn worse.
 #
 # ## The figure: where it works, and who looks
 

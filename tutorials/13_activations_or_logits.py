@@ -34,6 +34,7 @@ weddings = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=1
 act_add = {f"c {c:g}": decoding.act_add(c * weddings) for c in (0.5, 1, 2)}
 control = {f"c {c:g}": decoding.act_add(c * random_like(weddings, seed=0)) for c in (1, 2)}
 print(len(act_add["c 1"].streams), "stream:", act_add["c 1"].streams[0].steer)
+#> 1 stream: (<Steer ' weddings' - ' ': coeff 1.0 on 1 positions from 1 before block 1, d_model 576>,)
 
 # %% [markdown]
 # ## 2. Ask for it
@@ -43,6 +44,7 @@ print(len(act_add["c 1"].streams), "stream:", act_add["c 1"].streams[0].steer)
 wish = "The following text is about a wedding."
 prompted = {"": decoding.prompted(wish)}
 print("before the prompt it reads:", tokenizer.pieces(decoding.prefixed(tokenizer, wish)))
+#> before the prompt it reads: ['<|endoftext|>', 'The', ' following', ' text', ' is', ' about', ' a', ' wedding', '.', '\n']
 
 # %% [markdown]
 # ## 3. Exaggerate what asking changes
@@ -61,6 +63,7 @@ asked = torch.tensor([[*decoding.prefixed(tokenizer, wish), *tokenizer.encode(pr
 p, q = (model(some)[0][0, -1].log_softmax(dim=-1) for some in (ids, asked))
 moved = (q - p).topk(3).indices.tolist()
 print("asking makes likelier:", {piece: round((q - p)[i].item(), 1) for piece, i in zip(tokenizer.pieces(moved), moved, strict=True)}, "nats")
+#> asking makes likelier: {'firehose': 4.7, ' wedding': 4.2, ' bride': 4.1} nats
 
 # %% [markdown]
 # ## 4. Let a classifier vote
@@ -90,6 +93,9 @@ for text in ("I told my", "I told my friend about the bride", "I told my friend 
     odds = classifier.score(classifier.read(torch.tensor([tokenizer.encode(text)])))
     print(f"{text!r:36} P(about a wedding) {odds.sigmoid().item():.1f}")
 fudge = {f"s {s:g}": decoding.fudge(classifier, strength=s) for s in (1, 3, 9)}
+#> 'I told my'                          P(about a wedding) 0.4±0.2
+#> 'I told my friend about the bride'   P(about a wedding) 0.8±0.2
+#> 'I told my friend about the train'   P(about a wedding) 0.2±0.2
 
 # %% [markdown]
 # ## What does each achieve?
@@ -113,6 +119,12 @@ def measure(method):
 results = {name: {cell: measure(method) for cell, method in some.items()} for name, some in methods.items()}
 for name, some in results.items():
     print(f"{name:14}", "   ".join(f"{cell}: {k} of {n}, {surprise:.1f}" for cell, (k, surprise, _, _) in some.items()))
+#> unsteered      : 0±3 of 40, 3.8±0.8
+#> ActAdd         c 0.5: 1±3 of 40, 4.3±0.9   c 1: 21±3 of 40, 5.7±1.1   c 2: 27±3 of 40, 6.0±1.2
+#> ActAdd, random c 1: 0±3 of 40, 5.6±1.1   c 2: 1±3 of 40, 12.2±2.4
+#> prompted       : 30±3 of 40, 6.0±1.2
+#> PreADD         s 1.5: 37±3 of 40, 7.0±1.4   s 2: 37±3 of 40, 12.5±2.5   s 3: 40±3 of 40, 22.9±4.6
+#> FUDGE          s 1: 0±3 of 40, 4.2±0.8   s 3: 0±3 of 40, 4.6±0.9   s 9: 1±3 of 40, 6.2±1.2
 
 # %% [markdown]
 # Each pair is `completions about weddings, disfluency`. Before you read it as a race: one prompt, one topic, made-up strengths. The fair race,
@@ -125,8 +137,16 @@ for name, some in results.items():
 for name in ("ActAdd", "prompted", "PreADD", "FUDGE"):
     cell, (_, _, _, text) = list(results[name].items())[-1]
     print(f"{name:8} {cell}: {text.strip()[:100]!r}")
+#> ActAdd   c 2: ≈ "I'm not a good choice. I'm just so focused on the next thing. I've been trying to focus on my own go"
+#> prompted : ≈ 'I was going to the wedding.\nI said, "Can I help you?"\nThe wedding was a surprise, so I said no.'
+#> PreADD   s 3: ≈ 'hi I was thinking of wedding\nThe text goes wrong with grammar. It starts off with "I went" but it is'
+#> FUDGE    s 9: ≈ ', "Aw, that\'s not right. You can\'t just change your mind."\n\nThis quote has been around for a long ti'
 
 # %% [markdown]
+# ActAdd leaves a third of the texts without a wedding, and more strength does not help (tutorial 05). A prompt is hard to beat here: as many
+# weddings, as fluent, no vector. PreADD goes beyond the prompt and breaks the language on the way. FUDGE hardly ever gets there: its classifier may
+# only vote on the 50 tokens that the model likes best, and the words of a wedding are not among them.
+#
 # ## What does each cost?
 # A second reading runs in the same batch as the first, because the weights are the same; so it costs less than twice the time.
 
@@ -136,6 +156,10 @@ for name in ("ActAdd", "PreADD", "FUDGE"):
     print(f"{name:8} {len(methods[name][cell].streams)} reading(s) of the text for each token")
 fast, slow = results["ActAdd"]["c 1"][2], results["PreADD"]["s 2"][2]
 print("PreADD takes less than 2.5 times as long as ActAdd:", slow < 2.5 * fast)
+#> ActAdd   1 reading(s) of the text for each token
+#> PreADD   2 reading(s) of the text for each token
+#> FUDGE    1 reading(s) of the text for each token
+#> PreADD takes less than 2.5 times as long as ActAdd: True
 
 # %% [markdown]
 # ## The figure: wish against fluency
@@ -156,7 +180,7 @@ axis.set_xticks([4, 6, 10, 20], ["4", "6", "10", "20"])
 axis.minorticks_off()
 axis.set_xlabel("disfluency (perplexity a token, unsteered model)")
 axis.set_ylabel("completions with a word about weddings")
-axis.set_ylim(-0.03, 1)
+axis.set_ylim(-0.03, 1.04)
 axis.set_title(f"n {n} a point, 95 % intervals", fontsize="medium")
 axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 lesson.save(figure, "13_activations_or_logits")
@@ -173,6 +197,7 @@ def lma(p, q, s):
 
 
 lesson.check(lma, ((p, q, 0.0), p), ((p, q, 9.0), decoding.lma("", 9.0).combine([p, q])))
+#> lma: not yet. lma(a tensor (49152,), a tensor (49152,), 0) gives None; expected a tensor (49152,)
 
 # %% [markdown]
 # ## Exercise 2
@@ -185,6 +210,7 @@ def both(wish, steer):
 
 
 lesson.check(both, ((wish, 2 * weddings), (wish, 1, 2.0)), (("Sing!", weddings), ("Sing!", 1, 1.0)))
+#> both: not yet. both('The following text is about a wedding.', the steer) gives None; expected ['The following text is about a wedding.', 1, 2]
 
 # %% [markdown]
 # **You know now** that there are two places to steer, and how to compare them: at equal fluency, with equal effort spent on tuning, and with the cost
