@@ -21,7 +21,9 @@ print(model.name, "with", model.config.n_layer, "layers and", model.config.n_voc
 
 # %% [markdown]
 # ## What is a token?
-# A model reads numbers. Its tokenizer has a list of pieces of text, the *vocabulary*, and a token is a place in that list.
+# A model is a function with learned numbers, its weights: token numbers in, scores for the next token out. It works in steps, its layers. Its
+# tokenizer has a list of pieces of text, the *vocabulary*, and a token is a place in that list. The list was learned too (byte-pair encoding, BPE):
+# begin with bytes, and join the commonest neighbours into a new piece, again and again.
 
 # %%
 ids = tokenizer.encode(prompt)
@@ -48,11 +50,11 @@ for text in (" wedding", "wedding", " Wedding", " weddings", "weddings"):
 
 # %% [markdown]
 # It does: one more space, and another token with another meaning to the model. Later you will steer with `" weddings"`. Leave its space out, and
-# you have another vector. This is the commonest reason why somebody else's example does not work.
+# you have another vector. This is a common reason why somebody else's example does not work.
 #
 # ## What does the model answer?
-# A score for every token of the vocabulary, at every position: the *logits*. Softmax makes probabilities of them. The last position tells what
-# may come next.
+# A score for every token of the vocabulary, at every position: the *logits*. Softmax, exp(score) / sum of all exp(score), makes probabilities of
+# them. The last position tells what may come next.
 
 # %%
 logits, resid = model(torch.tensor([ids]))
@@ -61,18 +63,18 @@ p = logits[0, -1].softmax(dim=-1)
 for i in p.topk(5).indices.tolist():
     print(f"{p[i]:6.1%} {tokenizer.pieces([i])[0]!r}")
 #> logits (1, 5, 49152) = (texts, positions, vocabulary)
-#>  47.4% ' you'
-#>  22.1% ' of'
-#>  13.7% ' I'
-#>   2.7% ' your'
-#>   2.7% ' it'
+#> 47.4% ' you'
+#> 22.1% ' of'
+#> 13.7% ' I'
+#> 2.7% ' your'
+#> 2.7% ' it'
 
 # %% [markdown]
 # The last *prompt* position writes the first *new* token. Whoever changes what happens there changes the first new token.
 #
 # ## What does BOS do?
 # Without it the same words get other probabilities. Ministeer writes it exactly once, whatever the text already begins with; forgetting it, or
-# writing it twice, is the commonest bug of the field.
+# writing it twice, is a common bug.
 
 # %%
 without, _ = model(torch.tensor([tokenizer.encode(prompt, bos=False)]))
@@ -102,7 +104,7 @@ top = p.topk(10).indices
 figure, axis = plt.subplots(figsize=(7, 3.4))
 axis.bar(torch.arange(10) - 0.2, p[top], 0.38, color=lesson.BLUE, label="with BOS")
 axis.bar(torch.arange(10) + 0.2, q[top], 0.38, color=lesson.ORANGE, label="without BOS")
-axis.set_xticks(range(10), [repr(piece) for piece in tokenizer.pieces(top)], rotation=30)
+axis.set_xticks(range(10), [repr(piece) for piece in tokenizer.pieces(top)], rotation=30, ha="right", rotation_mode="anchor")
 axis.set_ylabel("probability")
 axis.set_title(f"next token after {prompt!r} (exact, no sampling)", fontsize="medium")
 axis.legend()

@@ -3,7 +3,7 @@
 #
 # **What does one layer do to the numbers that flow through it?** 25 minutes. You need tutorial 01 and matrix products.
 #
-# A Llama is 30 blocks of the same form. We compute the first one with a dozen small formulas and compare with the model's own.
+# This Llama is 30 blocks of the same form. We compute the first one with a dozen small formulas and compare with the model's own.
 
 # %%
 import math
@@ -63,7 +63,8 @@ print("q", tuple(q.shape), " k", tuple(k.shape), " v", tuple(v.shape), " = (text
 # %% [markdown]
 # ## How does it know the order of the words?
 # Queries and keys are *turned*, by an angle that grows with the position. The product of two turned vectors depends only on how far apart they
-# are. Check: shift both by 50 positions.
+# are. `rope` gives cos and sin of the angles; `rotate` turns each pair of numbers (i, i + 32) of a head: (a cos − b sin, b cos + a sin). Check: shift
+# both by 50 positions.
 
 # %%
 one, other = q[0, 0, 3], k[0, 0, 1]
@@ -78,8 +79,8 @@ q, k = rotate(q, *model.rope(pos)), rotate(k, *model.rope(pos))
 
 # %% [markdown]
 # ## Who looks at whom?
-# The *pattern*: softmax of query times key, over all positions up to one's own. No position sees a later one; that is what makes it possible to
-# write a text word by word.
+# The *pattern*: softmax of query times key / √d_head, over positions up to one's own. No position sees a later one, so what has been computed for a
+# text stays right when the text grows.
 
 # %%
 k, v = (t.repeat_interleave(c.n_head // c.n_kv_head, dim=1) for t in (k, v))        # each query head gets its key head
@@ -103,8 +104,8 @@ for head, (value, place) in enumerate(zip(strongest.values, strongest.indices, s
 
 # %% [markdown]
 # ## What comes out?
-# Each head's mixture of values, side by side, through one more map: that is what attention adds to the stream. Then the same again with a small
-# network at each position alone, the MLP. Two additions, and the block is done.
+# Each head's mixture of values, side by side, through one more map: that is what attention adds to the stream. Then the same again with a network at
+# each position alone, the MLP: a gate, silu(g) = g · sigmoid(g), times a second map, then a map back. Two additions, and the block is done.
 
 # %%
 mixed = (pattern @ v).transpose(1, 2).flatten(2)

@@ -21,7 +21,7 @@ print(len(resid), "entries for", n_layer, "blocks, each", tuple(resid[0].shape))
 
 # %% [markdown]
 # ## What does "layer l" mean?
-# People mean different things by it, and half of all confusion about steering comes from there. Here it has one meaning: `resid[l]` is what block
+# People mean different things by it, and much confusion about steering comes from there. Here it has one meaning: `resid[l]` is what block
 # l *reads*. `resid[0]` is the embedding, `resid[30]` what the last norm reads. So each block takes one entry to the next.
 
 # %%
@@ -37,8 +37,9 @@ print("unembed(resid[-1]) is the logits:", torch.allclose(model.unembed(resid[-1
 
 # %% [markdown]
 # ## How far is the answer at layer l?
-# Put the last norm and the unembedding on any entry of the list, and you read what the model would answer if it stopped there. This is the *logit
-# lens* (nostalgebraist 2020). A hint and no proof: the blocks in between were never trained to speak that language.
+# The last step of a model, `unembed`, is a norm and the product with every row of the embedding table: a row that points the stream's way scores
+# high. Put it on any entry of the list, and you read what the model would answer if it stopped there. This is the *logit lens* (nostalgebraist
+# 2020). A hint and no proof: the blocks in between were never trained to speak that language.
 
 # %%
 final = logits[0, -1].argmax()
@@ -56,10 +57,10 @@ for l in (0, 5, 10, 15, 20, 25, 28, 29, 30):
 #> resid[30] next ','             p of the final answer ',': 0.412
 
 # %% [markdown]
-# The comma is there after five blocks already; the last two make the model less sure of it again. Nothing says that every block must help.
+# The comma is there after five blocks, is overtaken by a space at resid[20], and comes back; the last two blocks make the model less sure again.
 #
 # ## How long is the stream?
-# Every block adds to it, so it grows. Look at the first column.
+# Every block adds to it. At ordinary positions it grows from row to row; now look at the first column.
 
 # %%
 norms = torch.stack([x[0].norm(dim=-1) for x in resid])            # (n_layer + 1, T)
@@ -78,7 +79,8 @@ for l in (0, 1, 2, 3, 10, 20, 29):
 # %% [markdown]
 # ## What is the giant at position 0?
 # BOS. Block 2 makes it ten times as long as the other positions, and later it is a hundred times as long; nearly all of that lies in 4 of the 576
-# dimensions. It carries no meaning: heads that have nothing to do look there. It is called an *attention sink* (Xiao et al. 2023; Sun et al. 2024).
+# dimensions. It carries no meaning: heads that have nothing to do look there. The giant is called a *massive activation* (Sun et al. 2024), the
+# attention that rests on it an *attention sink* (Xiao et al. 2023). We call both the sink. ' and', in the figure, is a smaller one.
 
 # %%
 for l in (0, 2, 3, 20):
@@ -92,12 +94,13 @@ for l in (0, 2, 3, 20):
 # %% [markdown]
 # Between blocks 9 and 11 it is taken down and built again, twenty times as large. We do not know why.
 #
-# Ordinary tokens have much of their norm in the same few dimensions, but about the same amount each, so it cancels when two of them are subtracted.
-# The sink's does not.
+# An ordinary token has much of its norm in a few dimensions too, but what tokens have in common cancels when two of them are subtracted. The sink's
+# does not.
 #
 # ## Why should somebody who steers care?
-# Because other tokens with little meaning become sinks as well, among them the lone space that fills up the shorter prompt of a pair. The vector
-# `" weddings" - " "` is then mostly a missing sink, and hardly a wedding. Ministeer warns when you make such a vector.
+# Because other tokens with little meaning become sinks as well, among them the lone space that fills up the shorter prompt of a pair. The vector `"
+# weddings" - " "` (a stream minus a stream, tutorial 04) is then mostly a missing sink, and hardly a wedding. Ministeer warns when you make such a
+# vector.
 
 # %%
 vectors = steering_vectors(model, tokenizer, " weddings", " ", list(range(n_layer)))
@@ -108,8 +111,9 @@ print("sink  ", "".join(f"{shares[l]:6.0%}" for l in (0, 1, 2, 3, 6, 10, 16, 20,
 #> sink      21%   33%   35%   98%   98%   68%   40%   46%   11%
 
 # %% [markdown]
-# From layer 3 to layer 10 most of the vector is the sink; before, a third or less. In tutorial 07 you will see where steering works, and it will not
-# surprise you that layer 1 is better than layer 6. (It will surprise you that some late layers work too. We do not know why.)
+# From layer 3 to 11 more than half of the vector lies in 4 dimensions, up to 98 %: the sink. Elsewhere it is 11 to 50 %, which need not be one: the
+# embedding, before any block, has 21 %. In tutorial 07 you will see where steering works, and it will not surprise you that layer 1 is better than
+# layer 6. (It will surprise you that some late layers work too. We do not know why.)
 #
 # ## The figure: norms by layer and position
 
@@ -126,7 +130,7 @@ right.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
 right.set_xlabel("layer the vector was made at")
 right.set_ylabel("part of squared norm in 4 dimensions")
 right.set_ylim(0, 1)
-right.set_title('" weddings" - " ": how much of it is a sink', fontsize="medium")
+right.set_title('" weddings" - " ": squared norm in its 4 largest dimensions', fontsize="medium")
 lesson.save(figure, "03_residual_stream")
 
 # %% [markdown]

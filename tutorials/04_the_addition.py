@@ -34,7 +34,8 @@ print("row 1, the words: norm", round(difference[1].norm().item(), 1))
 # Row 0 is zero: BOS comes first, sees nothing else, and is the same in both prompts. So the vector is row 1, and it belongs to position 1.
 #
 # ## How is it added?
-# Stop before block 1, add, run the rest.
+# Stop before block 1, add, run the rest. `model.run(x, pos, first, stop)` runs blocks first … stop − 1 and gives the streams on the way; its last
+# one, [-1], is what block `stop` would read.
 
 # %%
 ids = torch.tensor([tokenizer.encode(prompt)])
@@ -67,7 +68,7 @@ print("  ".join(f"{piece!r} {r:.1f}" for piece, r in zip(pieces[:4], loud[:4], s
 #> '<|endoftext|>' 0.0  'I' 3.7  ' went' 0.0  ' up' 0.0
 
 # %% [markdown]
-# At position 1 the addition is several times as long as what stood there: it does not nudge the word " I", it writes over it. Positions 2, 3, … are
+# At position 1 the addition is several times as long as what stood there: it does not nudge the word "I", it writes over it. Positions 2, 3, … are
 # not touched; they learn of it only because later blocks look back at position 1.
 #
 # ## Who hears of it?
@@ -111,8 +112,8 @@ for name, some in (("unsteered", plain), ("steered", steered), ("random", contro
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 4.4))
-image = axis.imshow(moved.clamp(min=1e-3).log10(), cmap="cividis", aspect="auto", origin="lower")
-axis.set_xticks(pos, [repr(piece) for piece in pieces], rotation=30)
+image = axis.imshow(moved.clamp(min=1e-3).log10(), cmap="cividis", aspect="auto", origin="lower", vmin=-3, vmax=1)
+axis.set_xticks(pos, [repr(piece) for piece in pieces], rotation=45, ha="right", rotation_mode="anchor")
 axis.set_xlabel("position")
 axis.set_ylabel("layer l of resid[l]")
 axis.set_title(f'" weddings" - " " before block {layer}, c {coeff:g}; one prompt', fontsize="medium")

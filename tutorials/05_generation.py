@@ -55,7 +55,10 @@ for name, steer in (("unsteered", []), ("steered", [weddings]), ("random", [rand
 # One text each proves nothing. We need many, and something to count.
 #
 # ## How often does it speak of weddings?
-# We count completions with one of the paper's nine words. A coefficient may have one value for each row of the batch, so the whole table below
+# We count completions with one of the paper's nine words: wedding(s), wed, marry, married, marriage, bride, groom, honeymoon. `wilson(k, n)` gives
+# the 95 % interval (low, high) of k of n: made this way, 95 of 100 intervals hold the true share.
+#
+# About the call: A coefficient may have one value for each row of the batch, so the whole table below
 # is one call; the random vector has the same norm in every row.
 
 # %%
@@ -90,7 +93,8 @@ for c in coeffs:
 # 40 are few: the interval behind each number says how little you know. Coefficients 1 and 2 are not shown to differ; 2 and 4 are.
 #
 # ## Where does the text break?
-# *Disfluency* is the perplexity of the continuation under the unsteered model: how surprising it finds each token. A text of that topic is a little
+# *Perplexity* is exp of the mean of −log p: 4 means as unsure as between 4 equally likely tokens. *Disfluency* is the perplexity of the continuation
+# under the unsteered model: how surprising it finds each token. A text of that topic is a little
 # more surprising than one that the model would have written by itself; a broken one very much.
 
 # %%
@@ -112,9 +116,9 @@ for c in coeffs:
 #> coeff 8.0   5.4±1.1   random   14.4±2.9   ≈ "I'm not going to be able to make it. I've been doing this fo"
 
 # %% [markdown]
-# The steered texts do not break, not even at coefficient 8: the norm at the head of each block (tutorial 02) takes the length away, so that from some
-# coefficient on position 1 is the vector and nothing else, and the other words are untouched. But the topic goes down again from 4 on, and we do
-# not know why. The random vector costs more: from 2 on its texts are three times as surprising, and say nothing about weddings.
+# The steered texts do not break, not even at coefficient 8. The norm at the head of each block (tutorial 02) takes the length away, which explains
+# why more strength soon changes little. It does not explain why the topic goes down again from 4 on, nor why random vectors cost more: from 2 on
+# their texts are three to four times as surprising as unsteered ones, and say nothing about weddings.
 #
 # ## The figure: topic and fluency by coefficient
 
@@ -132,9 +136,10 @@ for axis in (left, right):
     axis.set_xscale("log", base=2)
     axis.set_xticks(coeffs, [f"{c:g}" for c in coeffs])
     axis.set_xlabel("coefficient")
-left.set_ylim(0, 1)
+left.set_ylim(-0.03, 1)
 left.set_ylabel("completions with a word about weddings")
 left.set_title(f"n {n} a point, 95 % band", fontsize="medium")
+right.set_ylim(0, None)
 right.set_ylabel("disfluency (perplexity a token)")
 left.legend(fontsize="small")
 lesson.save(figure, "05_generation")

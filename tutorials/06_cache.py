@@ -29,9 +29,9 @@ weddings = 2 * ministeer.steering_vector(model, tokenizer, " weddings", " ", lay
 cache = KVCache(n_ctx=64)
 model(ids[:, :6], cache=cache)                                    # a first part of the prompt
 print(len(cache), "positions read")
-pieces, _ = model(ids[:, 6:], cache=cache)                        # the rest
+parts, _ = model(ids[:, 6:], cache=cache)                         # the rest
 whole, _ = model(ids)
-print("in two parts or in one, the same logits:", torch.allclose(pieces[:, -1], whole[:, -1], rtol=1e-3, atol=1e-3))
+print("in two parts or in one, the same logits:", torch.allclose(parts[:, -1], whole[:, -1], rtol=1e-3, atol=1e-3))
 #> 6 positions read
 #> in two parts or in one, the same logits: True
 
@@ -59,7 +59,7 @@ print("64 tokens take more than 1.2 times as long without a cache:", times[False
 
 # %% [markdown]
 # ## Is a new token steered?
-# Positions are absolute and the vector has one row, for position 1. A new token stands at position 10 or 20, and nothing is added to it.
+# Positions are absolute and the vector has one row, for position 1. A new token stands at position 11 or later, and nothing is added to it.
 
 # %%
 def read(steer):
@@ -119,20 +119,21 @@ print(f"  all positions but 1 put back      {topic([weddings], everywhere, slice
 #> unsteered                           0.0032
 #> random vector, same norm            0.0018
 #> steered                             0.0740
-#>   all positions put back            0.0032
-#>   position 1 put back               0.0109
-#>   all positions but 1 put back      0.0233
+#> all positions put back            0.0032
+#> position 1 put back               0.0109
+#> all positions but 1 put back      0.0233
 
 # %% [markdown]
-# With the whole cache put back nothing is left: there is no other way for the addition to reach a new token. With position 1 put back alone a seventh
-# is left, and with all others put back a third: most of the effect is read at position 1 itself, and much of it at words that had copied it.
+# With the whole cache put back nothing is left: there is no other way for the addition to reach a new token. Of the effect (0.074 − 0.003) a tenth is
+# left with position 1 put back, and a quarter with all others put back. Neither alone carries it: most of it needs both, position 1 and the words
+# that have copied from it.
 #
 # ## Which blocks read it?
 
 # %%
-parts = [topic([weddings], range(l + 1), slice(0, T)) for l in everywhere]
+left_over = [topic([weddings], range(l + 1), slice(0, T)) for l in everywhere]
 for l in (0, 1, 2, 5, 10, 15, 20, 25, n_layer - 1):
-    print(f"blocks 0 … {l:2} put back: {parts[l]:.4f}")
+    print(f"blocks 0 … {l:2} put back: {left_over[l]:.4f}")
 #> blocks 0 …  0 put back: 0.0740
 #> blocks 0 …  1 put back: 0.0742
 #> blocks 0 …  2 put back: 0.0731
@@ -144,8 +145,8 @@ for l in (0, 1, 2, 5, 10, 15, 20, 25, n_layer - 1):
 #> blocks 0 … 29 put back: 0.0032
 
 # %% [markdown]
-# The vector was added before block 1, and the first ten blocks could as well have read the unsteered cache. It is read late: most of it is lost
-# where blocks 20 to 27 are put back as well.
+# The vector was added before block 1, yet with blocks 0 to 5 put back nearly all of the effect is left, and with blocks 0 to 20 still half. It is
+# read late: nearly all of the other half is lost where blocks 21 to 27 are put back as well (figure).
 #
 # ## The figure: what the cache saves, and what it carries
 
@@ -156,7 +157,7 @@ for cached, color, label in ((True, lesson.BLUE, "with a cache"), (False, lesson
 left.set_xlabel("new tokens")
 left.set_ylabel("seconds (one run, this machine)")
 left.legend()
-right.plot(range(n_layer), parts, "o-", color=lesson.BLUE, markersize=3, label="steered, cache put back up to block l")
+right.plot(range(n_layer), left_over, "o-", color=lesson.BLUE, markersize=3, label="steered, cache put back up to block l")
 right.axhline(effect, color=lesson.BLUE, linestyle="--", linewidth=0.8, label="steered")
 right.axhline(base, color="black", linestyle="--", linewidth=0.8, label="unsteered")
 right.set_xlabel("block l")

@@ -21,7 +21,7 @@ plus, minus = " weddings", " "
 # %% [markdown]
 # ## Can one guess it from the next token?
 # A whole sweep costs one pass: `resid[l]` is recorded once for every l, and each coefficient is one more row of a batch. As a quick measure, the
-# log-probability of a word about weddings as the next token, over a few prompts that could go on with one.
+# log-probability (natural logarithm; the unit is the *nat*) of a word about weddings as the next token, over a few prompts that could go on with one.
 
 # %%
 tuning = ["Yesterday we talked about the", "They had been looking forward to the", "My sister told me everything about her",
@@ -50,7 +50,8 @@ for j, c in enumerate(coeffs):
 #> coeff 4.0    -1.2   -0.0   -0.1   -0.4   -0.2   +2.3   +3.5   +0.7   +0.6
 
 # %% [markdown]
-# By this table one would take layer 16 or 20. (Layer 12, in the figure below, is worst: that is where the model builds its sink anew, tutorial 03.)
+# By this table one would take layer 16. (Layer 12, in the figure below, is worst: it is just behind the block that builds the sink anew, tutorial 03.
+# Perhaps that is why.)
 #
 # ## Does that hold for whole texts?
 # Count completions, as in tutorial 05. Some layers, one coefficient, and for each a random vector of the same norm.
@@ -85,11 +86,11 @@ for l in some:
 #> layer 26: 2±3 of 40 (95 % 1±8% to 17±8%), random 0±3
 
 # %% [markdown]
-# It does not. Layers 1 and 2, which did little for the next token after our four prompts, bring the topic into half of the texts. Before you trust a
-# cheap measure, see whether it agrees with the dear one.
+# It does not. Layers 1 and 2, which did little for the next token, bring the topic into half of the texts. (The prompt is another one too.) Before
+# you trust a cheap measure, see whether it agrees with the dear one.
 #
-# Not one hill, as in the paper's GPT-2-XL, but two: the layers before the space of the pair becomes a sink (tutorial 03), and some late ones. That
-# the first is there because of the sink is a guess which fits; why the second is there we do not know.
+# Not one hill, as in the paper's GPT-2-XL, but two: layers 1 and 2, before the space of the pair becomes a sink (tutorial 03), and some late ones.
+# Why layer 0 fails although it too comes before the sink, and why the late ones work, we do not know.
 #
 # ## Is the best one really the best?
 # We looked at nine layers and took the highest. The highest of many is too high: it has been lucky as well. So choose on some prompts, and report on
@@ -109,6 +110,8 @@ for text, (before, after, by_chance) in zip(fresh, results, strict=True):
 #> 'My neighbour knocked on the door and told me': unsteered 1±3, steered 11±3, random 0±3 of 40
 
 # %% [markdown]
+# 21 of 40 where we chose, 8 and 11 on fresh prompts: report the second. How much of the fall is luck and how much the prompts, two cannot tell.
+#
 # ## Is one random vector enough?
 # It is one draw of its own. Take five.
 
@@ -135,7 +138,7 @@ for found, color, label in ((steered, lesson.BLUE, "steered"), (control, lesson.
 right.axhline(unsteered / n, color="black", linestyle="--", linewidth=0.8, label="unsteered")
 right.set_xlabel("layer")
 right.set_ylabel("completions with a word about weddings")
-right.set_ylim(0, 1)
+right.set_ylim(-0.03, 1)
 right.set_title(f"whole texts, n {n} a point, c 1, 95 % band", fontsize="medium")
 right.legend(fontsize="small")
 lesson.save(figure, "07_which_layer")

@@ -19,7 +19,7 @@ paper = {"top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
 
 # %% [markdown]
 # ## Steer toward i, score j
-# A vector for weddings that also brings music and finance would only make the model ramble. So steer toward each topic, and count the words of all.
+# A vector for weddings that also brings music and science would only make the model ramble. So steer toward each topic, and count the words of all.
 
 # %%
 topics, n = ["weddings", "music", "science", "politics"], 20
@@ -77,8 +77,7 @@ report(hate)
 #> random     +0.08±0.12  (95 % -0.07±0.12 to +0.22±0.12)
 
 # %% [markdown]
-# Steered is above unsteered. Before you write a paper, look at the last row: a random vector, which knows nothing of love, is as high. And all three
-# intervals overlap.
+# Steered is above unsteered. Before you write a paper, look at the last row: a random vector, which knows nothing of love, is even higher.
 #
 # ## Why would a random vector help?
 # Because of *where* it stands. The vector lies on the first token after BOS and nowhere else; let us see which words it writes over, and how loudly.
@@ -92,8 +91,9 @@ for prompt in ("I hate you because", "When I think about my neighbour, I feel"):
 #> 'When' 1.4   ' I' 0.0   ' think' 0.0   ' about' 0.0
 
 # %% [markdown]
-# The first word is written over, by more than it was itself, and the sentence that follows is read differently whatever has replaced it. So the fair
-# question is what the vector does *beyond* the random one, and on a prompt whose first words carry no feeling.
+# The first word is written over, by more than it was itself, and the sentence that follows is read differently whatever has replaced it. So the
+# fair question is what the vector does *beyond* the random one, and on a prompt whose first words carry no feeling. `paired` also gives p: how
+# often chance alone, swapping the two of each pair by a coin, would give a difference at least as large.
 
 # %%
 neutral = feelings("When I think about my neighbour, I feel")
@@ -108,20 +108,20 @@ for name, scores in (("I hate you", hate), ("neutral", neutral)):
 #> neutral   : steered - random -0.41±0.12 (95 % -0.63±0.12 to -0.16±0.12), p 0.00±0.03
 
 # %% [markdown]
-# On the first prompt the interval of the difference holds 0: nothing is shown. On the second the unsteered texts are friendly, both vectors take
-# that away, and love - hate takes away *more*, against its name. We do not know why. What we do know: without the last row we would have
-# told two other stories.
+# On the first prompt the interval of the difference holds 0: nothing is shown. On the second the unsteered texts are friendly, the random vector
+# takes away half of that, and love - hate all of it, against its name. We do not know why. Without the random row we would have told two other
+# stories.
 #
 # ## The figure: topics, and feelings with their control
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
 boost = torch.tensor([[after - before for after, before in zip(matrix[topic], base, strict=True)] for topic in topics])
-image = left.imshow(boost, cmap="PuOr", vmin=-1, vmax=1)
+image = left.imshow(boost, cmap="PuOr", vmin=-0.5, vmax=0.5)
 for i in range(len(topics)):
     for j in range(len(topics)):
-        left.text(j, i, f"{boost[i, j]:+.0%}", ha="center", va="center", color="white" if boost[i, j].abs() > 0.6 else "black")
-left.set_xticks(range(len(topics)), topics, rotation=30)
+        left.text(j, i, f"{boost[i, j]:+.1%}", ha="center", va="center", color="white" if boost[i, j].abs() > 0.35 else "black")
+left.set_xticks(range(len(topics)), topics, rotation=30, ha="right", rotation_mode="anchor")
 left.set_yticks(range(len(topics)), topics)
 left.set_xlabel("words counted")
 left.set_ylabel("steered toward")

@@ -5,7 +5,8 @@
 # of them computing. You need tutorials 05 and 07.
 #
 # The best-known relative is *contrastive activation addition* (CAA; Rimsky et al. 2024): take many pairs, subtract the streams at their last token,
-# average, and add that one row at every position, new tokens included.
+# average, and add that one row at every position after the user's prompt. (There the last token is the letter A or B of an answer. We are simpler:
+# pairs of sentences, and the row at every position after BOS.)
 
 # %%
 import lesson
@@ -79,7 +80,9 @@ for layer in (2, 12, 20, 28):
 #> layer 28: mean cosine 0.35, lowest 0.07
 
 # %% [markdown]
-# They agree: 0.4 is far from 0 in so many dimensions, and far from 1.
+# Mostly they agree. (A control is missing here: differences of unrelated sentences may have a cosine above 0 too, through a few large dimensions.)
+#
+# We go on with layer 12, because middle layers are usual for vectors at all positions; it was not tuned.
 #
 # ## Which is better?
 # Not a fair question without saying what it costs. So for each method and several coefficients: share of completions about weddings, and
@@ -90,7 +93,7 @@ n, prompt = 40, "I went up to my friend and said"
 
 
 def measure(steer):
-    """-> (completions of n with a word about weddings, disfluency)"""
+    """-> (completions of n with a word about weddings, disfluency, the first text)"""
     texts = ministeer.generate(model, tokenizer, prompt, n, 30, steer, top_p=0.3, freq_penalty=1.0)
     scored = disfluency(model, tokenizer, prompt, texts)
     surprise = torch.tensor([nll for nll, _ in scored]).sum().div(sum(k for _, k in scored)).exp().item()
@@ -117,8 +120,8 @@ for name, row in results.items():
 
 # %% [markdown]
 # Each pair of numbers is `completions about weddings, disfluency`. A vector at every position is felt by every new token, so it needs a smaller
-# coefficient and breaks down sooner; look at the texts below. The same row at position 1 alone does nothing: it was read at the *end* of sentences,
-# and the front of a prompt is another place. How a vector is made and where it is added are two choices, and not every two go together.
+# coefficient and breaks down sooner; look at the texts below. The same row at position 1 alone does nothing. Because it was read at the *end*
+# of sentences? Perhaps; but around block 12 ActAdd's own vector hardly works at the front either (tutorial 07), so this does not tell.
 
 # %%
 for c, (_, _, text) in results["CAA, layer 12"].items():
@@ -142,9 +145,9 @@ for name, row in results.items():
     axis.errorbar(x, shares, yerr=[[max(0, s - low) for s, (low, _) in zip(shares, errors, strict=True)],
                                    [max(0, high - s) for s, (_, high) in zip(shares, errors, strict=True)]], fmt=marker, color=color, capsize=2,
                   elinewidth=0.7, label=name)
-    if marker == "o-":
+    if marker == "o-" and name != "CAA at the front":
         for c, s, f in zip(row, shares, x, strict=True):
-            axis.annotate(f" c {c:g}", (f, s), fontsize="small", color=color)
+            axis.annotate(f"c {c:g}", (f, s), (6, 6), textcoords="offset points", fontsize="small", color=color)
 axis.set_xscale("log")
 axis.set_xticks([4, 6, 10, 15], ["4", "6", "10", "15"], minor=False)
 axis.minorticks_off()
@@ -174,7 +177,8 @@ lesson.check(mean_difference, ((made, made.flip(0)), torch.zeros(4)), ((made, to
 # %% [markdown]
 # ## Exercise 2
 # Another relative takes the first principal component of the differences instead of their mean (RepE; Zou et al. 2023). Its sign is arbitrary: choose
-# it so that most of the differences point its way. Do not centre them. `torch.linalg.svd` helps.
+# it so that most of the differences point its way. Do not centre them. `torch.linalg.svd(rows).Vh` has the
+# directions as its rows, the strongest first.
 
 # %%
 def component(rows):

@@ -87,7 +87,9 @@ print(backend.get_vocab_size(), "tokens in the vocabulary; stories of up to", lo
 
 # %% [markdown]
 # ## How does it learn?
-# Each step reads 32 stories that it has not seen, and moves every weight a little so that the next token is less of a surprise.
+# Each step reads 32 stories that it has not seen. `loss` is the mean −log p of the true next token; `backward` finds how each weight changes it,
+# and AdamW moves every weight a little against that. GPT-2 differs from tutorial 02 in this: positions are added at the embedding, nothing is
+# turned, and the norm subtracts the mean.
 #
 # `skip` is the one thing that differs between our two models: the probability that a block's attention sits a step out (stochastic depth; Huang et
 # al. 2016). At 0 this is GPT-2. At 0.5 no block can count on another to have looked at the topic before it.
@@ -158,6 +160,7 @@ for k in range(2):
 #
 # ## Before which blocks does a vector work?
 # " weddings" - " Now" and its seven sisters, at position 1, where " Now" stands: at c 1 the topic takes that word's place, and nothing else changes.
+# Before block 0 this is the same as writing " weddings Mary tells …"; before a later block, as if the word had been exchanged half way up.
 # (A lone space is a rare token here, longer than a topic; with " weddings" - " " the best layer reached 66 %.) A completion is *of* a topic if it
 # has a word of it and of no other. For each layer, each of the eight vectors, and a random vector of the same norm. Chance is 1 in 8.
 
@@ -207,8 +210,8 @@ for name, model in models.items():
 #> before block 5:  21±25%  (95 % 16±25% to 28±25%)   random   9±25%
 
 # %% [markdown]
-# In both models the vector works before the first blocks and not before the last. In the plain one it falls off a cliff before block 3; in the other
-# it fades. The random vectors do nothing.
+# In both models the vector works before the first blocks and hardly before the last. In the plain one it falls off a cliff before block 3; in the
+# other it fades. The random vectors do nothing.
 #
 # ## Who reads the topic?
 # We run the blocks by hand once more (tutorial 02), with the pattern in sight, and *hide* position 1: in one block, or from one block on, later
@@ -278,7 +281,7 @@ for name, model in models.items():
 # In the skipping model no block is missed, because any of them might have been missing in training. That is one way to get a model whose later
 # layers work too, as SmolLM2's do (layers 1 and 2, and again 16 to 21). Whether they do for a like reason, we do not know.
 #
-# How much a block *looks* at position 1 tells far less: those that look most are not those that are missed most. And an honest word: prompt, seed,
+# How much a block *looks* at position 1 tells less: block 3 looks more than block 2 and is hardly missed. And an honest word: prompt, seed,
 # dropout and " Now" were chosen after looking at runs like this one. Another seed has its reader in another block, and some learn worse.
 #
 # ## The figure: where it works, and who looks
@@ -290,25 +293,27 @@ for name, line in (("skipping", "-"), ("plain", ":")):
         low, high = zip(*(wilson(k, total) for k in counts), strict=True)
         left.plot(layers, [k / total for k in counts], "o" + line, color=color, label=f"{label}, {name}")
         left.fill_between(layers, low, high, color=color, alpha=0.15, linewidth=0)
-    right.plot(layers, later[name], "o" + line, color=lesson.BLUE, label=f"{name}: from block l on")
-    right.plot(layers, look[name], "x" + line, color=lesson.ORANGE, label=f"{name}: attention to position 1")
+    right.plot(layers, later[name], "o" + line, color=lesson.BLUE, label=f"{name}: share, position 1 hidden from block l on")
+    right.plot(layers, look[name], "x" + line, color=lesson.ORANGE, label=f"{name}: attention of block l to position 1")
 left.axhline(unsteered["skipping"] / total, color="black", linestyle="--", linewidth=0.8, label="unsteered")
+for axis in (left, right):
+    axis.axhline(1 / len(topics), color="black", linestyle=":", linewidth=0.8, label="chance")
 left.set_xlabel("vector added before block")
 left.set_ylabel("completions of the vector's topic")
-left.set_ylim(0, 1)
+left.set_ylim(0, 1.04)
 left.set_title(f"n {total} a point, 95 % band", fontsize="medium")
 left.legend(fontsize="x-small")
 right.set_xlabel("block l")
 right.set_ylabel("share of probability, or of attention")
-right.set_ylim(0, 1)
-right.set_title("vector before block 0; position 1 hidden from block l on", fontsize="medium")
+right.set_ylim(0, 1.04)
+right.set_title("vector before block 0, at position 1", fontsize="medium")
 right.legend(fontsize="x-small")
 lesson.save(figure, "12_grow_your_own")
 
 # %% [markdown]
 # ## Exercise 1
-# How many weights has a GPT-2? Embeddings for tokens and positions; in each block two norms, attention and MLP, all with biases; a last norm. The
-# head is the embedding again.
+# How many weights has a GPT-2? Rows for n_vocab tokens and n_ctx positions; in a block two norms (weight and bias) and the maps d → 3d, d → d,
+# d → d_mlp and d_mlp → d, each with a bias; a last norm. The head is the embedding again.
 
 # %%
 def n_weights(config):

@@ -3,8 +3,8 @@
     python tutorials/record.py 04_the_addition.py           # run it, and write them
     python tutorials/record.py --check 04_the_addition.py   # run it, and compare; exits 1 if something differs. --show: print all as well
 
-In a `#>` line `21±3` stands for any number from 18 to 24, and what is behind `≈` was drawn and may be any text. A line that still matches what was
-printed is left as it is. Flags of lesson.py (--tiny, --solutions) are passed on; lines about solutions are shown and not compared.
+In a `#>` line `21±3` stands for any number from 18 to 24, and what is behind `≈` was drawn and may be any text. Such a line is left as it is if
+it still matches. Flags of lesson.py (--tiny, --solutions) are passed on; lines about solutions are shown and not compared.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def is_code(cell):
 def said(cell):
     """-> the cell without its #> lines, and what these say, a list of lines"""
     lines = cell.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith("#>")), [line[2:].strip() for line in lines if line.startswith("#>")]
+    return "".join(line for line in lines if not line.startswith("#>")), [line[3:].rstrip() for line in lines if line.startswith("#>")]
 
 
 def run(path, text, flags):
@@ -69,7 +69,7 @@ def differences(expected, printed):
 def renewed(cell, printed):
     """The cell with what it printed below it; lines that still match stay as they were."""
     code, old = said(cell)
-    lines = [a if matches(a, b) else b for a, b in zip(old + [""] * len(printed), printed, strict=False)]
+    lines = [a if ("±" in a or "≈" in a) and matches(a, b) else b for a, b in zip(old + [""] * len(printed), printed, strict=False)]
     body = code.rstrip("\n")
     return body + "".join(f"\n#> {line}".rstrip() for line in lines) + "\n" * (len(code) - len(body))
 
