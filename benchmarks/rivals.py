@@ -35,7 +35,8 @@ from ministeer.steering import random_like
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "freq_penalty": 0.0}
 COLOURS = {"ActAdd": BLUE, "ActAdd, random": GREY, "PreADD": ORANGE, "LMA": GREEN, "SelfDebias": "#CC79A7", "FUDGE": "#E69F00",
            "LMA + Classifier": "#56B4E9", "ActAdd + LMA": "black"}
-CELLS = {"ActAdd": [(l, c) for l in (1, 2, 16) for c in (1.0, 3.0)], "PreADD": [0.25, 0.5, 1, 1.5, 2, 3], "LMA": [1, 3, 9, 24, 50, 99],
+LAYERS, COEFFS = (1, 2, 16), (1.0, 3.0)         # ActAdd's six cells; in a shorter model its last layer for 16
+CELLS = {"PreADD": [0.25, 0.5, 1, 1.5, 2, 3], "LMA": [1, 3, 9, 24, 50, 99],
          "SelfDebias": [1, 3, 10, 30, 100, 300], "FUDGE": [0.5, 1, 2, 4, 8, 16], "LMA + Classifier": [1, 3, 9, 24, 50, 99]}
 
 
@@ -51,7 +52,8 @@ def cells(lab, task, classifier):
             "SelfDebias": lambda s: decoding.self_debias(away, s, 0, base),
             "FUDGE": lambda s: decoding.fudge(classifier, s, toward=toward, base=base),
             "LMA + Classifier": lambda s: decoding.lma_classifier(away, classifier, s, toward=toward, base=base)}
-    steers = {cell: sign * lab.steer(*pair, *cell) for cell in CELLS["ActAdd"]}
+    layers = [min(l, lab.model.config.n_layer - 1) for l in LAYERS]
+    steers = {(l, c): sign * lab.steer(*pair, l, c) for l in layers for c in COEFFS}
     found = {"Unsteered": {"": decoding.unsteered()}}
     if base:
         found["Prompted"] = {"": decoding.prompted(base)}

@@ -13,7 +13,7 @@ from ministeer.decoding import PrefixClassifier
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory):
-    config = hub_config("llama", max_position_embeddings=512, num_hidden_layers=17)
+    config = hub_config("llama", max_position_embeddings=512)
     return save_checkpoint(tmp_path_factory.mktemp("weights") / "tiny", hub_model(config))
 
 

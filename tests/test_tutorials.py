@@ -41,6 +41,9 @@ def exercises(name):
     return re.findall(r"def (\w+)\([^)]*\):\n(?:(?!\ndef ).)*?return None +# your line", text, re.DOTALL)
 
 
+GROWN = pytest.mark.xdist_group("grown")        # these share two minutes of training, so one worker does them
+
+
 @functools.cache
 def checked(name, weights):
     """What a tutorial prints on the default model; fails if its #> lines are not true. Once, because it may take minutes."""
@@ -48,7 +51,7 @@ def checked(name, weights):
     return run(FOLDER / "record.py", "--check", "--show", FOLDER / f"{name}.py", "--solutions", MINISTEER_WEIGHTS=str(weights), OMP_NUM_THREADS="1")
 
 
-@pytest.mark.parametrize("name", TUTORIALS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=GROWN) if name.startswith("12") else name for name in TUTORIALS])
 def test_what_it_says_is_true_on_the_default_model(name, smollm2):
     printed = checked(name, smollm2.parent)
     asked = exercises(name)
@@ -106,6 +109,7 @@ def shares(printed, name):
     return int(block[0]), [int(a) for a, _ in rows], [int(b) for _, b in rows]
 
 
+@GROWN
 def test_the_gpt2_that_grew_goes_where_it_is_steered(smollm2):
     printed = checked("12_grow_your_own", smollm2.parent)
     for name in ("skipping", "plain"):
@@ -117,6 +121,7 @@ def test_the_gpt2_that_grew_goes_where_it_is_steered(smollm2):
     assert sum(share >= 40 for share in shares(printed, "skipping")[1][1:]) >= 2        # later layers work too
 
 
+@GROWN
 @pytest.mark.parametrize("name", ["skipping", "plain"])
 def test_transformers_reads_the_gpt2_that_grew_and_computes_the_same(name, smollm2):
     checked("12_grow_your_own", smollm2.parent)

@@ -120,7 +120,7 @@ boost = torch.tensor([[after - before for after, before in zip(matrix[topic], ba
 image = left.imshow(boost, cmap="PuOr", vmin=-0.5, vmax=0.5)
 for i in range(len(topics)):
     for j in range(len(topics)):
-        left.text(j, i, f"{boost[i, j]:+.1%}", ha="center", va="center", color="white" if boost[i, j].abs() > 0.35 else "black")
+        left.text(j, i, f"{boost[i, j]:+.1%}", ha="center", va="center", color="white" if boost[i, j].abs() > 0.25 else "black")
 left.set_xticks(range(len(topics)), topics, rotation=30, ha="right", rotation_mode="anchor")
 left.set_yticks(range(len(topics)), topics)
 left.set_xlabel("words counted")
