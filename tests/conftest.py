@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 torch.set_num_threads(1)        # a tiny model is slower on two
 ROOT = Path(__file__).resolve().parent.parent
 N_VOCAB = 384
+# For long runs in processes of their own: without the tracing of coverage, which would double their time and finds nothing new there.
+UNTRACED = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.", "I love you because you are kind.",
         "I hate you because you are so mean to me.", "We talk about weddings all day long; the bride was late for her wedding."]
 

@@ -1,12 +1,11 @@
 """Every experiment of benchmarks/paper.py runs from start to end, on a tiny model and a handful of texts."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TEXT, hub_config, hub_model, save_checkpoint
+from conftest import ROOT, TEXT, UNTRACED, hub_config, hub_model, save_checkpoint
 
 FEW = ["--layer", "1", "--seed", "3"]
 N = {"perplexity": 3, "token-shifts": 9, "layer-sweep": 3, "positions": 3, "topics": 2, "toxicity": 4, "sentiment": 2, "knowledge": 8,
@@ -46,7 +45,7 @@ def command(experiment, model, data, out, *more):
 
 
 def run(arguments, fails=False, python=(sys.executable,)):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    environment = {**UNTRACED, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     done = subprocess.run([*python, *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", env=environment, timeout=300)
     assert (done.returncode != 0) == fails, done.stderr
     return done

@@ -61,15 +61,14 @@ def test_the_prompts_of_the_comparison_are_not_trained_on(data):
     assert all(text.startswith("the town") for text in texts)           # of 60 prompts all are kept for search and result
 
 
-@pytest.mark.parametrize("task", ["toxicity", "neg-to-pos"])
-def test_the_comparison_runs_and_goes_on_where_it_was(task, trained, tiny_llama, data):
-    out, _ = trained
+def test_the_comparison_runs_and_goes_on_where_it_was(trained, tiny_llama, data):
+    out, task = trained[0], "neg-to-pos"
     command = ["benchmarks/rivals.py", task, "--data", str(data), "--model", str(tiny_llama), "--out", str(out), "-n", "3", "--repeats", "2",
                "--tuning", "3", "--judge", "words:weddings"]
     first = run(command).stdout
     found = json.loads((out / f"rivals-{task}.json").read_text(encoding="utf-8"))
     rows = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")]
-    expected = ["Unsteered", *(["Prompted"] if task != "toxicity" else []), "ActAdd", "ActAdd, random", "PreADD", "LMA", "SelfDebias", "FUDGE",
+    expected = ["Unsteered", "Prompted", "ActAdd", "ActAdd, random", "PreADD", "LMA", "SelfDebias", "FUDGE",
                 "LMA + Classifier"]
     assert rows[1:] == [name for name in expected if found["chosen"][name] is not None]
     assert len([key for key in found["tuning"] if "|LMA|" in key]) == 6
