@@ -160,6 +160,7 @@ class PrefixClassifier(nn.Module):
 
     def __init__(self, n_vocab, d_embedding=64, d_state=128):
         super().__init__()
+        self.n_vocab = n_vocab
         self.embedding = nn.Embedding(n_vocab, d_embedding)
         self.gru = nn.GRU(d_embedding, d_state, batch_first=True)
         self.head = nn.Linear(d_state, 1)
@@ -203,6 +204,9 @@ def generate(model, tokenizer, prompts, method, n=1, max_new_tokens=32, *, tempe
     The penalty counts the tokens of the prompt, not those of prefixes. Raises ValueError for what does not fit.
     """
     sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
+    if method.guide and method.guide.classifier.n_vocab != model.config.n_vocab:
+        raise ValueError(f"the classifier reads {method.guide.classifier.n_vocab} tokens, the model {model.config.n_vocab}. "
+                         "Train it for this model's tokenizer with benchmarks/train_classifier.py.")
     encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     heads = [prefixed(tokenizer, stream.prefix) for stream in method.streams]
     for ids in encoded:

@@ -200,6 +200,8 @@ def test_faults_say_what_is_possible(tiny, classifier):
         generate(model, tokenizer, "", decoding.act_add(steer), max_new_tokens=2)
     with pytest.raises(ValueError, match="a number as coeff"):
         generate(model, tokenizer, "x y z", decoding.act_add(steer.scaled(torch.ones(1))), max_new_tokens=2)
+    with pytest.raises(ValueError, match="the classifier reads 9 tokens"):
+        generate(model, tokenizer, "x", decoding.fudge(PrefixClassifier(9, 2, 2)), max_new_tokens=2)
     other = type(model)(model.config.__class__(**{**vars(model.config), "n_vocab": 300}))
     with pytest.raises(ValueError, match="share a tokenizer"):
         generate(model, tokenizer, "x", Method((Stream(), Stream(model=other)), lambda logps: logps[0]), max_new_tokens=2)
