@@ -18,6 +18,11 @@ TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.",
         "I hate you because you are so mean to me.", "We talk about weddings all day long; the bride was late for her wedding."]
 
 
+def pytest_collection_modifyitems(items):
+    """The tests that train for minutes first, so that with two workers the other one is not left waiting at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 def tiny_tokenizer(bos="<|endoftext|>"):
     """Byte-level BPE with its BOS at id 0, a chat token at id 1, and a few merges."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
