@@ -19,8 +19,8 @@ TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.",
 
 
 def pytest_collection_modifyitems(items):
-    """The tests that train for minutes first, so that with two workers the other one is not left waiting at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """The test that trains for minutes first and those that use its model last, so that with two workers nobody waits for the other."""
+    items.sort(key=lambda item: 2 if "that_grew" in item.name else 0 if "default_model[12" in item.name else 1)
 
 
 def tiny_tokenizer(bos="<|endoftext|>"):

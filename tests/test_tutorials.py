@@ -1,11 +1,12 @@
 """The tutorials run from start to end, what they say they print is what they print, and solutions pass where stubs do not."""
 
-import functools
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 
+import filelock
 import jupytext
 import nbformat
 import pytest
@@ -40,19 +41,26 @@ def exercises(name):
     return re.findall(r"def (\w+)\([^)]*\):\n(?:(?!\ndef ).)*?return None +# your line", text, re.DOTALL)
 
 
-GROWN = pytest.mark.xdist_group("grown")        # these share two minutes of training, so one worker does them
+@pytest.fixture(scope="session")
+def checked(smollm2, tmp_path_factory):
+    """A function: what a tutorial prints on the default model. It fails if its #> lines are not true. Once for all workers; it may take minutes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def of(name):
+        with filelock.FileLock(base / f"{name}.lock"):
+            kept = base / f"{name}.printed"
+            if not kept.is_file():
+                # One thread, because another number of them sums in another order.
+                kept.write_text(run(FOLDER / "record.py", "--check", "--show", FOLDER / f"{name}.py", "--solutions",
+                                    MINISTEER_WEIGHTS=str(smollm2.parent), OMP_NUM_THREADS="1"), encoding="utf-8")
+            return kept.read_text(encoding="utf-8")
+    return of
 
 
-@functools.cache
-def checked(name, weights):
-    """What a tutorial prints on the default model; fails if its #> lines are not true. Once, because it may take minutes."""
-    # One thread, because another number of them sums in another order.
-    return run(FOLDER / "record.py", "--check", "--show", FOLDER / f"{name}.py", "--solutions", MINISTEER_WEIGHTS=str(weights), OMP_NUM_THREADS="1")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=GROWN) if name.startswith("12") else name for name in TUTORIALS])
-def test_what_it_says_is_true_on_the_default_model(name, smollm2):
-    printed = checked(name, smollm2.parent)
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_what_it_says_is_true_on_the_default_model(name, checked):
+    printed = checked(name)
     asked = exercises(name)
     assert 2 <= len(asked) <= 3
     for exercise in asked:
@@ -109,9 +117,8 @@ def shares(printed, name):
     return int(block[0]), [int(a) for a, _ in rows], [int(b) for _, b in rows]
 
 
-@GROWN
-def test_the_gpt2_that_grew_goes_where_it_is_steered(smollm2):
-    printed = checked("12_grow_your_own", smollm2.parent)
+def test_the_gpt2_that_grew_goes_where_it_is_steered(checked):
+    printed = checked("12_grow_your_own")
     for name in ("skipping", "plain"):
         unsteered, steered, control = shares(printed, name)
         assert unsteered <= 20
@@ -121,10 +128,9 @@ def test_the_gpt2_that_grew_goes_where_it_is_steered(smollm2):
     assert sum(share >= 40 for share in shares(printed, "skipping")[1][1:]) >= 2        # later layers work too
 
 
-@GROWN
 @pytest.mark.parametrize("name", ["skipping", "plain"])
-def test_transformers_reads_the_gpt2_that_grew_and_computes_the_same(name, smollm2):
-    checked("12_grow_your_own", smollm2.parent)
+def test_transformers_reads_the_gpt2_that_grew_and_computes_the_same(name, smollm2, checked):
+    checked("12_grow_your_own")
     folder = smollm2.parent / f"world-{name}"
     hub = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     model, tokenizer = ministeer.load(folder)

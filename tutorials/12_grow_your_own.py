@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 12 · Grow your own
 #
-# **Why does a vector work before some blocks and not before others?** 30 minutes, two of them computing. You need tutorials 02, 04 and 07.
+# **Why does a vector work before some blocks and not before others?** 30 minutes, two or three of them computing. You need tutorials 02, 04 and 07.
 #
 # In a model that somebody else trained one can only look. So we grow a small GPT-2 from random numbers, on a world of eight topics of which we know
 # everything, and steer it from topic to topic. Then we grow it again and change one thing. Training sums in another order on another machine, so
