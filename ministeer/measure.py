@@ -25,7 +25,7 @@ def logprobs(model, tokenizer, texts, steer=(), skip=0, tokens=1024, prompts=Non
         " weddings" stays one), and what is predicted of it is left out
     Raises ValueError for what does not fit, and for a text that has no prediction left.
     """
-    prompts = [prompts or ""] * len(texts) if prompts is None or isinstance(prompts, str) else prompts
+    prompts = _each("" if prompts is None else prompts, texts, "texts")
     heads = [tokenizer.encode(prompt) for prompt in prompts]
     # With no prompt the text itself comes after BOS, and a BOS of its own is not doubled.
     encoded = [head + tokenizer.encode(text, bos=False) if len(head) > 1 else tokenizer.encode(text)
@@ -41,6 +41,14 @@ def logprobs(model, tokenizer, texts, steer=(), skip=0, tokens=1024, prompts=Non
         for i, row in zip(group, _next_logprobs(model, _together(model, tokenizer, encoded, group), steer), strict=True):
             result[i] = row[first[i]:len(encoded[i]) - 1].clone()
     return result
+
+
+def _each(prompts, texts, what):
+    """One prompt for each text: those given, or the one given again and again."""
+    prompts = [prompts] * len(texts) if isinstance(prompts, str) else prompts
+    if len(prompts) != len(texts):
+        raise ValueError(f"{len(prompts)} prompts do not fit {len(texts)} {what}. Give one prompt for each, or a single one as text.")
+    return prompts
 
 
 def _by_length(encoded, tokens):
@@ -147,7 +155,7 @@ def ranks(model, tokenizer, prompts, answers, steer=(), tokens=1024):
     belongs to it. None: the answer is not within one token, or nothing but BOS stands before it.
     Petroni et al. 2019 (LAMA) for causal models, as in the paper's section 4.5.
     """
-    encoded, kept = [], []
+    prompts, encoded, kept = _each(prompts, answers, "answers"), [], []
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = tokenizer.encode(prompt + answer)
         if len(ids) > 2 and answer in tokenizer.pieces(ids[-1:])[0]:
@@ -201,8 +209,8 @@ def disfluency(model, tokenizer, prompts, continuations):
     whoever wrote the text. A continuation of one token or none has (0.0, 0). Dekoninck et al. 2024, compute_perplexities.
     prompts: one for all continuations, or a list with one for each
     """
-    prompts = [prompts] * len(continuations) if isinstance(prompts, str) else prompts
-    long = [i for i, (_, text) in enumerate(zip(prompts, continuations, strict=True)) if len(tokenizer.encode(text, bos=False)) > 1]
+    prompts = _each(prompts, continuations, "continuations")
+    long = [i for i, text in enumerate(continuations) if len(tokenizer.encode(text, bos=False)) > 1]
     scored = logprobs(model, tokenizer, [continuations[i] for i in long], skip=1, prompts=[prompts[i] for i in long])
     result = [(0.0, 0)] * len(continuations)
     for i, some in zip(long, scored, strict=True):

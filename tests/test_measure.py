@@ -112,7 +112,7 @@ def test_logprobs_refuse_prompts_that_do_not_fit(tiny):
     with pytest.raises(ValueError, match="no prediction is left of ' you' after skipping 1"):
         logprobs(model, tokenizer, [" you"], skip=1, prompts="I hate")
     for prompts in (["I hate"], ["I hate"] * 3, []):
-        with pytest.raises(ValueError, match="argument"):
+        with pytest.raises(ValueError, match=f"{len(prompts)} prompts do not fit 2 texts"):
             logprobs(model, tokenizer, TEXT[:2], prompts=prompts)
     with pytest.raises(ValueError, match="context of 192"):
         logprobs(model, tokenizer, TEXT, prompts=" you" * 190)
@@ -400,7 +400,7 @@ def test_one_prompt_is_for_all_continuations(tiny):
     assert disfluency(model, tokenizer, "I hate", TEXT) == disfluency(model, tokenizer, ["I hate"] * 4, TEXT)
     assert disfluency(model, tokenizer, "I hate", TEXT) != disfluency(model, tokenizer, "I love", TEXT)
     for prompts in (["I hate"] * 3, ["I hate"] * 5):
-        with pytest.raises(ValueError, match="argument"):
+        with pytest.raises(ValueError, match=f"{len(prompts)} prompts do not fit 4 continuations"):
             disfluency(model, tokenizer, prompts, TEXT)
 
 
