@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import ministeer
-from ministeer.decoding import PrefixClassifier
+from ministeer.classifier import PrefixClassifier
 
 TUNING, TEST = 50, 400         # prompts of rtp_random that are kept for the search and for the result; see completions.provoking
 LENGTH = 128                    # tokens of a text that are read

@@ -1,21 +1,18 @@
 """The paper's rivals, which change next-token logits instead of activations: several readings of one text, and a formula that combines them.
 
-A method is a list of streams and a `combine`; one loop runs them all. Read before: generation.py. Turner et al., sections 4.3 and 4.4; the
-formulas are those of Dekoninck et al. 2024 ("Controlled text generation via language model arithmetic") where nothing else is said.
+A method is a list of streams and a `combine`; one loop runs them all. Read before: generation.py; next: classifier.py.
+Turner et al., sections 4.3 and 4.4; the formulas are those of Dekoninck et al. 2024 ("Controlled text generation via language model
+arithmetic") where nothing else is said.
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import nn
 
 from .attention import KVCache
-from .files import write
 from .generation import Row, Sampling, choose, fill, groups, uniforms
 
 TOXIC = ("The following conversation is one that perpetuates negative stereotypes, is threatening or sexually explicit and contains "
@@ -152,51 +149,6 @@ def lma_classifier(prefix, classifier, strength=24.0, vote=1.0, top=50, toward=1
     return replace(lma(prefix, strength, base), guide=Guide(classifier, vote, top, toward))
 
 
-class PrefixClassifier(nn.Module):
-    """P(class 1 | the text so far) from a GRU over token ids, trained on texts that are cut anywhere (benchmarks/train_classifier.py).
-
-    A state is all it keeps of a text, so 50 candidates for the next token cost 50 steps and no re-reading.
-    """
-
-    def __init__(self, n_vocab, d_embedding=64, d_state=128):
-        super().__init__()
-        self.n_vocab = n_vocab
-        self.embedding = nn.Embedding(n_vocab, d_embedding)
-        self.gru = nn.GRU(d_embedding, d_state, batch_first=True)
-        self.head = nn.Linear(d_state, 1)
-
-    def read(self, ids, state=None):
-        """ids (B, T) after `state` (B, d_state), or from BOS on -> the new state"""
-        return self.gru(self.embedding(ids), None if state is None else state[None])[1][0]
-
-    def score(self, state):
-        """state (B, d_state) -> the log-odds of class 1, (B,)"""
-        return self.head(state)[:, 0]
-
-    def score_next(self, state, ids):
-        """The log-odds after each of K candidates: state (B, d_state), ids (B, K) -> (B, K)"""
-        B, K = ids.shape
-        return self.score(self.read(ids.reshape(B * K, 1), state.repeat_interleave(K, dim=0))).view(B, K)
-
-    def save(self, path):
-        """Write a safetensors file, whole or not at all."""
-        write(path, save({name: p.detach().contiguous() for name, p in self.named_parameters()}, {"ministeer": "PrefixClassifier"}))
-
-    @classmethod
-    def load(cls, path):
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError if the file holds something else."""
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"no file {os.fspath(path)}. benchmarks/train_classifier.py makes one.")
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}     # noqa: SIM118 (not a dict)
-            classifier = cls(*tensors["embedding.weight"].shape, tensors["head.weight"].shape[1])
-            classifier.load_state_dict(tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a classifier that ministeer saved: {error}") from None
-        return classifier.requires_grad_(False).eval()
-
-
 def generate(model, tokenizer, prompts, method, n=1, max_new_tokens=32, *, temperature=1.0, top_p=1.0, top_k=None, freq_penalty=0.0, seed=0,
              stop=(), tokens=8192, progress=None):
     """-> n continuations of each prompt, as `ministeer.generate`, by a Method instead of Steers; arguments and draws as there.
@@ -213,12 +165,28 @@ def generate(model, tokenizer, prompts, method, n=1, max_new_tokens=32, *, tempe
         for stream, head in zip(method.streams, heads, strict=True):
             check(stream.model or model, model, stream, len(head) + len(ids) - 1, max_new_tokens)
     rows = [[Row(tokenizer, ids, stop) for _ in range(n)] for ids in encoded]
-    for group in groups(encoded, n, max_new_tokens + max(map(len, heads)), tokens):
-        here = [rows[p][k] for p, k in group]
-        ids = torch.tensor([row.prompt for row in here], device=next(model.parameters()).device)
-        fill(here, sample(model, ids, heads, [k for _, k in group], sampling, method), max_new_tokens, progress)
+    device, longest = next(model.parameters()).device, max_new_tokens + max(map(len, heads))
+    for crowd in crowds(groups(encoded, n, longest, tokens), lambda p: len(encoded[p]) + longest, tokens):
+        here = [[rows[p][k] for p, k in group] for group in crowd]
+        ids = [torch.tensor([row.prompt for row in some], device=device) for some in here]
+        steps = sample(model, ids, heads, [[k for _, k in group] for group in crowd], sampling, method)
+        fill([row for some in here for row in some], steps, max_new_tokens, progress)
     texts = [[row.text for row in some] for some in rows]
     return texts[0] if isinstance(prompts, str) else texts
+
+
+def crowds(groups, positions, tokens):
+    """Lists of groups that run together, about `tokens` positions in all; positions(p): how many a row of prompt p takes."""
+    crowd, size = [], 0
+    for group in groups:
+        more = len(group) * positions(group[0][0])
+        if crowd and size + more > tokens:
+            yield crowd
+            crowd, size = [], 0
+        crowd.append(group)
+        size += more
+    if crowd:
+        yield crowd
 
 
 def prefixed(tokenizer, prefix):
@@ -241,72 +209,87 @@ def check(model, base, stream, length, max_new_tokens):
 def sample(model, ids, heads, completions, sampling, method):
     """Yield the next token of every row, (B,) ids: every stream reads the prompt, then one position a step, all under the same drawn tokens.
 
-    ids (B, T): prompts of one length, BOS first. heads: what each stream reads in place of that BOS
+    ids: a list of groups, (B, T) each, prompts of one length, BOS first. completions: for each group which continuation each row is
+    heads: what each stream reads in place of that BOS
     """
-    B, T = ids.shape
-    draws = torch.stack([torch.from_numpy(uniforms(sampling, row.tolist(), k)) for row, k in zip(ids, completions, strict=True)])
-    caches = [KVCache(len(head) + T - 1 + sampling.max_new_tokens, batch=B) for head in heads]
-    logits = []
-    for stream, head, cache in zip(method.streams, heads, caches, strict=True):
-        whole = torch.cat([torch.tensor([head], device=ids.device).expand(B, -1), ids[:, 1:]], dim=1)
-        alike = bool((ids == ids[0]).all())             # rows that read the same are one row until they draw
-        some, _ = (stream.model or model)(whole[:1] if alike else whole, stream.steer, cache, last=True)
-        logits.append(some[:, -1].expand(B, -1))
-    state = None
+    sizes = [len(some) for some in ids]
+    draws = [torch.from_numpy(np.stack([uniforms(sampling, row.tolist(), k) for row, k in zip(*group, strict=True)])).to(ids[0].device)
+             for group in zip(ids, completions, strict=True)]
+    begun = [[begin(stream.model or model, some, stream, head, sampling.max_new_tokens) for some in ids]
+             for stream, head in zip(method.streams, heads, strict=True)]
+    caches = [[cache for _, cache in some] for some in begun]               # caches[stream][group]
+    logits = [torch.cat([first for first, _ in some]) for some in begun]    # a stream each, (B, n_vocab), the groups below each other
+    guide, state, new = method.guide, None, None
     for t in range(sampling.max_new_tokens):
         combined = method.combine([some.float().log_softmax(dim=-1) for some in logits])
-        if method.guide:
-            state = method.guide.classifier.read(ids if t == 0 else ids[:, -1:], state)
-            combined = method.guide.change(combined, state)
-        new = choose(combined, ids, draws[:, t].to(ids.device), sampling)
+        if guide:
+            state = guide.classifier.read(new[:, None], state) if t else torch.cat([guide.classifier.read(some) for some in ids])
+            combined = guide.change(combined, state)
+        drawn = zip(combined.split(sizes), ids, draws, strict=True)
+        new = torch.cat([choose(some, before, u[:, t], sampling) for some, before, u in drawn])
         yield new
         if t + 1 < sampling.max_new_tokens:
-            ids = torch.cat([ids, new[:, None]], dim=1)
+            ids = [torch.cat([before, more[:, None]], dim=1) for before, more in zip(ids, new.split(sizes), strict=True)]
             logits = step(model, new, method.streams, caches)
 
 
-def step(model, new, streams, caches):
-    """new (B,): one more token for every stream -> its logits (B, n_vocab), one a stream. Streams of one model run as one batch.
+def begin(model, ids, stream, head, max_new_tokens):
+    """ids (B, T) read by one stream -> the logits of the first new token (B, n_vocab), the cache"""
+    B, T = ids.shape
+    cache = KVCache(len(head) + T - 1 + max_new_tokens, batch=B)
+    whole = torch.cat([torch.tensor([head], device=ids.device).expand(B, -1), ids[:, 1:]], dim=1)
+    if bool((ids == ids[0]).all()):
+        whole = whole[:1]                               # rows that read the same are one row until they draw
+    elif stream.prefix:
+        model(whole[:1, :len(head)], stream.steer, cache, last=True)        # and the prefix is the same for all
+        whole = whole[:, len(head):]
+    logits, _ = model(whole, stream.steer, cache, last=True)
+    return logits[:, -1].expand(B, -1), cache
 
-    The weights are read once for all of them, which is most of the time; each has its own position, and its own keys and values.
+
+def step(model, new, streams, caches):
+    """new (B,): one more token for every stream -> its logits (B, n_vocab), one a stream. caches[stream][group]
+
+    Streams of one model run as one batch: the weights are read once for all of them, which is most of the time.
     """
     result = [None] * len(streams)
     for one in {id(stream.model): stream.model for stream in streams}.values():
         mine = [i for i, stream in enumerate(streams) if stream.model is one]
-        logits = together(one or model, new, [streams[i].steer for i in mine], [caches[i] for i in mine])
-        for i, some in zip(mine, logits, strict=True):
+        parts = [(streams[i].steer, cache) for i in mine for cache in caches[i]]
+        logits = together(one or model, new.repeat(len(mine)), parts)
+        for i, some in zip(mine, logits.split(len(new)), strict=True):
             result[i] = some
     return result
 
 
-def together(model, new, steers, caches):
-    """The loop of model.py for one position of several streams, each with the Steers and the cache of its own."""
-    B, parts = len(new), len(caches)
-    pos = torch.tensor([len(cache) for cache in caches], device=new.device)
-    each = pos.repeat_interleave(B)
-    x = model.embed(new.repeat(parts)[:, None], each[:, None])              # (parts * B, 1, d_model)
+def together(model, new, parts):
+    """The loop of model.py for one position of several (Steers, cache), each as many rows of `new` as its cache has -> (rows, n_vocab)"""
+    caches = [cache for _, cache in parts]
+    sizes, pos = [cache.batch for cache in caches], torch.tensor([len(cache) for cache in caches], device=new.device)
+    each = pos.repeat_interleave(torch.tensor(sizes, device=new.device))    # each part has a position of its own
+    x = model.embed(new[:, None], each[:, None])                            # (rows, 1, d_model)
     rope = model.rope(each)
     rope = rope and tuple(turn[:, None, None] for turn in rope)             # a position for every row
     cache = Caches(caches)
     for l, block in enumerate(model.blocks):
-        for i, some in enumerate(steers):
-            for s in some:
+        for i, (steers, _) in enumerate(parts):
+            for s in steers:
                 if s.layer == l:
-                    rows = list(x.split(B))
+                    rows = list(x.split(sizes))
                     rows[i] = rows[i] + s.delta(pos[i:i + 1]).to(x)         # reaches new tokens only if the vector goes to every position
                     x = torch.cat(rows)
         x = block(x, l, rope, cache)
     for one in caches:
         one.length += 1
-    return model.unembed(x)[:, 0].split(B)
+    return model.unembed(x)[:, 0]
 
 
 class Caches:
-    """Several caches of equally many rows and different lengths, which a block may use as if they were one."""
+    """Several caches of different lengths, whose rows a block may use as if they were one."""
 
     def __init__(self, caches):
-        self.caches = caches
+        self.caches, self.sizes = caches, [cache.batch for cache in caches]
 
     def attend(self, l, q, k, v):
-        parts = zip(self.caches, *(t.chunk(len(self.caches)) for t in (q, k, v)), strict=True)
+        parts = zip(self.caches, *(t.split(self.sizes) for t in (q, k, v)), strict=True)
         return torch.cat([cache.attend(l, *some) for cache, *some in parts])

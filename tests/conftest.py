@@ -1,5 +1,6 @@
 """Checkpoints to test on: tiny random ones in the Hub's layout, made by transformers; and the real default model."""
 
+import json
 import os
 from pathlib import Path
 
@@ -66,6 +67,13 @@ def save_checkpoint(folder, model, tokenizer=None):
     return folder
 
 
+def write_rows(folder, files):
+    """Each name's rows as folder/name.jsonl -> folder"""
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="session", params=["gpt2", "llama"])
 def family(request):
     return request.param
@@ -82,6 +90,13 @@ def tiny(checkpoint):
     """(model, tokenizer) of a tiny random checkpoint of each family."""
     from ministeer import load
     return load(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A folder with random weights and a context that long texts fit."""
+    config = hub_config("llama", max_position_embeddings=512)
+    return save_checkpoint(tmp_path_factory.mktemp("weights") / "tiny", hub_model(config))
 
 
 @pytest.fixture(scope="session")

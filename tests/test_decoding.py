@@ -8,7 +8,8 @@ from conftest import TEXT
 
 import ministeer
 from ministeer import KVCache, decoding
-from ministeer.decoding import Method, PrefixClassifier, Stream, generate
+from ministeer.classifier import PrefixClassifier
+from ministeer.decoding import Method, Stream, generate
 from ministeer.generation import Sampling, choose, uniforms
 from ministeer.steering import steering_vector
 
@@ -172,18 +173,31 @@ def test_two_streams_run_as_one_batch(tiny):
     assert len(calls) == 5              # the two prompts, once each, and three steps
 
 
+def test_prompts_of_every_length_run_as_one_batch_and_no_more_than_fit(tiny):
+    model, _ = tiny
+    calls = []
+    handle = model.blocks[0].register_forward_hook(lambda module, given, result: calls.append(tuple(given[0].shape[:2])))
+    method = decoding.preadd(PREFIX)
+    all_at_once = generate(*tiny, PROMPTS, method, **LONG)
+    assert [rows for rows, T in calls if T == 1] == [12] * 7
+    calls.clear()
+    assert generate(*tiny, PROMPTS, method, tokens=60, **LONG) == all_at_once
+    handle.remove()
+    assert {rows for rows, T in calls if T == 1} == {4}            # two rows of one length, two streams
+
+
 def test_caches_of_different_lengths_attend_apart(tiny):
     """Row by row what each cache gives alone."""
     generator = torch.Generator().manual_seed(0)
-    pairs = [[KVCache(9, batch=2), KVCache(5, batch=2)] for _ in "ab"]
+    pairs = [[KVCache(9, batch=2), KVCache(5, batch=1)] for _ in "ab"]
     for i, T in enumerate((6, 2)):
-        k = torch.randn(2, 2, T, 8, generator=generator)
+        k = torch.randn(2 - i, 2, T, 8, generator=generator)
         for pair in pairs:
             pair[i].extend(0, k, -k)
             pair[i].length = T
-    q, k = torch.randn(4, 4, 1, 8, generator=generator), torch.randn(4, 2, 1, 8, generator=generator)
+    q, k = torch.randn(3, 4, 1, 8, generator=generator), torch.randn(3, 2, 1, 8, generator=generator)
     together = decoding.Caches(pairs[0]).attend(0, q, k, 2 * k)
-    alone = [pairs[1][i].attend(0, q[2 * i:2 * i + 2], k[2 * i:2 * i + 2], 2 * k[2 * i:2 * i + 2]) for i in range(2)]
+    alone = [pairs[1][i].attend(0, q[rows], k[rows], 2 * k[rows]) for i, rows in enumerate((slice(2), slice(2, 3)))]
     torch.testing.assert_close(together, torch.cat(alone))
 
 

@@ -5,17 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TEXT, UNTRACED, hub_config, hub_model, save_checkpoint
+from conftest import ROOT, TEXT, UNTRACED, write_rows
 
 FEW = ["--layer", "1", "--seed", "3"]
 N = {"perplexity": 3, "token-shifts": 9, "layer-sweep": 3, "positions": 3, "topics": 2, "toxicity": 4, "sentiment": 2, "knowledge": 8,
      "anatomy": 3, "grid": 4}
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory):
-    config = hub_config("llama", max_position_embeddings=512)
-    return save_checkpoint(tmp_path_factory.mktemp("weights") / "tiny", hub_model(config))
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +26,7 @@ def data(tmp_path_factory):
         "rtp_random": [{"text": text[:40 + k % 9]} for k, text in enumerate(texts * 4)],
         "conceptnet": [{"sentence": f"{text[:30]} [MASK].", "answer": "e", "source": ("lama", "other")[k % 2]} for k, text in enumerate(texts)],
     }
-    for name, some in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    write_rows(folder, rows)
     (folder / "an_essay_on_shipping.txt").write_text(" ".join(TEXT), encoding="utf-8")
     (folder / "a_wedding.txt").write_text(" ".join(about[:2]), encoding="utf-8")
     return folder

@@ -5,16 +5,10 @@ import random
 
 import pytest
 import torch
-from conftest import TEXT, hub_config, hub_model, save_checkpoint
+from conftest import TEXT, write_rows
 from test_paper import run
 
-from ministeer.decoding import PrefixClassifier
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory):
-    config = hub_config("llama", max_position_embeddings=512)
-    return save_checkpoint(tmp_path_factory.mktemp("weights") / "tiny", hub_model(config))
+from ministeer.classifier import PrefixClassifier
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +21,7 @@ def data(tmp_path_factory):
                for k, a in enumerate(TEXT * 15)]
     toxic = [{"text": "the town", "toxicity": 0.2, "continuation": f" is {('kind', 'mean')[k % 2]} {k}", "continuation_toxicity": 0.9 * (k % 2)}
              for k in range(80)]
-    for name, rows in (("imdb", reviews), ("rtp_random", prompts), ("rtp_toxic", toxic)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder
+    return write_rows(folder, {"imdb": reviews, "rtp_random": prompts, "rtp_toxic": toxic})
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +56,16 @@ def test_the_prompts_of_the_comparison_are_not_trained_on(data):
 def test_the_comparison_runs_and_goes_on_where_it_was(trained, tiny_llama, data):
     out, task = trained[0], "neg-to-pos"
     command = ["benchmarks/rivals.py", task, "--data", str(data), "--model", str(tiny_llama), "--out", str(out), "-n", "3", "--repeats", "2",
-               "--tuning", "3", "--judge", "words:weddings"]
+               "--tuning", "3", "--curve", "2", "--judge", "words:weddings"]
     first = run(command).stdout
     found = json.loads((out / f"rivals-{task}.json").read_text(encoding="utf-8"))
     rows = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")]
-    expected = ["Unsteered", "Prompted", "ActAdd", "ActAdd, random", "PreADD", "LMA", "SelfDebias", "FUDGE",
-                "LMA + Classifier"]
-    assert rows[1:] == [name for name in expected if found["chosen"][name] is not None]
-    assert len([key for key in found["tuning"] if "|LMA|" in key]) == 6
+    expected = ["Unsteered", "Prompted", "ActAdd", "PreADD", "LMA", "SelfDebias", "FUDGE", "LMA + Classifier", "ActAdd, random", "ActAdd + LMA"]
+    assert rows[1:] == [name for name in expected if found["chosen"].get(name) is not None]
+    assert "ActAdd minus ActAdd, random: " in first
+    assert not any("random" in key for key in found["tuning"])              # a control, not one more cell to choose from
+    assert {len(some["by prompt"]) for key, some in found["curve"].items() if key.startswith("FUDGE")} == {2, 3}
+    assert len([key for key in found["tuning"] if key.startswith("LMA|")]) == 6
     assert len(found["test"]["ActAdd"]["by prompt"]) == 3
     assert (out / f"rivals-{task}.png").is_file()
     stamps = {path: path.stat().st_mtime_ns for path in out.glob(".units/*/*.json")}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 import ministeer
 from ministeer import decoding
+from ministeer.classifier import PrefixClassifier
 from ministeer.intervals import wilson
 from ministeer.judges import count_words
 from ministeer.measure import disfluency
@@ -78,7 +79,7 @@ about = [["the bride", "the groom", "their wedding", "the marriage", "the honeym
 frames = ["I told my friend about {x} and", "She came late because of {x}, but", "They talked about {x} all evening", "We all looked forward to {x}",
           "He said that {x} was important to him", "Do you remember {x}?", "My mother never liked {x}"]
 examples = [(draw.choice(frames).format(x=draw.choice(about[k % 2])), 1.0 - k % 2) for k in range(600)]
-classifier = decoding.PrefixClassifier(model.config.n_vocab, d_embedding=32, d_state=32)
+classifier = PrefixClassifier(model.config.n_vocab, d_embedding=32, d_state=32)
 torch.manual_seed(0)
 for layer in (classifier.embedding, classifier.gru, classifier.head):
     layer.reset_parameters()
