@@ -204,10 +204,10 @@ def rows_of(result, base, seed, better):
 TUNING = 50         # prompts for the search, which no test uses
 
 
-def provoking(lab):
+def provoking(lab, seed):
     """The prompts of RealToxicityPrompts in an order that the seed draws; the first TUNING are for the search."""
     prompts = [row["text"] for row in lab.rows("rtp_random.jsonl") if len(row["text"]) >= 3]
-    random.Random(lab.args.seed).shuffle(prompts)
+    random.Random(seed).shuffle(prompts)
     return prompts
 
 
@@ -215,7 +215,7 @@ def toxicity(lab):
     """Section 4.3: love - hate on prompts that may provoke something toxic; score of the continuation, disfluency."""
     args = lab.args
     layer, coeff = lab.where(2, 2.0)
-    prompts = provoking(lab)[TUNING:][:lab.n or 200]
+    prompts = provoking(lab, args.seed)[TUNING:][:lab.n or 200]
     scorer = judge(args.judge or "profanity", cache=lab.out)
     result = compare(lab, "toxicity", prompts, lab.three(lab.steer(" love", " hate", layer, coeff)), 5, 32, lab.sampling, scorer)
     header, lines = rows_of(result, "unsteered", args.seed, "toxicity")

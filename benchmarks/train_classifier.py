@@ -4,7 +4,7 @@
     python benchmarks/train_classifier.py toxicity --data FOLDER        # rtp_random.jsonl, rtp_toxic.jsonl (text, continuation, their toxicity)
 
 Writes OUT/sentiment.safetensors or OUT/toxicity.safetensors. Class 1 is positive, or toxic. It never judges: judges.py has its own. No text of the
-tuning or test split of benchmarks/paper.py and rivals.py is read: of rtp_random the first TUNING + TEST prompts in their drawn order are left out.
+tuning or test split of rivals.py is read: of rtp_random the first TUNING + TEST prompts of one fixed order, whatever --seed says, are left out.
 A GRU that reads from left to right gives an answer at every position, so every prefix of every text is trained on at once, which is what
 cutting at random would do one at a time (Yang and Klein 2021; Dekoninck et al. 2024 cut at random).
 """
@@ -23,30 +23,44 @@ import ministeer
 from ministeer.classifier import PrefixClassifier
 
 TUNING, TEST = 50, 400         # prompts of rtp_random that are kept for the search and for the result; see completions.provoking
+SPLIT = 0                       # the seed of their order, one for all runs: a classifier trained once may then be used with every --seed
 LENGTH = 128                    # tokens of a text that are read
 
 
 def sentiment(folder):
     """-> texts, labels from 0 to 1"""
-    rows = [row for row in lines(folder / "imdb.jsonl") if row["split"] == "train"]
+    rows = [row for row in lines(folder / "imdb.jsonl", "text", "label", "split") if row["split"] == "train"]
+    need(rows)
     return [row["text"] for row in rows], [float(row["label"] == "pos") for row in rows]
 
 
-def toxicity(folder, seed=0):
+def toxicity(folder):
     """-> texts, labels from 0 to 1: the worse of prompt and continuation (Pei et al. 2023)"""
-    rows = [row for row in lines(folder / "rtp_random.jsonl") if len(row["text"]) >= 3]
-    random.Random(seed).shuffle(rows)           # as paper.py draws its prompts, so the first ones are its own
+    fields = "text", "toxicity", "continuation", "continuation_toxicity"
+    rows = [row for row in lines(folder / "rtp_random.jsonl", *fields) if len(row["text"]) >= 3]
+    random.Random(SPLIT).shuffle(rows)          # as rivals.py orders its prompts, so the first ones are its own
     kept = {row["text"] for row in rows[:TUNING + TEST]}
-    rows = [row for row in [*rows[TUNING + TEST:], *lines(folder / "rtp_toxic.jsonl")] if row["text"] not in kept]
+    rows = [row for row in [*rows[TUNING + TEST:], *lines(folder / "rtp_toxic.jsonl", *fields)] if row["text"] not in kept]
     rows = [row for row in rows if None not in (row["continuation"], row["toxicity"], row["continuation_toxicity"])]
+    need(rows)
     return [row["text"] + row["continuation"] for row in rows], [max(row["toxicity"], row["continuation_toxicity"]) for row in rows]
 
 
-def lines(path):
+def lines(path, *fields):
+    """The rows of a file, each of which must have these fields."""
     if not path.is_file():
         raise ValueError(f"no {path.name} in {path.parent}.")
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        rows = [json.loads(line) for line in file]
+    lack = next((field for row in rows for field in fields if field not in row), None)
+    if lack:
+        raise ValueError(f"a row of {path.name} has no {lack!r}; every row needs {', '.join(fields)}.")
+    return rows
+
+
+def need(rows):
+    if len(rows) < 10:
+        raise ValueError(f"{len(rows)} texts are left to train on; 10 or more are needed, some hundreds for a useful classifier.")
 
 
 def train(ids, labels, embedding, epochs, seed):
@@ -105,6 +119,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results"))
     args = parser.parse_args()
     try:
+        if args.epochs < 1:
+            raise ValueError(f"--epochs must be 1 or more; given: {args.epochs}.")
         texts, labels = {"sentiment": sentiment, "toxicity": toxicity}[args.task](args.data)
         model, tokenizer = ministeer.load(args.model)
     except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ arithmetic") where nothing else is said.
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -48,7 +49,11 @@ class Method:
     guide: object = None
 
     def steered(self, steer):
-        """The same method with ActAdd in its first stream, the base: both at once."""
+        """The same method with ActAdd in its first stream, the base: both at once.
+
+        The formula then takes the steered log p, so preadd and lma multiply what steering changed by their strength. The vector lies at the
+        front of what that stream reads, a prefix included.
+        """
         steer = tuple(steer) if isinstance(steer, list | tuple) else (steer,)
         first, *rest = self.streams
         return replace(self, streams=(replace(first, steer=first.steer + steer), *rest))
@@ -108,6 +113,8 @@ def self_debias(prefixes=SIX, strength=50.0, epsilon=0.01, base=""):
     The paper's tables have one prefix, strength 10 and no floor, which is epsilon 0.
     """
     prefixes = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
+    if not prefixes or not 0 <= epsilon <= 1:
+        raise ValueError(f"self_debias takes one or more prefixes and an epsilon from 0 to 1; given: {len(prefixes)} prefixes, {epsilon!r}.")
     floor = math.log(epsilon) if epsilon else -math.inf
 
     def combine(logps):
@@ -121,8 +128,8 @@ def self_debias(prefixes=SIX, strength=50.0, epsilon=0.01, base=""):
 class Guide:
     """A classifier that steps through the text with the model: adds strength (log c(text + t) - log c(text)) to the logit of each token t.
 
-    c is P(class 1 | text) of `classifier`, or P(class 0) with toward=0. Only the `top` likeliest tokens are asked about and may be drawn with
-    it; the others keep their logits.
+    c is P(class 1 | text) of `classifier`, or P(class 0) with toward=0 (Dekoninck et al. subtract log P(class 1) there). Only the `top` likeliest
+    tokens are voted on; the others keep their logits and stay possible.
     """
     classifier: object
     strength: float = 1.0
@@ -159,6 +166,8 @@ def generate(model, tokenizer, prompts, method, n=1, max_new_tokens=32, *, tempe
     if method.guide and method.guide.classifier.n_vocab != model.config.n_vocab:
         raise ValueError(f"the classifier reads {method.guide.classifier.n_vocab} tokens, the model {model.config.n_vocab}. "
                          "Train it for this model's tokenizer with benchmarks/train_classifier.py.")
+    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+        raise ValueError(f"n must be a whole number, 1 or more; given: {n!r}.")
     encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     heads = [prefixed(tokenizer, stream.prefix) for stream in method.streams]
     for ids in encoded:

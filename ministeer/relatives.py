@@ -32,8 +32,9 @@ def differences(model, tokenizer, plus, minus):
 def caa(model, tokenizer, plus, minus, layer):
     """mean_i(h+_i - h-_i) at the last token, added at every position (contrastive activation addition; Rimsky et al. 2024) -> a Steer.
 
-    Read and added before block `layer`; their code reads and adds after a block, so their layer l is l + 1 here. They leave the prompt alone and
-    steer from its end on: set `start` for that.
+    Read and added before block `layer`; their code reads and adds after a block, so their layer l is l + 1 here. They read at the letter of the
+    answer to an A/B question: end each text with it. They steer from the prompt's last token on and leave the rest of it alone:
+    dataclasses.replace(steer, start=len(tokenizer.encode(prompt)) - 1).
     """
     _check(model, layer)
     return Steer(layer, differences(model, tokenizer, plus, minus)[:, layer].mean(dim=0), model=model.fingerprint, note=_note(model, "CAA"))

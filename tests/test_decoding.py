@@ -1,5 +1,6 @@
 """The rivals: each formula against float64, its limit cases, and generation against reading everything anew for every token."""
 
+import copy
 import math
 
 import pytest
@@ -33,6 +34,14 @@ def classifier(tiny):
     return model
 
 
+def unlike(model):
+    """Another model with the same tokenizer."""
+    changed, generator = copy.deepcopy(model), torch.Generator().manual_seed(5)
+    for p in changed.parameters():
+        p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return changed
+
+
 def methods(tiny, classifier):
     steer = steering_vector(*tiny, " love", " hate", 1)
     everywhere = ministeer.Steer(2, 3 * steer.vector[0])
@@ -41,7 +50,7 @@ def methods(tiny, classifier):
             "self_debias": decoding.self_debias(PREFIX, 10, 0), "six": decoding.self_debias(), "fudge": decoding.fudge(classifier, 3, toward=0),
             "lma_classifier": decoding.lma_classifier(PREFIX, classifier, 9, 2, top=7), "act_add": decoding.act_add(steer),
             "act_add at every position": decoding.preadd(PREFIX).steered([everywhere]),
-            "another model": decoding.weighted([Stream(), Stream(PREFIX, model=tiny[0])], [1, 1]),
+            "another model": decoding.weighted([Stream(), Stream(PREFIX, model=unlike(tiny[0]))], [1, 1]),
             "both": decoding.lma(PREFIX).steered(steer)}
 
 
@@ -146,7 +155,7 @@ def test_a_guide_changes_the_likeliest_tokens_by_bayes_rule_and_no_other(tiny, c
         changed = guide.change(logits, classifier.read(ids))
         for b in range(2):
             top = set(logits[b].topk(5).indices.tolist())
-            for t in range(40):
+            for t in top | set(range(40)):
                 longer = torch.cat([ids[b:b + 1], torch.tensor([[t]])], dim=1)
                 c = [torch.sigmoid(classifier.score(classifier.read(some))).item() for some in (ids[b:b + 1], longer)]
                 c = c if toward else [1 - x for x in c]
@@ -204,6 +213,11 @@ def test_caches_of_different_lengths_attend_apart(tiny):
 def test_faults_say_what_is_possible(tiny, classifier):
     model, tokenizer = tiny
     steer = steering_vector(model, tokenizer, " love", " hate", 1)
+    with pytest.raises(ValueError, match="n must be a whole number, 1 or more; given: 0"):
+        generate(model, tokenizer, "x", decoding.unsteered(), n=0)
+    for prefixes, epsilon in (((), 0.01), ("x", -1), ("x", 2)):
+        with pytest.raises(ValueError, match="one or more prefixes and an epsilon from 0 to 1"):
+            decoding.self_debias(prefixes, epsilon=epsilon)
     with pytest.raises(ValueError, match="as many as streams"):
         decoding.weighted([Stream()], [1, 2])
     with pytest.raises(ValueError, match="a sum above 0"):

@@ -82,6 +82,24 @@ def test_iti_adds_to_the_chosen_heads_and_to_no_other(tiny):
     assert len(generate(changed, tokenizer, "I", 2, 4)) == 2
 
 
+def test_iti_takes_the_heads_that_tell_best(tiny):
+    model, tokenizer = tiny
+    chosen = relatives.iti(model, tokenizer, PLUS, MINUS, heads=3).chosen_heads
+    a, b = (torch.stack([relatives.head_outputs(model, ids_of(tokenizer, text)) for text in texts]) for texts in (PLUS, MINUS))
+    tells = {(l, h): relatives._probe(a[:, l, h], b[:, l, h]).item() for l in range(a.shape[1]) for h in range(a.shape[2])}
+    assert len(set(tells.values())) > 1
+    assert sorted(tells[l, h] for l, h in chosen) == sorted(tells.values())[-3:]
+
+
+def test_a_probe_tells_what_can_be_told():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 200, 6, generator=generator)
+    assert relatives._probe(x[0] + 3, x[1] - 3) == 1
+    assert 0.35 < relatives._probe(x[0], x[1]) < 0.65
+    swapped = torch.where((torch.arange(200) % 2 == 0)[:, None], 1.0, -1.0)        # what the even pairs teach is false of the odd ones
+    assert relatives._probe(x[0] + 3 * swapped, x[1] - 3 * swapped) < 0.05
+
+
 def test_iti_of_strength_0_changes_nothing(tiny):
     model, tokenizer = tiny
     ids = ids_of(tokenizer, TEXT[0])
