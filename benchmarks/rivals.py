@@ -40,6 +40,7 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0, "freq_penalty": 0.0}
 RANDOM, BOTH = "ActAdd, random", "ActAdd + LMA"     # rows that come of others and are not searched
 COLOURS = {"ActAdd": BLUE, RANDOM: GREY, "PreADD": ORANGE, "LMA": GREEN, "SelfDebias": "#CC79A7", "FUDGE": "#E69F00",
            "LMA + Classifier": "#56B4E9", BOTH: "#F0E442"}
+MARKERS = {"Unsteered": "s", "Prompted": "D", RANDOM: "v", BOTH: "^"}
 # ActAdd's six cells: where paper.py found SmolLM2 steered most easily, where the paper steers, and half way up; in a shorter model its last layer
 # for 16. The paper's coefficient, and the strongest that the search for it has.
 LAYERS, COEFFS = (1, 6, 16), (3.0, 10.0)
@@ -247,7 +248,7 @@ def report(args, methods, chosen, results, scorer, n_tuning, n_few, new, limit):
 def draw(axis, searched, results, scorer, sign, seed):
     """The trade-off: every cell that was searched, in the order of its strength, and the chosen ones as the test prompts show them."""
     for name in dict.fromkeys([*(name for name, _ in searched), *results]):
-        style = {"color": COLOURS.get(name, "black"), "marker": "s" if name in ("Unsteered", "Prompted") else "o"}
+        style = {"color": COLOURS.get(name, "black"), "marker": MARKERS.get(name, "o")}
         cells = [found for (of, _), found in searched.items() if of == name]
         axis.plot([some["disfluency"][0] for some in cells], [sign * some["score"] for some in cells], markerfacecolor="white", linewidth=0.8,
                   markersize=4, linestyle="none" if name == "ActAdd" else "-", **style)         # ActAdd's are of several layers, not one line
@@ -258,6 +259,8 @@ def draw(axis, searched, results, scorer, sign, seed):
             axis.errorbar(x, y, up, across, markersize=7, label=name, elinewidth=0.8, linestyle="", **style)
     axis.axvline(1.5 * searched["Unsteered", ""]["disfluency"][0], color="black", linestyle=":", linewidth=0.8)
     axis.set_xscale("log")
+    for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+        ticks("{x:.0f}")
     axis.set_xlabel("disfluency (perplexity a token under the unsteered model); dotted: the limit")
     axis.set_ylabel(f"mean score, {scorer.name}")
     axis.legend(fontsize="small", frameon=False)
