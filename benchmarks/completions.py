@@ -284,7 +284,7 @@ def sentiment(lab):
 def grid(lab):
     """The paper's search: layers × coefficients on 50 prompts that no test uses; the cell that the stated rule picks."""
     args = lab.args
-    prompts = provoking(lab)[:TUNING]
+    prompts = provoking(lab, lab.args.seed)[:TUNING]
     scorer = judge(args.judge or "vader", cache=lab.out)
     layers, coeffs = [l for l in (0, 1, 2, 3, 6, 10, 16) if l < lab.model.config.n_layer], [1.0, 2.0, 4.0]
     cells = [(0, 0.0, "unsteered")] + [(l, c, kind) for l in layers for c in coeffs for kind in ("steered", "random")]
