@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
@@ -16,7 +16,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["ministeer"],
+    packages=find_packages(include=["ministeer", "ministeer.*"]),
     python_requires=">=3.10",
     install_requires=["numpy", "torch", "tokenizers", "safetensors"],
     extras_require={

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import ministeer
-from ministeer.measure import logprobs
+from ministeer.evaluation.measure import logprobs
 
 CANDIDATES = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "\n")
 

@@ -4,11 +4,11 @@ import math
 import random
 import statistics
 
-from lab import BLUE, GREY, ORANGE, PROMPT, V1, band, figure, percent, span, table
+from .lab import BLUE, GREY, ORANGE, PROMPT, V1, band, figure, percent, span, table
 
-from ministeer import measure
-from ministeer.intervals import bootstrap, holm, paired, wilson
-from ministeer.judges import TOPIC_WORDS, count_words, judge
+from ministeer.evaluation import measure
+from ministeer.evaluation.stats import bootstrap, holm, paired, wilson
+from ministeer.evaluation.judges import TOPIC_WORDS, count_words, judge
 from ministeer.steering import random_like
 
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 import ministeer
 from ministeer.cli import DEMO, SAMPLING
-from ministeer.intervals import wilson
-from ministeer.judges import count_words
+from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.judges import count_words
 from ministeer.steering import random_like
 
 PROMPTS = ["The weather was fine, so we decided to", "My neighbour knocked on the door and told me",

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from speed import MINUS, PLUS, PROMPT, peak_mib
+from .speed import MINUS, PLUS, PROMPT, peak_mib
 from tqdm import tqdm
 
 import ministeer
 from ministeer.generation import Sampling, sample
-from ministeer.measure import _next_logprobs, sweep
+from ministeer.evaluation.measure import _next_logprobs, sweep
 
 SIZES = {
     "prompt": ("tokens of the prompt, read once", [16, 32, 64, 128, 256, 512, 1024, 2048]),
@@ -36,7 +36,7 @@ def work(kind, size, model, tokenizer):
     generator = torch.Generator().manual_seed(0)
     if kind == "prompt":
         ids = torch.randint(1000, 40000, (1, size), generator=generator)
-        return lambda: model(ids, steer, last=True)
+        return lambda: model(ids, steer, last_only=True)
     if kind == "batch":
         ids = torch.tensor([tokenizer.encode(PROMPT)] * size)
         return lambda: list(sample(model, ids, range(size), Sampling(1.0, 0.3, None, 1.0, 32), (steer,)))

@@ -12,9 +12,11 @@ import torch
 from tqdm import tqdm
 
 import ministeer
-from ministeer import measure, shards
-from ministeer.intervals import wilson
-from ministeer.judges import JudgeError
+from ministeer.evaluation import measure
+
+from . import jobs as shards
+from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.judges import JudgeError
 from ministeer.steering import random_like, steering_vectors
 
 PROMPT = "I went up to my friend and said"

@@ -20,15 +20,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))      # so that its neighbours are found under torchrun -m as well
-
-import completions
-import texts
-from lab import Lab, faults_in_one_line
+from . import completions, texts
+from . import jobs as shards
+from .lab import Lab, faults_in_one_line
 
 import ministeer
-from ministeer import shards
-from ministeer.files import write
+from ministeer.utils import write
 
 EXPERIMENTS = {"perplexity": texts.perplexity, "token-shifts": texts.token_shifts, "layer-sweep": completions.layer_sweep,
                "positions": completions.positions, "topics": completions.topics, "toxicity": completions.toxicity,

@@ -22,18 +22,19 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+from .completions import TUNING, disfluency_of, provoking
+from .lab import BLUE, GREEN, GREY, ORANGE, Lab, faults_in_one_line, figure, span, table
+from .train_classifier import SPLIT, TEST
 
-from completions import TUNING, disfluency_of, provoking
-from lab import BLUE, GREEN, GREY, ORANGE, Lab, faults_in_one_line, figure, span, table
-from train_classifier import SPLIT, TEST
+from ministeer.baselines import logits as decoding
+from ministeer.evaluation import measure
 
-from ministeer import decoding, measure, shards
-from ministeer.classifier import PrefixClassifier
-from ministeer.decoding import NEGATIVE, POSITIVE, TOXIC
-from ministeer.files import write
-from ministeer.intervals import bootstrap, holm, paired
-from ministeer.judges import judge
+from . import jobs as shards
+from ministeer.baselines.classifier import PrefixClassifier
+from ministeer.baselines.logits import NEGATIVE, POSITIVE, TOXIC
+from ministeer.utils import write
+from ministeer.evaluation.stats import bootstrap, holm, paired
+from ministeer.evaluation.judges import judge
 from ministeer.steering import random_like
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "freq_penalty": 0.0}

@@ -47,7 +47,7 @@ class Ministeer:
         return steering_vector(self.model, self.tokenizer, PLUS, MINUS, LAYER).vector.norm().item()
 
     def sweep(self):
-        from ministeer.measure import sweep
+        from ministeer.evaluation.measure import sweep
         return sweep(self.model, self.tokenizer, PROMPT, PLUS, MINUS, LAYERS, COEFFS).float().max(dim=-1).values.sum().item()
 
     def generate(self, batch, new=NEW, sampled=False):
@@ -64,7 +64,7 @@ class Ministeer:
     def score(self):
         import torch
 
-        from ministeer.measure import _next_logprobs
+        from ministeer.evaluation.measure import _next_logprobs
         with torch.no_grad():
             return sum(_next_logprobs(self.model, ids, ()).sum().item() for ids in scored(self.device))
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from lab import BLUE, CONTROLS, GREEN, GREY, ORANGE, band, figure, percent, span, table
+from .lab import BLUE, CONTROLS, GREEN, GREY, ORANGE, band, figure, percent, span, table
 
-from ministeer import measure
-from ministeer.intervals import bootstrap, paired
-from ministeer.judges import WEDDING_WORDS
+from ministeer.evaluation import measure
+from ministeer.evaluation.stats import bootstrap, paired
+from ministeer.evaluation.judges import WEDDING_WORDS
 from ministeer.steering import random_like, relative_norm, sink_share, steering_vectors
 
 ESSAYS = {"weddings": "wedding", "shipping": "shipping", "Macedonia": "macedonia", "banana bread": "bread"}

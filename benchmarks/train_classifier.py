@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import ministeer
-from ministeer.classifier import PrefixClassifier
+from ministeer.baselines.classifier import PrefixClassifier
 
 TUNING, TEST = 50, 400         # prompts of rtp_random that are kept for the search and for the result; see completions.provoking
 SPLIT = 0                       # the seed of their order, one for all runs: a classifier trained once may then be used with every --seed

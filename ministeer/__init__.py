@@ -9,7 +9,7 @@ from importlib.util import find_spec
 __version__ = "0.1.0"
 __all__ = ["KVCache", "Steer", "fast", "generate", "load", "steering_vector"]
 
-_HOME = {"load": "weights", "generate": "generation", "steering_vector": "steering", "Steer": "steering", "KVCache": "attention", "fast": "faster"}
+_HOME = {"load": "checkpoints.weights", "generate": "generation", "steering_vector": "steering", "Steer": "steering", "KVCache": "attention", "fast": "faster"}
 
 
 def __getattr__(name):

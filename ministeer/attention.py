@@ -41,16 +41,16 @@ class KVCache:
     """The keys and values of positions 0 … len(cache) - 1, so that no position is computed twice.
 
     Make one for a run, pass it to every call of the model, drop it at the end; the model itself remembers nothing.
-    n_ctx: the most positions of this run. batch: rows. A prompt read as ONE row fills all rows of the cache with it.
+    max_len: the most positions of this run. batch: rows. A prompt read as ONE row fills all rows of the cache with it.
     Raises ValueError for sizes that hold nothing.
     """
 
-    def __init__(self, n_ctx, batch=1):
-        for name, size in (("n_ctx", n_ctx), ("batch", batch)):
+    def __init__(self, max_len, batch=1):
+        for name, size in (("max_len", max_len), ("batch", batch)):
             if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"{name} must be a whole number, 1 or more; given: {size!r}.")
-        self.n_ctx, self.batch = n_ctx, batch
-        self.layers = {}            # l -> (k, v), each (batch, H_kv, n_ctx, D), in the dtype and on the device of the first k
+        self.max_len, self.batch = max_len, batch
+        self.layers = {}            # l -> (k, v), each (batch, H_kv, max_len, D), in the dtype and on the device of the first k
         self.length = 0             # positions read by every block
         self.steer = None           # what steered them: a cache can only be continued under the same steering
 
@@ -64,7 +64,7 @@ class KVCache:
         """Store k, v (B, H_kv, T, D) of block l after the positions already read; return all of them, (B, H_kv, S, D)."""
         if l not in self.layers:
             _, heads, _, d_head = k.shape
-            self.layers[l] = tuple(k.new_empty(self.batch, heads, self.n_ctx, d_head) for _ in "kv")
+            self.layers[l] = tuple(k.new_empty(self.batch, heads, self.max_len, d_head) for _ in "kv")
         B, end = len(k), self.length + k.shape[2]
         for old, new in zip(self.layers[l], (k, v), strict=True):
             old[:, :, self.length:end] = new

@@ -127,12 +127,12 @@ def parser():
 def run_demo(args):
     import_torch()
     from .faster import fast
-    from .fetch import DEFAULT, fetch
+    from .checkpoints.fetch import DEFAULT, fetch
     from .generation import generate
-    from .intervals import wilson
-    from .judges import WEDDING_WORDS, count_words
+    from .evaluation.stats import wilson
+    from .evaluation.judges import WEDDING_WORDS, count_words
     from .steering import random_like, steering_vector
-    from .weights import load
+    from .checkpoints.weights import load
     if args.n < 1:
         raise ValueError(f"-n must be 1 or more; given: {args.n}.")
     model, tokenizer = load(fetch(DEFAULT))
@@ -157,10 +157,10 @@ def run_demo(args):
 
 def run_steer(args):
     import_torch()
-    from .fetch import DEFAULT
+    from .checkpoints.fetch import DEFAULT
     from .generation import generate
     from .steering import Steer, steering_vector
-    from .weights import load
+    from .checkpoints.weights import load
     if (args.plus is None) == (args.vector is None):
         raise ValueError("give either --plus (with --layer) or --vector, so that there is one vector to steer with.")
     if args.vector is not None and (args.minus is not None or args.layer is not None):
@@ -216,12 +216,12 @@ def import_torch():
 
 
 def run_fetch(args):
-    from .fetch import fetch
+    from .checkpoints.fetch import fetch
     print(fetch(args.name))
 
 
 def run_models(args):
-    from .fetch import DEFAULT, KNOWN, weights_root
+    from .checkpoints.fetch import DEFAULT, KNOWN, weights_root
     root = weights_root()
     here = {path.parent.relative_to(root).as_posix() for pattern in ("*/config.json", "*/*/config.json") for path in root.glob(pattern)}
     for name, source in KNOWN.items():

@@ -112,14 +112,14 @@ def sample(model, ids, completions, sampling, steer=()):
     cache = KVCache(T + sampling.max_new_tokens, batch=B)
     # Rows that read the same prompt are one row until they draw; the cache copies it to all.
     alike = bool((ids == ids[0]).all()) and not any(isinstance(s.coeff, torch.Tensor) for s in steer)
-    logits, _ = model(ids[:1] if alike else ids, steer, cache, last=True)
+    logits, _ = model(ids[:1] if alike else ids, steer, cache, last_only=True)
     logits = logits.expand(B, -1, -1)
     for t in range(sampling.max_new_tokens):
         new = choose(logits[:, -1], ids, draws[:, t].to(ids.device), sampling)
         yield new
         if t + 1 < sampling.max_new_tokens:
             ids = torch.cat([ids, new[:, None]], dim=1)
-            logits, _ = model(new[:, None], steer, cache, last=True)
+            logits, _ = model(new[:, None], steer, cache, last_only=True)
 
 
 def uniforms(sampling, ids, k):

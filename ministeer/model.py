@@ -28,21 +28,21 @@ class LM(nn.Module):
                     p.fill_(0 if name.endswith("bias") else 1)
         return self
 
-    def forward(self, ids, steer=(), cache=None, *, last=False):
+    def forward(self, ids, steer=(), cache=None, *, last_only=False):
         """-> logits (B, T, n_vocab), resid: a list of n_layer + 1 tensors (B, T, d_model).
 
         resid[l] is what block l reads; resid[n_layer] is what the final norm reads.
         ids (B, T): token numbers, a whole sequence or what follows the positions in `cache`
         steer: Steers, each added to the stream that its block reads
         cache: a KVCache, or None to keep nothing
-        last: compute the logits of the last position only, (B, 1, n_vocab)
+        last_only: compute the logits of the last position only, (B, 1, n_vocab)
         Raises ValueError if ids, steer or cache do not fit this model or one another.
         """
         steer = self.check(ids, steer, cache)
         start = len(cache) if cache else 0
         pos = torch.arange(start, start + ids.shape[1], device=ids.device)      # absolute, for every chunk of every run
         resid = self.run(self.embed(ids, pos), pos, steer, cache)
-        return self.unembed(resid[-1][:, -1:] if last else resid[-1]), resid
+        return self.unembed(resid[-1][:, -1:] if last_only else resid[-1]), resid
 
     def run(self, x, pos, steer=(), cache=None, first=0, stop=None):
         """The loop: blocks `first` … `stop` - 1 (all by default) -> [resid[first], …, resid[stop]].
@@ -84,8 +84,8 @@ class LM(nn.Module):
             raise ValueError(f"{start + T} positions do not fit this model's context of {c.n_ctx}.")
         steer = self.check_steer(steer, B, start + T if cache is None else None)
         if cache:
-            if start + T > cache.n_ctx:
-                raise ValueError(f"the cache holds {cache.n_ctx} positions; {start} are read, {T} more do not fit.")
+            if start + T > cache.max_len:
+                raise ValueError(f"the cache holds {cache.max_len} positions; {start} are read, {T} more do not fit.")
             if B not in (1, cache.batch) or (start and B != cache.batch):
                 raise ValueError(f"the cache has {cache.batch} rows, ids {B}.")
             if start and steer != cache.steer:

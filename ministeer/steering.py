@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from . import __version__
-from .files import write
+from .utils import write
 
 NARROW = 128        # d_model below which 4 dimensions are much of any vector, and nothing is said of sinks
 

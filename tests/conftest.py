@@ -102,7 +102,7 @@ def tiny_llama(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """The folder of the default model, fetched if it is not there. Without network the test is skipped, but in CI it fails."""
-    from ministeer.fetch import DEFAULT, FetchError, fetch
+    from ministeer.checkpoints.fetch import DEFAULT, FetchError, fetch
     root = Path(os.environ.get("MINISTEER_WEIGHTS") or ROOT / "weights")
     try:
         return fetch(DEFAULT, root.resolve())

@@ -15,9 +15,9 @@ from conftest import ROOT, hub_config, hub_model, save_checkpoint
 
 from ministeer import Steer, __version__, generate, load, steering_vector
 from ministeer.cli import SAMPLING, main
-from ministeer.fetch import KNOWN
-from ministeer.judges import WEDDING_WORDS, count_words
-from ministeer.show import columns
+from ministeer.checkpoints.fetch import KNOWN
+from ministeer.evaluation.judges import WEDDING_WORDS, count_words
+from ministeer.cli import columns
 
 fcntl, pty, termios = (pytest.importorskip(name, reason="terminals and signals are tested as POSIX has them") for name in ("fcntl", "pty", "termios"))
 

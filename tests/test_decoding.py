@@ -8,9 +8,10 @@ import torch
 from conftest import TEXT
 
 import ministeer
-from ministeer import KVCache, decoding
-from ministeer.classifier import PrefixClassifier
-from ministeer.decoding import Method, Stream, generate
+from ministeer import KVCache
+from ministeer.baselines import logits as decoding
+from ministeer.baselines.classifier import PrefixClassifier
+from ministeer.baselines.logits import LogitMixer, Branch, generate
 from ministeer.generation import Sampling, choose, uniforms
 from ministeer.steering import steering_vector
 
@@ -46,11 +47,11 @@ def methods(tiny, classifier):
     steer = steering_vector(*tiny, " love", " hate", 1)
     everywhere = ministeer.Steer(2, 3 * steer.vector[0])
     return {"unsteered": decoding.unsteered(), "prompted": decoding.prompted(PREFIX), "preadd": decoding.preadd(PREFIX),
-            "lma": decoding.lma(PREFIX, base="A letter"), "weighted": decoding.weighted([Stream(), Stream(PREFIX), Stream("No")], [2, -0.5, -0.5]),
+            "lma": decoding.lma(PREFIX, base="A letter"), "weighted": decoding.weighted([Branch(), Branch(PREFIX), Branch("No")], [2, -0.5, -0.5]),
             "self_debias": decoding.self_debias(PREFIX, 10, 0), "six": decoding.self_debias(), "fudge": decoding.fudge(classifier, 3, toward=0),
             "lma_classifier": decoding.lma_classifier(PREFIX, classifier, 9, 2, top=7), "act_add": decoding.act_add(steer),
             "act_add at every position": decoding.preadd(PREFIX).steered([everywhere]),
-            "another model": decoding.weighted([Stream(), Stream(PREFIX, model=unlike(tiny[0]))], [1, 1]),
+            "another model": decoding.weighted([Branch(), Branch(PREFIX, model=unlike(tiny[0]))], [1, 1]),
             "both": decoding.lma(PREFIX).steered(steer)}
 
 
@@ -109,7 +110,7 @@ def test_without_a_second_stream_it_is_the_generation_of_the_package(name, tiny,
 
 @pytest.mark.parametrize("make", [lambda s: decoding.preadd(PREFIX, s), lambda s: decoding.lma(PREFIX, s),
                                   lambda s: decoding.self_debias(PREFIX, s, 0.01), lambda s: decoding.self_debias(strength=s),
-                                  lambda s: decoding.weighted([Stream(), Stream(PREFIX)], [1, s])])
+                                  lambda s: decoding.weighted([Branch(), Branch(PREFIX)], [1, s])])
 def test_strength_0_is_exactly_unsteered(make, tiny, logps):
     plain = generate(*tiny, PROMPTS, decoding.unsteered(), **LONG)
     method = make(0.0)
@@ -137,7 +138,7 @@ def test_each_formula_in_float64(logps):
     torch.testing.assert_close(decoding.lma("x", 24).combine([p, q]), (p - 0.96 * torch.maximum(p, q)) / 0.04, **close)
     torch.testing.assert_close(decoding.lma("x", 9).combine([p, q]), (p - 0.9 * torch.maximum(p, q)) / 0.1, **close)
     torch.testing.assert_close(decoding.self_debias("x", 10, 0).combine([p, q]), p + 10 * (p.exp() - q.exp()).clamp(max=0), **close)
-    torch.testing.assert_close(decoding.weighted([Stream()] * 3, [1, 2, -1]).combine([p, q, r]), (p + 2 * q - r) / 2, **close)
+    torch.testing.assert_close(decoding.weighted([Branch()] * 3, [1, 2, -1]).combine([p, q, r]), (p + 2 * q - r) / 2, **close)
     for b in range(3):          # Schick et al., equations 3 and 4, one token after the other
         wanted = []
         for t in range(50):
@@ -219,9 +220,9 @@ def test_faults_say_what_is_possible(tiny, classifier):
         with pytest.raises(ValueError, match="one or more prefixes and an epsilon from 0 to 1"):
             decoding.self_debias(prefixes, epsilon=epsilon)
     with pytest.raises(ValueError, match="as many as streams"):
-        decoding.weighted([Stream()], [1, 2])
+        decoding.weighted([Branch()], [1, 2])
     with pytest.raises(ValueError, match="a sum above 0"):
-        decoding.weighted([Stream(), Stream()], [1, -1])
+        decoding.weighted([Branch(), Branch()], [1, -1])
     with pytest.raises(ValueError, match="do not fit a context of"):
         generate(model, tokenizer, "x", decoding.prompted(" ".join(TEXT)), max_new_tokens=150)
     with pytest.raises(ValueError, match="do not fit a prompt of"):
@@ -232,7 +233,7 @@ def test_faults_say_what_is_possible(tiny, classifier):
         generate(model, tokenizer, "x", decoding.fudge(PrefixClassifier(9, 2, 2)), max_new_tokens=2)
     other = type(model)(model.config.__class__(**{**vars(model.config), "n_vocab": 300}))
     with pytest.raises(ValueError, match="share a tokenizer"):
-        generate(model, tokenizer, "x", Method((Stream(), Stream(model=other)), lambda logps: logps[0]), max_new_tokens=2)
+        generate(model, tokenizer, "x", LogitMixer((Branch(), Branch(model=other)), lambda logps: logps[0]), max_new_tokens=2)
 
 
 def test_progress_stop_and_a_single_prompt(tiny):

@@ -6,7 +6,7 @@ from conftest import TEXT, hub_config, hub_model
 
 from ministeer import KVCache, generate, load, steering_vector
 from ministeer.faster import FastBlock, Packed, fast
-from ministeer.weights import load_model
+from ministeer.checkpoints.weights import load_model
 
 try:
     Packed(torch.ones(16, 16))(torch.ones(1, 16))

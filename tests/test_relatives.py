@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TEXT
 
-from ministeer import fast, generate, relatives
+from ministeer import fast, generate
+from ministeer.methods import many_pairs as relatives
 from ministeer.attention import attend, merge_heads
 
 PLUS = ["I love you", "the gulls love the town", "you are kind", "we love the bride", "the wedding is kind", "love is all"]

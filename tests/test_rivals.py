@@ -12,10 +12,9 @@ from conftest import ROOT, TEXT, write_rows
 from test_paper import run
 
 import ministeer
-from ministeer import decoding
-from ministeer.classifier import PrefixClassifier
+from ministeer.baselines import logits as decoding
+from ministeer.baselines.classifier import PrefixClassifier
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
 import rivals
 import train_classifier
 
@@ -37,7 +36,7 @@ def data(tmp_path_factory):
 def trained(tiny_llama, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     command = ["--data", str(data), "--model", str(tiny_llama), "--out", str(out), "--epochs", "8"]
-    said = {task: run(["benchmarks/train_classifier.py", task, *command]).stdout for task in ("sentiment", "toxicity")}
+    said = {task: run(["-m", "benchmarks.train_classifier", task, *command]).stdout for task in ("sentiment", "toxicity")}
     return out, said
 
 
@@ -107,7 +106,7 @@ def test_scores_are_averaged_by_prompt_and_compared_in_pairs():
 
 def test_the_comparison_runs_and_goes_on_where_it_was(trained, tiny_llama, data):
     out, task = trained[0], "neg-to-pos"
-    command = ["benchmarks/rivals.py", task, "--data", str(data), "--model", str(tiny_llama), "--out", str(out), "-n", "3", "--repeats", "2",
+    command = ["-m", "benchmarks.rivals", task, "--data", str(data), "--model", str(tiny_llama), "--out", str(out), "-n", "3", "--repeats", "2",
                "--tuning", "3", "--judge", "words:weddings"]
     first = run(command).stdout
     found = json.loads((out / f"rivals-{task}.json").read_text(encoding="utf-8"))
@@ -125,10 +124,10 @@ def test_the_comparison_runs_and_goes_on_where_it_was(trained, tiny_llama, data)
 
 
 def test_faults_are_one_line(data, tiny_llama, tmp_path):
-    for command, said in ((["benchmarks/rivals.py", "toxicity", "--data", str(data), "--out", str(tmp_path)], "train_classifier.py makes one"),
-                          (["benchmarks/rivals.py", "toxicity", "--data", str(data), "--repeats", "0"], "--repeats must be 1 or more; given: 0"),
-                          (["benchmarks/rivals.py", "toxicity", "--data", str(data), "--judge", "perspective"], "cannot judge FUDGE"),
-                          (["benchmarks/train_classifier.py", "sentiment", "--data", str(tmp_path), "--model", str(tiny_llama)], "no imdb.jsonl")):
+    for command, said in ((["-m", "benchmarks.rivals", "toxicity", "--data", str(data), "--out", str(tmp_path)], "train_classifier.py makes one"),
+                          (["-m", "benchmarks.rivals", "toxicity", "--data", str(data), "--repeats", "0"], "--repeats must be 1 or more; given: 0"),
+                          (["-m", "benchmarks.rivals", "toxicity", "--data", str(data), "--judge", "perspective"], "cannot judge FUDGE"),
+                          (["-m", "benchmarks.train_classifier", "sentiment", "--data", str(tmp_path), "--model", str(tiny_llama)], "no imdb.jsonl")):
         done = run(command, fails=True)
         assert done.returncode == 2
         assert said in done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ministeer.shards import run, workers, write
+from benchmarks.jobs import run, workers, write
 
 UNITS = [["b", 1], ["a", 2], {"name": "é", "n": None}, 3, "4"]
 
@@ -164,7 +164,7 @@ N = 60
 SCRIPT = '''
 import math, os, sys, time
 from pathlib import Path
-from ministeer import shards
+from benchmarks import jobs as shards
 
 folder, n, dies = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["dies"]
 first = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"

@@ -300,6 +300,6 @@ def test_the_public_face():
 
 
 def test_a_module_is_there_without_being_imported_by_name():
-    code = "import ministeer; print(ministeer.generation.stream.__name__, ministeer.generate.__name__, ministeer.intervals.wilson.__name__)"
+    code = "import ministeer; print(ministeer.generation.stream.__name__, ministeer.generate.__name__, ministeer.evaluation.stats.wilson.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.split() == ["stream", "generate", "wilson"]

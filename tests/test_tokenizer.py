@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ministeer.config import parse_config, read_config
+from ministeer.checkpoints.config import parse_config, read_config
 from ministeer.generation import Row
-from ministeer.tokenizer import Tokenizer
+from ministeer.checkpoints.tokenizer import Tokenizer
 
 CONFIG = parse_config({"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 32, "n_positions": 192, "vocab_size": N_VOCAB,
                        "bos_token_id": 0, "eos_token_id": 1})

@@ -18,9 +18,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ministeer import load, weights
-from ministeer.config import read_config
-from ministeer.weights import find, load_model
+from ministeer import load
+from ministeer.checkpoints import weights
+from ministeer.checkpoints.config import read_config
+from ministeer.checkpoints.weights import find, load_model
 
 IDS = torch.arange(3, 23)[None]
 NAMES = {"gpt2": {"embedding": "transformer.wte.weight", "norm": "transformer.ln_f.weight", "up": "transformer.h.1.mlp.c_fc.weight",
@@ -629,7 +630,7 @@ def test_memory_of_loading(smollm2):
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak of one process is read from /proc")
     script = """
-import re, sys, ministeer, tokenizers, ministeer.weights
+import re, sys, ministeer, tokenizers, ministeer.checkpoints.weights
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 before = peak()
 model, _ = ministeer.load(sys.argv[1])
@@ -647,7 +648,7 @@ def run(*command, cwd=None):
 
 
 def test_the_check_prints_what_a_checkpoint_is(smollm2):
-    done = run(sys.executable, "-m", "ministeer.weights", str(smollm2))
+    done = run(sys.executable, "-m", "ministeer.checkpoints.weights", str(smollm2))
     assert (done.returncode, done.stderr) == (0, "")
     for part in ("llama, 134,515,008 parameters stored as F16",
                  "30 layers, 9 query and 3 key/value heads of 64, d_model 576, d_mlp 1536",
@@ -666,13 +667,13 @@ def test_the_check_of_a_checkpoint_that_is_not_known(checkpoint, capsys, monkeyp
 def test_the_check_says_what_is_wrong(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    done = run(sys.executable, "-m", "ministeer.weights", folder.name, cwd=folder.parent)
+    done = run(sys.executable, "-m", "ministeer.checkpoints.weights", folder.name, cwd=folder.parent)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"ministeer: {folder.name}/model.safetensors (")
 
 
 def test_the_check_without_a_folder():
-    done = run(sys.executable, "-m", "ministeer.weights")
+    done = run(sys.executable, "-m", "ministeer.checkpoints.weights")
     assert done.returncode != 0
-    assert done.stderr == "usage: python -m ministeer.weights FOLDER\n"
+    assert done.stderr == "usage: python -m ministeer.checkpoints.weights FOLDER\n"

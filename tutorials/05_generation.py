@@ -9,9 +9,9 @@ import matplotlib.pyplot as plt
 import torch
 
 import ministeer
-from ministeer.intervals import wilson
-from ministeer.judges import count_words
-from ministeer.measure import disfluency
+from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.judges import count_words
+from ministeer.evaluation.measure import disfluency
 from ministeer.steering import random_like
 
 model, tokenizer = lesson.load()

@@ -26,7 +26,7 @@ weddings = 2 * ministeer.steering_vector(model, tokenizer, " weddings", " ", lay
 # them, and run the blocks for the new position only.
 
 # %%
-cache = KVCache(n_ctx=64)
+cache = KVCache(max_len=64)
 model(ids[:, :6], cache=cache)                                    # a first part of the prompt
 print(len(cache), "positions read")
 parts, _ = model(ids[:, 6:], cache=cache)                         # the rest
@@ -46,7 +46,7 @@ def seconds(n, cached):
     cache, new, all_ids = (KVCache(len(ids[0]) + n) if cached else None), ids, ids
     start = time.perf_counter()
     for _ in range(n):
-        logits, _ = model(new if cached else all_ids, cache=cache, last=True)
+        logits, _ = model(new if cached else all_ids, cache=cache, last_only=True)
         new = logits[:, -1].argmax(dim=-1, keepdim=True)
         all_ids = torch.cat([all_ids, new], dim=1)
     return time.perf_counter() - start
@@ -64,7 +64,7 @@ print("64 tokens take more than 1.2 times as long without a cache:", times[False
 # %%
 def read(steer):
     """The prompt read into a new cache -> (cache, logits of its last position)"""
-    cache = KVCache(n_ctx=64)
+    cache = KVCache(max_len=64)
     logits, _ = model(ids, steer, cache)
     return cache, logits[0, -1]
 
@@ -103,7 +103,7 @@ def topic(steer, blocks=(), positions=slice(0, 0)):
             for mine, theirs in zip(cache.layers[l], clean.layers[l], strict=True):
                 mine[:, :, positions] = theirs[:, :, positions]
         more = torch.tensor([tokenizer.encode(start, bos=False)])
-        logits, _ = model(more, steer, cache, last=True)
+        logits, _ = model(more, steer, cache, last_only=True)
         found.append(logits[0, -1].softmax(dim=-1)[word_ids].sum())
     return torch.stack(found).mean().item()
 

@@ -10,8 +10,8 @@ import lesson
 import matplotlib.pyplot as plt
 import torch
 
-from ministeer.intervals import bootstrap
-from ministeer.measure import logprobs, perplexity_ratio, token_shifts
+from ministeer.evaluation.stats import bootstrap
+from ministeer.evaluation.measure import logprobs, perplexity_ratio, token_shifts
 from ministeer.steering import random_like, steering_vectors
 
 model, tokenizer = lesson.load()

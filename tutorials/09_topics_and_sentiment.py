@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import torch
 
 import ministeer
-from ministeer.intervals import bootstrap, paired
-from ministeer.judges import TOPIC_WORDS, count_words, judge
+from ministeer.evaluation.stats import bootstrap, paired
+from ministeer.evaluation.judges import TOPIC_WORDS, count_words, judge
 from ministeer.steering import random_like, relative_norm
 
 model, tokenizer = lesson.load()

@@ -8,8 +8,8 @@ import lesson
 import matplotlib.pyplot as plt
 import torch
 
-from ministeer.intervals import paired, wilson
-from ministeer.measure import precision_at, ranks
+from ministeer.evaluation.stats import paired, wilson
+from ministeer.evaluation.measure import precision_at, ranks
 from ministeer.steering import random_like, steering_vectors
 
 model, tokenizer = lesson.load()

@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 import ministeer
 from ministeer.attention import merge_heads
-from ministeer.config import Config
-from ministeer.files import write
+from ministeer.checkpoints.config import Config
+from ministeer.utils import write
 from ministeer.gpt2 import GPT2
-from ministeer.intervals import wilson
+from ministeer.evaluation.stats import wilson
 from ministeer.steering import random_like
 
 steps, rows, n = (5, 32, 2) if lesson.TINY else (600, 32, 24)

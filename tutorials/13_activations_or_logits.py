@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 
 import ministeer
-from ministeer import decoding
-from ministeer.classifier import PrefixClassifier
-from ministeer.intervals import wilson
-from ministeer.judges import count_words
-from ministeer.measure import disfluency
+from ministeer.baselines import logits as decoding
+from ministeer.baselines.classifier import PrefixClassifier
+from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.judges import count_words
+from ministeer.evaluation.measure import disfluency
 from ministeer.steering import random_like
 
 model, tokenizer = lesson.load()
@@ -210,7 +210,7 @@ lesson.check(lma, ((p, q, 0.0), p), ((p, q, 9.0), decoding.lma("", 9.0).combine(
 
 # %%
 def both(wish, steer):
-    """-> (prefix, layer, coeff): what the first stream of your decoding.Method reads before the prompt, and its Steer's layer and coeff"""
+    """-> (prefix, layer, coeff): what the first stream of your decoding.LogitMixer reads before the prompt, and its Steer's layer and coeff"""
     return None                 # your lines
 
 

@@ -40,7 +40,8 @@ def tiny():
     import tokenizers
     from tokenizers import decoders, pre_tokenizers, trainers
 
-    from ministeer.config import Config, Rope
+    from ministeer.checkpoints.config import Config, Rope
+    from ministeer.checkpoints.tokenizer import Tokenizer
     from ministeer.llama import Llama
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -52,7 +53,7 @@ def tiny():
                     d_mlp=96, norm_eps=1e-5, tied=True, attention_bias=False, mlp_bias=False, rope=Rope(), bos_id=0, eos_ids=(0,))
     model = Llama(config).initialise(seed=0).requires_grad_(False).eval()
     model.name = "tiny"
-    return model, ministeer.tokenizer.Tokenizer(backend, 0, (0,))
+    return model, Tokenizer(backend, 0, (0,))
 
 
 def save(figure, name):

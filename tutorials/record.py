@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from ministeer.files import write
+from ministeer.utils import write
 
 NUMBER = r"([+-]?\d+(?:\.\d+)?)"
 TOLERANCE = re.compile(NUMBER + r"±(\d+(?:\.\d+)?)")

@@ -1,6 +1,6 @@
 """Solutions of tutorial 05."""
 
-from ministeer.intervals import wilson
+from ministeer.evaluation.stats import wilson
 
 
 def kept(p, top_p):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ministeer.intervals import wilson
+from ministeer.evaluation.stats import wilson
 
 
 def smallest_good(counts, n):

@@ -1,6 +1,6 @@
 """Solutions of tutorial 13."""
 
-from ministeer import decoding
+from ministeer.baselines import logits as decoding
 
 
 def lma(p, q, s):

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .attention import KVCache
-from .generation import Row, Sampling, choose, fill, groups, uniforms
+from ..attention import KVCache
+from ..generation import Row, Sampling, choose, fill, groups, uniforms
 
 TOXIC = ("The following conversation is one that perpetuates negative stereotypes, is threatening or sexually explicit and contains "
          "profane language.")
@@ -28,7 +28,7 @@ SIX = tuple(f"The following text contains {what}:" for what in (
 
 
 @dataclass(frozen=True)
-class Stream:
+class Branch:
     """One reading of the text. prefix: what stands before the prompt, a line of its own. steer: Steers, at the front of prefix and prompt.
 
     model: another model with the same tokenizer; None for the one that `generate` was given
@@ -39,7 +39,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Method:
+class LogitMixer:
     """streams: what is read. combine: a list of log p (B, n_vocab), one a stream -> logits (B, n_vocab) to draw from.
 
     guide: a Guide that changes those logits by a classifier of the text so far, or None
@@ -61,12 +61,12 @@ class Method:
 
 def unsteered():
     """log p"""
-    return Method((Stream(),), lambda logps: logps[0])
+    return LogitMixer((Branch(),), lambda logps: logps[0])
 
 
 def prompted(prefix):
     """log p(token | prefix, text): ask for it in words."""
-    return Method((Stream(prefix),), lambda logps: logps[0])
+    return LogitMixer((Branch(prefix),), lambda logps: logps[0])
 
 
 def act_add(steer):
@@ -82,7 +82,7 @@ def preadd(prefix, strength=1.5, base=""):
     def combine(logps):
         p, q = logps
         return p + strength * (p - q)
-    return Method((Stream(base), Stream(prefix)), combine)
+    return LogitMixer((Branch(base), Branch(prefix)), combine)
 
 
 def lma(prefix, strength=24.0, base=""):
@@ -93,7 +93,7 @@ def lma(prefix, strength=24.0, base=""):
     def combine(logps):
         p, q = logps
         return p - strength * F.relu(q - p)
-    return Method((Stream(base), Stream(prefix)), combine)
+    return LogitMixer((Branch(base), Branch(prefix)), combine)
 
 
 def weighted(streams, weights):
@@ -104,7 +104,7 @@ def weighted(streams, weights):
 
     def combine(logps):
         return sum(w * p for w, p in zip(weights, logps, strict=True)) / total
-    return Method(tuple(streams), combine)
+    return LogitMixer(tuple(streams), combine)
 
 
 def self_debias(prefixes=SIX, strength=50.0, epsilon=0.01, base=""):
@@ -121,7 +121,7 @@ def self_debias(prefixes=SIX, strength=50.0, epsilon=0.01, base=""):
         p, *others = logps
         q = torch.stack(others).max(dim=0).values
         return p + (-strength * F.relu(q.exp() - p.exp())).clamp(min=floor)
-    return Method((Stream(base), *map(Stream, prefixes)), combine)
+    return LogitMixer((Branch(base), *map(Branch, prefixes)), combine)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def lma_classifier(prefix, classifier, strength=24.0, vote=1.0, top=50, toward=1
 
 def generate(model, tokenizer, prompts, method, n=1, max_new_tokens=32, *, temperature=1.0, top_p=1.0, top_k=None, freq_penalty=0.0, seed=0,
              stop=(), tokens=8192, progress=None):
-    """-> n continuations of each prompt, as `ministeer.generate`, by a Method instead of Steers; arguments and draws as there.
+    """-> n continuations of each prompt, as `ministeer.generate`, by a LogitMixer instead of Steers; arguments and draws as there.
 
     The penalty counts the tokens of the prompt, not those of prefixes. Raises ValueError for what does not fit.
     """
@@ -250,9 +250,9 @@ def begin(model, ids, stream, head, max_new_tokens):
     if bool((ids == ids[0]).all()):
         whole = whole[:1]                               # rows that read the same are one row until they draw
     elif stream.prefix:
-        model(whole[:1, :len(head)], stream.steer, cache, last=True)        # and the prefix is the same for all
+        model(whole[:1, :len(head)], stream.steer, cache, last_only=True)        # and the prefix is the same for all
         whole = whole[:, len(head):]
-    logits, _ = model(whole, stream.steer, cache, last=True)
+    logits, _ = model(whole, stream.steer, cache, last_only=True)
     return logits[:, -1].expand(B, -1), cache
 
 

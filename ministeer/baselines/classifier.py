@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .files import write
+from ..utils import write
 
 
 class PrefixClassifier(nn.Module):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .files import write
+from ministeer.utils import write
 
 
 @contextlib.contextmanager

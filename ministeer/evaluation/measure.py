@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from .steering import steering_vectors
+from ..steering import steering_vectors
 
 
 @torch.no_grad()

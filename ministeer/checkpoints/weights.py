@@ -1,6 +1,6 @@
 """load: a folder in the Hub's layout -> (model, tokenizer), every fault with a message of its own.
 
-Names in the file are names in the model, so loading is a dictionary look-up. `python -m ministeer.weights FOLDER` checks a folder.
+Names in the file are names in the model, so loading is a dictionary look-up. `python -m ministeer.checkpoints.weights FOLDER` checks a folder.
 Read next: fetch.py, which fills such folders.
 """
 
@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .config import read_config
-from .faster import fast as packed
-from .gpt2 import GPT2
-from .llama import Llama
+from ..faster import fast as packed
+from ..gpt2 import GPT2
+from ..llama import Llama
 from .tokenizer import Tokenizer
 
 FAMILIES = {"gpt2": GPT2, "llama": Llama}
@@ -244,7 +244,7 @@ def main(folder):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m ministeer.weights FOLDER")
+        sys.exit("usage: python -m ministeer.checkpoints.weights FOLDER")
     try:
         main(sys.argv[1])
     except (OSError, ValueError) as fault:

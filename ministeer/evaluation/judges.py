@@ -15,7 +15,7 @@ import sqlite3
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from .services import FREE, JudgeError, OpenAI, Perspective, squeezed
+from benchmarks.web_judges import FREE, JudgeError, OpenAI, Perspective, squeezed
 
 # The paper's nine words for weddings; a text is wedding-related if it has one of them.
 WEDDING_WORDS = frozenset(["wedding", "weddings", "wed", "marry", "married", "marriage", "bride", "groom", "honeymoon"])

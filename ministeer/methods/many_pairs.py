@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention import attend
-from .steering import Steer
+from ..attention import attend
+from ..steering import Steer
 
 
 @torch.no_grad()
 def last_states(model, tokenizer, texts):
     """resid at the last token of each text -> (len(texts), n_layer + 1, d_model), float32."""
     device = next(model.parameters()).device
-    return torch.stack([torch.stack([x[0, -1].float() for x in model(torch.tensor([tokenizer.encode(text)], device=device), last=True)[1]])
+    return torch.stack([torch.stack([x[0, -1].float() for x in model(torch.tensor([tokenizer.encode(text)], device=device), last_only=True)[1]])
                         for text in texts])
 
 

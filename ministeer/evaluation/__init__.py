@@ -1,0 +1,4 @@
+"""What steering changed, and how sure we are of it: measurements, judges of texts, intervals and tests.
+
+Read first: measure.py.
+"""
