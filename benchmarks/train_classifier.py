@@ -129,7 +129,7 @@ def main():
     ids = [tokenizer.encode(text)[:LENGTH] for text in texts]
     held = set(random.Random(args.seed).sample(range(len(ids)), len(ids) // 5))
     mine = [[some[i] for i in range(len(ids)) if i not in held] for some in (ids, labels)]
-    embedding = model.get_parameter(model.names["embedding"]).float()
+    embedding = model.get_parameter(model.embedding_name).float()
     classifier = train(*mine, embedding, args.epochs, args.seed)
     found = ranked(classifier, *[[some[i] for i in sorted(held)] for some in (ids, labels)])
     print(f"{args.task}: {len(mine[0])} texts; of {len(held)} held out, pairs ranked rightly after so many tokens:",

@@ -5,15 +5,24 @@ Read in this order: attention.py, gpt2.py, llama.py, model.py (the loop), steeri
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:       # for editors; when the program runs, __getattr__ imports what is asked for
+    from .attention import KVCache
+    from .checkpoints.weights import load
+    from .faster import fast
+    from .generation import generate
+    from .steering import Steer, steering_vector
+
+__version__ = "0.2.0"
 __all__ = ["KVCache", "Steer", "fast", "generate", "load", "steering_vector"]
 
-_HOME = {"load": "checkpoints.weights", "generate": "generation", "steering_vector": "steering", "Steer": "steering", "KVCache": "attention", "fast": "faster"}
+_HOME = {"KVCache": "attention", "Steer": "steering", "fast": "faster", "generate": "generation",
+         "load": "checkpoints.weights", "steering_vector": "steering"}
 
 
-def __getattr__(name):
-    # Loaded when first asked for: importing torch takes over a second, and `ministeer --help` needs none of it.
+def __getattr__(name: str):
+    # Importing torch takes over a second, and `ministeer --help` needs none of it.
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):

@@ -3,21 +3,26 @@
 Every error is one line on stderr and exit code 2; Ctrl-C exits with 130.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import warnings
+from collections.abc import Sequence
 
 from . import __version__
-from .show import columns, printable, progress, setting
 
 # The demo's setting. benchmarks/demo_grid.py chose layer and coeff, on four prompts that are not this one.
 DEMO = {"prompt": "I went up to my friend and said", "plus": " weddings", "minus": " ", "layer": 1, "coeff": 1.0}
 # The paper's sampling (Turner et al., appendix C).
 SAMPLING = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
+CONTROLS = 5        # random vectors that share the demo's control completions, seeds 0 … 4
 
 HELP = """Activation addition: take two prompts, subtract their residual streams before a
 layer, and add the difference to the stream while the model reads your prompt.
@@ -35,7 +40,7 @@ STEER_EXAMPLES = """examples:
   ministeer steer "Last night" --vector weddings.safetensors --coeff 1.5 -n 10 --json"""
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 bad input, 130 interrupted."""
     for out in (sys.stdout, sys.stderr):
         if hasattr(out, "reconfigure"):
@@ -58,7 +63,7 @@ def main(argv=None):
             sys.exit(2)
 
 
-def flush():
+def flush() -> None:
     """Write out what was printed.
 
     Trap: Python tries once more at its end to write what could not be written, and the fault of that cannot be caught.
@@ -71,7 +76,7 @@ def flush():
         raise
 
 
-def complain(who, message):
+def complain(who: str, message: object) -> None:
     """One line on stderr, whatever the message quotes."""
     print(f"{who}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
@@ -82,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parser():
+def parser() -> argparse.ArgumentParser:
     top = Parser(prog="ministeer", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"ministeer {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -94,7 +99,7 @@ def parser():
         return sub
 
     demo = command("demo", run_demo, "see a real model steered: fetches the default model the first time (93 MB)")
-    demo.add_argument("-n", type=int, default=100, help="completions that are counted in each column (default 100; three are shown)")
+    demo.add_argument("-n", type=int, default=100, help="completions that are counted in each row (default 100)")
     demo.add_argument("--seed", type=int, default=SAMPLING["seed"], help="of the draws (default 0)")
 
     steer = command("steer", run_steer, "continue a prompt of yours, unsteered and steered", STEER_HELP, STEER_EXAMPLES)
@@ -108,59 +113,66 @@ def parser():
     pair.add_argument("--coeff", type=float, metavar="C", help="how much of the vector is added (default 1, or as saved)")
     pair.add_argument("--save", metavar="FILE", help="write the vector and its coeff to a safetensors file")
     model = steer.add_argument_group("the model")
-    model.add_argument("--model", default=None, help="a known name or a folder (default smollm2-135m; see `ministeer models`)")
+    model.add_argument("--model", help="a known name or a folder (default smollm2-135m; see `ministeer models`)")
     model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     model.add_argument("--device", default="cpu", help="as in torch (default cpu)")
     draw = steer.add_argument_group("the draws (defaults are the paper's)")
     draw.add_argument("-n", type=int, default=3, help="completions in each column (default 3)")
     for option, default in SAMPLING.items():
-        draw.add_argument(f"--{option.replace('_', '-')}", type=type(default), default=default, metavar="X", help=f"default {default}")
+        name = f"--{option.replace('_', '-')}"
+        draw.add_argument(name, type=type(default), default=default, metavar="X", help=f"default {default}")
     steer.add_argument("--json", action="store_true", help="print one JSON object instead of columns")
 
     fetch = command("fetch", run_fetch, "put a checkpoint into the weights folder",
                     "Put a checkpoint into $MINISTEER_WEIGHTS, or into ./weights if that is not set.")
-    fetch.add_argument("name", metavar="NAME", help="a known name (`ministeer models`), or owner/repo on the Hugging Face Hub")
+    fetch.add_argument("name", metavar="NAME",
+                       help="a known name (`ministeer models`), or owner/repo on the Hugging Face Hub")
     command("models", run_models, "list the known checkpoints and which are here")
     return top
 
 
-def run_demo(args):
+def run_demo(args: argparse.Namespace) -> None:
     import_torch()
-    from .faster import fast
     from .checkpoints.fetch import DEFAULT, fetch
-    from .generation import generate
-    from .evaluation.stats import wilson
-    from .evaluation.judges import WEDDING_WORDS, count_words
-    from .steering import random_like, steering_vector
     from .checkpoints.weights import load
-    if args.n < 1:
-        raise ValueError(f"-n must be 1 or more; given: {args.n}.")
+    from .evaluation.judges import WEDDING_WORDS, count_words
+    from .evaluation.stats import wilson
+    from .faster import fast
+    from .generation import generate
+    from .steering import random_like, steering_vector
+    from .utils import check_whole
+    n, sampling = check_whole("-n", args.n, 1), {**SAMPLING, "seed": args.seed}
     model, tokenizer = load(fetch(DEFAULT))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # where the weights cannot be packed, the plain model does it in its own time
-        model = fast(model, in_place=True)
+        warnings.simplefilter("ignore")         # where the weights cannot be packed, the plain model takes longer
+        model = fast(model)
     weddings = DEMO["coeff"] * steering_vector(model, tokenizer, DEMO["plus"], DEMO["minus"], DEMO["layer"])
-    sampling = {**SAMPLING, "seed": args.seed}
-    runs = {"unsteered": (), "steered": (weddings,), "random vector of the same norm": (random_like(weddings, args.seed),)}
-    with progress(len(runs) * args.n * sampling["max_new_tokens"], "sampling") as step:
-        texts = {name: generate(model, tokenizer, DEMO["prompt"], args.n, steer=steer, **sampling, progress=step)
-                 for name, steer in runs.items()}
-    print(setting(model, tokenizer, weddings, DEMO["prompt"], args.n, sampling))
+    runs = [("unsteered", (), n), ("steered", weddings, n)]
+    for seed in range(min(n, CONTROLS)):        # together n completions, so that no row looks surer than another
+        runs.append(("random vectors", random_like(weddings, seed), len(range(seed, n, CONTROLS))))
+    texts = {}
+    with progress(3 * n * sampling["max_new_tokens"], "sampling") as step:
+        for name, steer, count in runs:
+            texts.setdefault(name, []).extend(
+                generate(model, tokenizer, DEMO["prompt"], count, steer=steer, **sampling, progress=step))
+    print(setting(model, tokenizer, weddings, DEMO["prompt"], n, sampling))
     print()
     print(columns(texts["unsteered"][:3], texts["steered"][:3]))
-    print(f"\nThese are the first three of each. Of all {args.n}, with a word about weddings\n({', '.join(sorted(WEDDING_WORDS))}):\n")
-    for name, some in texts.items():
-        k = sum(count_words(text) > 0 for text in some)
-        low, high = wilson(k, args.n)
-        print(f"  {name:30} {k:3} of {args.n}  {k / args.n:4.0%}  (95 % interval {low:.0%} to {high:.0%})")
+    print(f"\nThese are the first three of each. Of all {n}, with a word about weddings\n"
+          f"({', '.join(sorted(WEDDING_WORDS))}):\n")
+    for name, row in texts.items():
+        k = sum(count_words(text) > 0 for text in row)
+        low, high = wilson(k, n)
+        print(f"  {name:15} {k:3} of {n}  {k / n:4.0%}  (95 % interval {low:.0%} to {high:.0%})")
+    print(f"\nRandom vectors: {len(runs) - 2} of the steering vector's norm, which share the {n} completions.")
 
 
-def run_steer(args):
+def run_steer(args: argparse.Namespace) -> None:
     import_torch()
     from .checkpoints.fetch import DEFAULT
+    from .checkpoints.weights import load
     from .generation import generate
     from .steering import Steer, steering_vector
-    from .checkpoints.weights import load
     if (args.plus is None) == (args.vector is None):
         raise ValueError("give either --plus (with --layer) or --vector, so that there is one vector to steer with.")
     if args.vector is not None and (args.minus is not None or args.layer is not None):
@@ -169,13 +181,14 @@ def run_steer(args):
         raise ValueError("--plus needs --layer, the block that reads the changed stream (0 is the first).")
     if args.any_model and args.vector is None:
         raise ValueError("--any-model is about --vector, which is not given.")
-    if args.save is not None and (not args.save or os.path.isdir(args.save) or not os.path.isdir(os.path.dirname(args.save) or ".")):
+    folder = os.path.dirname(args.save or "") or "."
+    if args.save is not None and (not args.save or os.path.isdir(args.save) or not os.path.isdir(folder)):
         raise ValueError(f"--save {args.save!r}: give the name of a file, in a folder that is there.")
     steer = None if args.vector is None else Steer.load(args.vector, any_model=args.any_model)
-    if args.coeff is None and steer and not isinstance(steer.coeff, int | float):
+    if args.coeff is None and steer and not isinstance(steer.coeff, float):
         raise ValueError(f"{args.vector} has a coeff for each row of a batch; say with --coeff which one to use.")
     model, tokenizer = load(args.model or DEFAULT, dtype=args.dtype, device=args.device)
-    if steer and steer.model and steer.model != model.fingerprint:
+    if steer and steer.fingerprint and steer.fingerprint != model.fingerprint:
         maker = steer.note.get("model", "unnamed")
         raise ValueError(f"{args.vector} was made with another model ({maker}). --any-model uses it all the same.")
     if steer is None:
@@ -185,27 +198,49 @@ def run_steer(args):
     sampling = {name: getattr(args, name) for name in SAMPLING}
     model.check_steer(steer, args.n, len(tokenizer.encode(args.prompt)))
     with progress(2 * max(args.n, 0) * sampling["max_new_tokens"], "sampling") as step:
-        plain, steered = (generate(model, tokenizer, args.prompt, args.n, steer=s, **sampling, progress=step) for s in ((), (steer,)))
+        plain, steered = (generate(model, tokenizer, args.prompt, args.n, steer=s, **sampling, progress=step)
+                          for s in ((), steer))
     if args.save:
         steer.save(args.save)
     if args.json:
-        about = {**steer.note, "model": model.name, "layer": steer.layer, "coeff": steer.coeff, "start": steer.start, **sampling}
+        about = {**steer.note, "model": model.name, "layer": steer.layer, "coeff": steer.coeff, "start": steer.start,
+                 **sampling}
         # ASCII with \u escapes: the encoding of stdout cannot change a text, and a text cannot command the terminal.
         print(json.dumps({"prompt": args.prompt, "setting": about, "unsteered": plain, "steered": steered}, indent=2))
     else:
         print(setting(model, tokenizer, steer, args.prompt, args.n, sampling), columns(plain, steered), sep="\n\n")
 
 
-def import_torch():
+def run_fetch(args: argparse.Namespace) -> None:
+    from .checkpoints.fetch import fetch
+    print(fetch(args.name))
+
+
+def run_models(args: argparse.Namespace) -> None:
+    from .checkpoints.fetch import DEFAULT, KNOWN, weights_root
+    root = weights_root()
+    configs = [path for pattern in ("*/config.json", "*/*/config.json") for path in root.glob(pattern)]
+    here = {path.parent.relative_to(root).as_posix() for path in configs}
+    for name, source in KNOWN.items():
+        state = "here" if name in here else "default" if name == DEFAULT else ""
+        print(f"{name:17} {state:8} {source.size:>7}  {source.licence}\n    {source.what}")
+    others = sorted(name for name in here - set(KNOWN) if not name.startswith("."))
+    if others:
+        print(f"\nalso in {root}: {', '.join(others)}")
+
+
+def import_torch() -> None:
     """Import torch; Ctrl-C meanwhile ends the process at once.
 
-    Trap: a KeyboardInterrupt in the middle of torch's C++ part would abort the process instead, with words that say nothing.
+    Trap: a KeyboardInterrupt in the middle of torch's C++ part would abort the process instead, with words that say
+    nothing.
     """
     def leave(*_):
         complain("ministeer", "interrupted")
         os._exit(130)
 
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    ours = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
         signal.signal(signal.SIGINT, leave)
     try:
@@ -215,18 +250,75 @@ def import_torch():
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run_fetch(args):
-    from .checkpoints.fetch import fetch
-    print(fetch(args.name))
+def setting(model, tokenizer, steer, prompt: str, n: int, sampling: dict) -> str:
+    """Everything that a reader needs to get the same completions again."""
+    from .steering import relative_norm
+    norms = relative_norm(model, tokenizer, steer, prompt)
+    where = f"every position from {steer.start} on, those of new tokens included"
+    if steer.stop is not None:
+        pieces = quoted("".join(tokenizer.pieces(tokenizer.encode(prompt)[steer.start:steer.stop])))
+        last = steer.stop - 1
+        where = f"{pieces}, position{f's {steer.start} …' if last > steer.start else ''} {last}"
+    times = [f"{x:.2f}" for x in norms[steer.start:steer.stop]]
+    if times:
+        more = ", …" if len(times) > 8 else ""
+        where += f"; {', '.join(times[:8])}{more} × the norm of the residual stream there"
+    pair = "a vector"
+    if {"plus", "minus"} <= set(steer.note):
+        pair = f"{quoted(steer.note['plus'])} - {quoted(steer.note['minus'])}"
+    lines = {
+        "model": f"{model.name} ({model.config.family}, {model.config.n_layer} layers)",
+        "prompt": prompt,
+        "vector": f"{pair} before block {steer.layer}, coeff {steer.coeff:g}",
+        "added to": where,
+        "sampling": f"n {n}, {sampling['max_new_tokens']} tokens, temperature {sampling['temperature']:g}, "
+                    f"top-p {sampling['top_p']:g}, penalty {sampling['freq_penalty']:g}, seed {sampling['seed']}",
+    }
+    return "\n".join(textwrap.fill(printable(text), width(), initial_indent=f"{name:10}", subsequent_indent=" " * 10)
+                     for name, text in lines.items())
 
 
-def run_models(args):
-    from .checkpoints.fetch import DEFAULT, KNOWN, weights_root
-    root = weights_root()
-    here = {path.parent.relative_to(root).as_posix() for pattern in ("*/config.json", "*/*/config.json") for path in root.glob(pattern)}
-    for name, source in KNOWN.items():
-        state = "here" if name in here else "default" if name == DEFAULT else ""
-        print(f"{name:17} {state:8} {source.size:>7}  {source.licence}\n    {source.what}")
-    others = sorted(name for name in here - set(KNOWN) if not name.startswith("."))
-    if others:
-        print(f"\nalso in {root}: {', '.join(others)}")
+def columns(left: Sequence[str], right: Sequence[str]) -> str:
+    """Two lists of texts side by side, wrapped to the width of the terminal."""
+    each = (width() - 3) // 2
+
+    def wrapped(text):
+        return [line for part in printable(text).split("\n") for line in textwrap.wrap(part.strip(), each)]
+    rows = [("unsteered", "steered"), ("-" * each, "-" * each)]
+    for texts in zip(left, right, strict=True):
+        a, b = map(wrapped, texts)
+        height = max(len(a), len(b))
+        rows += zip(a + [""] * (height - len(a)), b + [""] * (height - len(b)), strict=True)
+        rows.append(("", ""))
+    return "\n".join(f"{a:{each}} | {b}".rstrip() for a, b in rows[:-1])
+
+
+def width() -> int:
+    return min(120, max(40, shutil.get_terminal_size((80, 24)).columns))
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def printable(text: str) -> str:
+    """A model may write any character; those that would command the terminal are shown as a dot."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
+
+
+class progress:
+    """A bar on stderr while work is done, where there is a terminal to draw it on and tqdm is installed."""
+
+    def __init__(self, total: int, label: str):
+        try:
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, desc=label, unit="tok", leave=False, disable=None)
+        except ImportError:
+            self.bar = None
+
+    def __enter__(self):
+        return self.bar.update if self.bar else None
+
+    def __exit__(self, *fault):
+        if self.bar:
+            self.bar.close()

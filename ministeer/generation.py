@@ -1,18 +1,32 @@
 """generate: continue prompts, steered or not, with the paper's sampling. stream: the same, piece by piece.
 
 The module is not called generate, because a module and a function of one name in one package hide each other.
-Read before: steering.py. Turner et al., appendix C; penalty and nucleus as in TransformerLens' sample_logits, which the paper ran.
+Read first: steering.py. Turner et al., appendix C; penalty and nucleus as in TransformerLens' sample_logits, which the
+paper ran.
 """
+
+from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .attention import KVCache
+from .utils import batches, check_number, check_whole
+
+if TYPE_CHECKING:
+    from .checkpoints.tokenizer import Tokenizer
+    from .model import LM
+    from .steering import Steer
+    Steers = Steer | Sequence[Steer]
+
+NOT_FINITE, TOO_FEW = -1, -2        # in place of a drawn token, because no fault leaves the device before the tokens do
 
 
 @dataclass(frozen=True)
@@ -26,149 +40,205 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        _number("temperature", self.temperature, 0, math.inf)
-        _number("top_p", self.top_p, 0, 1)
-        _number("freq_penalty", self.freq_penalty, -math.inf, math.inf)
-        _whole("top_k", self.top_k or 0, 0)
-        _whole("max_new_tokens", self.max_new_tokens, 1)
-        _whole("seed", self.seed, 0)
+        check_number("temperature", self.temperature, 0)
+        check_number("top_p", self.top_p, 0, 1)
+        check_number("freq_penalty", self.freq_penalty)
+        check_whole("top_k", self.top_k or 0)
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("seed", self.seed)
 
 
-def generate(model, tokenizer, prompts, n=1, max_new_tokens=40, steer=(), *, temperature=1.0, top_p=1.0, top_k=None,
-             freq_penalty=0.0, seed=0, stop=(), tokens=8192, progress=None):
+def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], n: int = 1, max_new_tokens: int = 40,
+             steer: Steers = (), *, temperature: float = 1.0, top_p: float = 1.0,
+             top_k: int | None = None, freq_penalty: float = 0.0, seed: int = 0, stop: str | Sequence[str] = (),
+             max_batch_tokens: int = 8192, return_ids: bool = False,
+             progress: Callable[[int], object] | None = None) -> list:
     """-> n continuations of one prompt, a list of texts without the prompt; for a list of prompts, a list of such lists.
 
-    The next token is drawn from softmax(logits / temperature - freq_penalty * count), where count is how often each token stands
-    in the row already, prompt and BOS included; cut to the top_k likeliest, then to the nucleus top_p, whose crossing token is kept.
+    The next token is drawn from softmax(logits / temperature - freq_penalty * count), where count is how often each
+    token stands in the row already, prompt and BOS included; cut to the top_k likeliest, then to the nucleus top_p,
+    whose crossing token is kept.
     steer: Steers; a coeff (B,) has a value for each continuation, the n of the first prompt before those of the second
     temperature: 0 takes the likeliest token. top_k: None or 0 for no cut
-    seed: continuation k of a prompt draws from a stream of its own, made of seed, k and the prompt's ids. So steered and unsteered
-        runs share their draws, and neither n nor the other prompts change what a row draws.
+    seed: continuation k of a prompt draws from a stream of its own, made of seed, k and the prompt's ids. So steered
+        and unsteered runs share their draws, and neither n nor the other prompts change what a row draws.
     stop: a string or several; a row ends before the first of them, at EOS, or after max_new_tokens
-    tokens: how many positions, of prompts and continuations, run at once; memory follows from it. Prompts of one length run
-        together and the others after them, so nothing is padded.
+    max_batch_tokens: how many positions, of prompts and continuations, run at once; memory follows from it. Prompts of
+        one length run together, so nothing is padded.
+    return_ids: give (texts, ids), ids being the exact tokens of each row with its prompt and BOS. model(ids, steer)[1]
+        is then the residual stream that this text was written with.
     progress: called with a number of tokens as they are done, of len(prompts) * n * max_new_tokens in all
     Raises ValueError for a setting without meaning, and for what does not fit the prompt, the model or its context.
     """
     sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
-    _whole("n", n, 1)
-    _whole("tokens", tokens, 1)
     encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     for ids in encoded:
-        steer = _check_fit(model, ids, max_new_tokens, steer, len(encoded) * n)
-    rows = [[Row(tokenizer, ids, stop) for _ in range(n)] for ids in encoded]
-    for group in groups(encoded, n, max_new_tokens, tokens):
-        here = [rows[p][k] for p, k in group]
-        ids = torch.tensor([row.prompt for row in here], device=_device(model))
-        steps = sample(model, ids, [k for _, k in group], sampling, [s.rows([p * n + k for p, k in group]) for s in steer])
-        fill(here, steps, max_new_tokens, progress)
-    texts = [[row.text for row in some] for some in rows]
-    return texts[0] if isinstance(prompts, str) else texts
+        steer = check_fit(model, ids, max_new_tokens, steer, len(encoded) * check_whole("n", n, 1))
+
+    def start(rows: list[int], max_len: int) -> Callable[[Tensor], Tensor]:
+        return decoder(model, tuple(s.rows(rows) for s in steer), len(rows), max_len)
+
+    completions = complete(start, tokenizer, encoded, n, sampling, stop, max_batch_tokens, model.device, progress)
+    return as_asked(completions, prompts, n, return_ids)
 
 
-def fill(rows, steps, max_new_tokens, progress):
-    """Give the tokens of every step, (B,) ids, to the B rows, until all have ended."""
-    for t, new in enumerate(steps, 1):
-        for row, token in zip(rows, new.tolist(), strict=True):
-            row.add(token)
-        ended = all(row.ended for row in rows)
-        if progress:
-            progress(len(rows) * (1 + max_new_tokens - t if ended else 1))
-        if ended:
-            break
-
-
-def stream(model, tokenizer, prompt, max_new_tokens=40, steer=(), *, temperature=1.0, top_p=1.0, top_k=None,
-           freq_penalty=0.0, seed=0, stop=()):
+def stream(model: LM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 40, steer: Steers = (), *,
+           temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None, freq_penalty: float = 0.0,
+           seed: int = 0, stop: str | Sequence[str] = ()) -> Iterator[str]:
     """Yield the continuation of one prompt as it grows; joined, the pieces are generate(…)[0]. Arguments as there.
 
     A piece waits while it may still be the beginning of a stop string or of a character.
     """
     sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
     ids = tokenizer.encode(prompt)
-    steer = _check_fit(model, ids, max_new_tokens, steer, 1)
-    row, shown = Row(tokenizer, ids, stop), ""
-    for (token,) in sample(model, torch.tensor([ids], device=_device(model)), [0], sampling, steer):
-        row.add(int(token))
+    steer = check_fit(model, ids, max_new_tokens, steer, 1)
+    row, shown = Completion(tokenizer, ids, stop), ""
+    step = decoder(model, steer, 1, len(ids) + max_new_tokens)
+    draws = torch.from_numpy(uniforms(sampling, ids, 0)[None]).to(model.device)
+    for (token,) in sample(step, torch.tensor([ids], device=model.device), draws, sampling):
+        row.add(token)
+        text = row.text if row.ended else row.text[:len(row.text) - row.unsure]
+        if len(text) > len(shown):
+            yield text[len(shown):]
+            shown = text
         if row.ended:
-            break
-        sure = row.text[:len(row.text) - row.unsure]
-        if len(sure) > len(shown):
-            yield sure[len(shown):]
-            shown = sure
+            return
     if len(row.text) > len(shown):
         yield row.text[len(shown):]
 
 
-@torch.no_grad()
-def sample(model, ids, completions, sampling, steer=()):
-    """Yield the next token of every row, (B,) ids, max_new_tokens times. One pass over the prompt, then one position a step.
+def complete(start: Callable[[list[int], int], Callable], tokenizer: Tokenizer, encoded: list[list[int]], n: int,
+             sampling: Sampling, stop: str | Sequence[str], max_batch_tokens: int, device: torch.device,
+             progress: Callable[[int], object] | None = None) -> list[Completion]:
+    """n completions of each prompt in `encoded`, those of the first before those of the second.
 
-    ids (B, T): prompts of one length. completions (B,): which continuation of its prompt each row is (k in `generate`)
-    The first draw reads the logits of the last prompt position, so a Steer that reaches it moves the first new token too.
+    start(rows, max_len): called with the numbers of the completions that run together -> their step; see `sample`
     """
-    B, T = ids.shape
-    draws = torch.from_numpy(np.stack([uniforms(sampling, row.tolist(), k) for row, k in zip(ids, completions, strict=True)]))
-    cache = KVCache(T + sampling.max_new_tokens, batch=B)
-    # Rows that read the same prompt are one row until they draw; the cache copies it to all.
-    alike = bool((ids == ids[0]).all()) and not any(isinstance(s.coeff, torch.Tensor) for s in steer)
-    logits, _ = model(ids[:1] if alike else ids, steer, cache, last_only=True)
-    logits = logits.expand(B, -1, -1)
+    completions = [Completion(tokenizer, ids, stop) for ids in encoded for _ in range(n)]
+    lengths = [len(row.prompt) + sampling.max_new_tokens for row in completions]
+    for numbers in batches(lengths, check_whole("max_batch_tokens", max_batch_tokens, 1), equal=True):
+        rows = [completions[i] for i in numbers]
+        ids = torch.tensor([row.prompt for row in rows], device=device)
+        draws = np.stack([uniforms(sampling, completions[i].prompt, i % n) for i in numbers])
+        step, left = start(numbers, lengths[numbers[0]]), sampling.max_new_tokens
+        for tokens in sample(step, ids, torch.from_numpy(draws).to(device), sampling):
+            for row, token in zip(rows, tokens, strict=True):
+                row.add(token)
+            done = left if all(row.ended for row in rows) else 1
+            left -= done
+            if progress:
+                progress(len(rows) * done)
+            if not left:
+                break
+    return completions
+
+
+@torch.no_grad()
+def sample(step: Callable[[Tensor], Tensor], ids: Tensor, draws: Tensor, sampling: Sampling) -> Iterator[list[int]]:
+    """THE sampling loop: yield the next token of every row, a list of B ids, max_new_tokens times.
+
+    step: new ids, first the prompts (B, T), then (B, 1) a step -> logits (B, n_vocab) of the token after them
+    draws (B, max_new_tokens): `uniforms` of each row
+    The first draw reads the logits of the last prompt position, so a Steer that reaches it moves the first new token.
+    """
+    candidates, logits = 64, step(ids)
     for t in range(sampling.max_new_tokens):
-        new = choose(logits[:, -1], ids, draws[:, t].to(ids.device), sampling)
-        yield new
+        new = sample_token(logits, ids, draws[:, t], sampling, candidates)
+        tokens = new.tolist()                       # the one time in a step that numbers come back from the device
+        while TOO_FEW in tokens:                    # a flat distribution: look at more tokens, from here on
+            candidates *= 16
+            new = sample_token(logits, ids, draws[:, t], sampling, candidates)
+            tokens = new.tolist()
+        if NOT_FINITE in tokens:
+            raise ValueError("the logits are not finite any more. Lower the coeff, "
+                             "or load the model in float32 or bfloat16.")
+        yield tokens
         if t + 1 < sampling.max_new_tokens:
             ids = torch.cat([ids, new[:, None]], dim=1)
-            logits, _ = model(new[:, None], steer, cache, last_only=True)
+            logits = step(new[:, None])
 
 
-def uniforms(sampling, ids, k):
-    """The max_new_tokens numbers in [0, 1) that continuation k of the prompt `ids` draws with."""
-    return np.random.default_rng([sampling.seed, zlib.crc32(np.array(ids, dtype="<i8").tobytes()), k]).random(sampling.max_new_tokens)
+def decoder(model: LM, steer: tuple[Steer, ...], batch: int, max_len: int) -> Callable[[Tensor], Tensor]:
+    """The step of activation addition: the model under its Steers, which reads each token once, into its own cache."""
+    cache = KVCache(max_len, batch)
+
+    def step(ids: Tensor) -> Tensor:
+        return decode_step(model, ids, steer, cache) if len(cache) else prefill(model, ids, steer, cache)
+    return step
 
 
-def choose(logits, ids, u, sampling):
-    """logits (B, n_vocab) after ids (B, T) -> the next ids (B,). u (B,): one uniform number in [0, 1) a row."""
+def prefill(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) -> Tensor:
+    """Read the prompts ids (B, T) -> logits (B, n_vocab). What all rows begin with is read once, as one row."""
+    B, T = ids.shape
+    shared = int((ids == ids[0]).all(dim=0).cumprod(dim=0).sum())
+    if 2 * shared < T or any(isinstance(s.coeff, Tensor) for s in steer):
+        shared = 0
+    if shared:
+        logits, _ = model(ids[:1, :shared], steer, cache, last_only=True)
+    if shared < T:
+        logits, _ = model(ids[:, shared:], steer, cache, last_only=True)
+    return logits[:, -1].expand(B, -1)
+
+
+def decode_step(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) -> Tensor:
+    """Read one more token of every row, ids (B, 1) -> logits (B, n_vocab)"""
+    return model.read(ids, steer, cache, last_only=True)[0][:, -1]
+
+
+def uniforms(sampling: Sampling, ids: Sequence[int], k: int) -> np.ndarray:
+    """The max_new_tokens numbers in [0, 1) that continuation k of the prompt `ids` draws with, float32."""
+    generator = np.random.default_rng([sampling.seed, zlib.crc32(np.array(ids, dtype="<i8").tobytes()), k])
+    # Trap: 0.99999999 is 1 as a float32, and then there is no token left to draw. Cut to 24 bits, it stays below 1.
+    return (np.floor(generator.random(sampling.max_new_tokens) * 2**24) / 2**24).astype(np.float32)
+
+
+def sample_token(logits: Tensor, ids: Tensor, u: Tensor, sampling: Sampling, candidates: int = 64) -> Tensor:
+    """logits (B, n_vocab) after ids (B, T) -> the next ids (B,), without waiting for the device.
+
+    u (B,): one uniform number in [0, 1) a row
+    candidates: how many of the likeliest tokens are looked at for top_p
+    NOT_FINITE stands for a row whose logits are not finite, TOO_FEW for one whose candidates do not reach top_p.
+    """
     logits = logits.float()
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     if sampling.freq_penalty:
-        # Each token of the row, BOS and prompt included, costs the logit of its like one penalty: in sum, penalty * count.
-        logits = logits.scatter_add(1, ids, torch.full(ids.shape, -float(sampling.freq_penalty), device=ids.device))
-    best, greedy = logits.max(dim=-1)
-    if not bool(torch.isfinite(best).all()):
-        raise ValueError("the logits are not finite any more. Lower the coeff, or load the model in float32 or bfloat16.")
-    if sampling.temperature == 0:
-        return greedy
-    p, candidates = nucleus(logits, sampling.top_p, sampling.top_k)
-    reached = p.double().cumsum(dim=-1)
-    i = torch.searchsorted(reached, u[:, None] * reached[:, -1:], right=True)       # the first token that takes the sum past u
-    return candidates.gather(1, i)[:, 0]
+        # Each token of the row, BOS and prompt included, costs its own logit one penalty: in sum, penalty * count.
+        penalty = torch.full(ids.shape, -float(sampling.freq_penalty), device=ids.device)
+        logits = logits.scatter_add(1, ids, penalty)
+    highest, new = logits.max(dim=-1)
+    if sampling.temperature > 0:
+        p, tokens, enough = nucleus(logits, sampling.top_p, sampling.top_k, candidates)
+        reached = p.cumsum(dim=-1)
+        i = torch.searchsorted(reached, u[:, None] * reached[:, -1:], right=True)   # the first to take the sum past u
+        new = tokens.gather(1, i.clamp(max=p.shape[1] - 1))[:, 0].where(enough, TOO_FEW)
+    return new.where(highest.isfinite(), NOT_FINITE)
 
 
-def nucleus(logits, top_p, top_k=None):
-    """-> p (B, k), ids (B, k): the probabilities that are kept, not renormalised, 0 for what is cut; and whose they are.
+def nucleus(logits: Tensor, top_p: float, top_k: int | None = None,
+            candidates: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """The probabilities that are kept, not renormalised, 0 for what is cut -> p (B, k), their ids (B, k), enough (B,).
 
-    A token is kept if the likelier ones do not yet sum to more than top_p: the one that crosses top_p is in (Holtzman et al. 2020).
+    A token is kept if the likelier ones do not yet sum to more than top_p: the one that crosses it is in (Holtzman et
+    al. 2020). A nucleus is small, and sorting the whole vocabulary takes twenty times as long as finding its likeliest
+    `candidates`. enough: whether they reach top_p.
     """
     B, n_vocab = logits.shape
+    everything = torch.ones(B, dtype=torch.bool, device=logits.device)
     if top_p == 1 and not top_k:
-        return logits.softmax(dim=-1), torch.arange(n_vocab, device=logits.device).expand(B, -1)
-    # A nucleus is small: look at the 64 likeliest, and at more only if they do not reach top_p. Sorting all costs twenty times more.
-    k = min(top_k or 64, n_vocab)
-    while True:
-        top, ids = logits.topk(k)
-        p = (top - (top if top_k else logits).logsumexp(dim=-1, keepdim=True)).exp()
-        before = p.cumsum(dim=-1) - p
-        if top_k or k == n_vocab or bool((before[:, -1] > top_p).all()):
-            return p * (before <= top_p), ids
-        k = min(16 * k, n_vocab)
+        return logits.softmax(dim=-1), torch.arange(n_vocab, device=logits.device).expand(B, -1), everything
+    k = min(top_k or candidates, n_vocab)
+    top, ids = logits.topk(k)
+    p = (top - (top if top_k else logits).logsumexp(dim=-1, keepdim=True)).exp()
+    before = p.cumsum(dim=-1) - p
+    enough = everything if top_k or k == n_vocab else before[:, -1] > top_p
+    return p * (before <= top_p), ids, enough
 
 
-class Row:
+class Completion:
     """One continuation as it grows: its tokens, its text, and whether it has ended."""
 
-    def __init__(self, tokenizer, prompt, stop):
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: str | Sequence[str] = ()):
         self.tokenizer, self.prompt = tokenizer, prompt
         self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self.stop:
@@ -176,7 +246,7 @@ class Row:
         self.before = len(tokenizer.decode(prompt))
         self.new, self.ended = [], False
 
-    def add(self, token):
+    def add(self, token: int) -> None:
         if self.ended or token in self.tokenizer.eos_ids:
             self.ended = True
             return
@@ -184,49 +254,35 @@ class Row:
         self.ended = bool(self.stop) and len(self.text) < len(self.whole)
 
     @property
-    def whole(self):
+    def whole(self) -> str:
         # Trap: SentencePiece drops the leading space of whatever it decodes first, so the prompt is decoded along.
         return self.tokenizer.decode(self.prompt + self.new)[self.before:]
 
     @property
-    def text(self):
+    def text(self) -> str:
         whole = self.whole
         return whole[:min((i for i in map(whole.find, self.stop) if i >= 0), default=None)]
 
     @property
-    def unsure(self):
+    def unsure(self) -> int:
         """How many characters at the end may still change: part of a character, or the beginning of a stop string."""
         text = self.text
         begun = (size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size]))
         return max(len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}")), *begun, 0)
 
 
-def groups(encoded, n, max_new_tokens, tokens):
-    """Lists of (prompt number, continuation number) that run together: prompts of one length, about `tokens` positions in all."""
-    by_length = {}
-    for p, ids in enumerate(encoded):
-        by_length.setdefault(len(ids), []).extend((p, k) for k in range(n))
-    for length, rows in by_length.items():
-        most = max(1, tokens // (length + max_new_tokens))
-        yield from (rows[i:i + most] for i in range(0, len(rows), most))
+def as_asked(completions: list[Completion], prompts: str | Sequence[str], n: int, return_ids: bool = False):
+    """The texts as `generate` gives them, and with return_ids (texts, ids)."""
+    def nested(values):
+        by_prompt = [values[i:i + n] for i in range(0, len(values), n)]
+        return by_prompt[0] if isinstance(prompts, str) else by_prompt
+    texts = nested([row.text for row in completions])
+    return (texts, nested([row.prompt + row.new for row in completions])) if return_ids else texts
 
 
-def _check_fit(model, ids, max_new_tokens, steer, rows):
+def check_fit(model: LM, ids: list[int], max_new_tokens: int, steer: Steers, rows: int) -> tuple[Steer, ...]:
+    """The Steers as a tuple, if they, the prompt and its new tokens fit the model. Raises ValueError."""
     if len(ids) + max_new_tokens > model.config.n_ctx:
-        raise ValueError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit this model's context of {model.config.n_ctx}.")
+        raise ValueError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
+                         f"this model's context of {model.config.n_ctx}.")
     return model.check_steer(steer, rows, len(ids))
-
-
-def _device(model):
-    return next(model.parameters()).device
-
-
-def _number(name, value, low, high):
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not low <= value <= high:
-        possible = "a finite number" if high == math.inf else f"a number from {low} to {high}"
-        raise ValueError(f"{name} must be {possible}{', 0 or more' if (low, high) == (0, math.inf) else ''}; given: {value!r}.")
-
-
-def _whole(name, value, low):
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
-        raise ValueError(f"{name} must be a whole number, {low} or more; given: {value!r}.")

@@ -1,19 +1,19 @@
 """What makes GPT-2 GPT-2: learned positions, LayerNorm before each half of a block, biases everywhere, tanh-GELU.
 
-Read next: llama.py for what changed since, model.py for the loop. Radford et al. 2019; names as in OpenAI's checkpoint.
+Read next: llama.py for what changed since, model.py for the loop. Radford et al. 2019; OpenAI's names of weights.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from .attention import attend, merge_heads, split_heads
+from .attention import KVCache, attend, merge_heads, split_heads
 from .model import LM, Embedding, Linear
 
 
 class GPT2(LM):
     prefix = "transformer."         # which some files put before every name; OpenAI's own does not
-    names = {"embedding": "wte.weight", "final_norm": "ln_f.weight"}
+    embedding_name = "wte.weight"
 
     def __init__(self, config):
         super().__init__()
@@ -26,17 +26,17 @@ class GPT2(LM):
             self.lm_head = Linear(c.d_model, c.n_vocab, bias=False)
 
     @property
-    def blocks(self):
+    def blocks(self) -> nn.ModuleList:
         return self.h
 
-    def embed(self, ids, pos):
+    def embed(self, ids: Tensor, pos: Tensor) -> Tensor:
         """ids (B, T), pos (T,) -> (B, T, d_model)"""
         return self.wte(ids) + self.wpe(pos)
 
-    def rope(self, pos):
+    def rope(self, pos: Tensor) -> None:
         return None                 # positions were added at the embedding; the blocks need no more of them
 
-    def final_norm(self, x):
+    def final_norm(self, x: Tensor) -> Tensor:
         return self.ln_f(x)
 
 
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(c.d_model, c.norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, l, rope=None, cache=None):
+    def forward(self, x: Tensor, l: int, rope: None = None, cache: KVCache | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), l, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -60,12 +60,12 @@ class Attention(nn.Module):
         self.c_attn = Conv1D(c.d_model, 3 * c.d_model)      # q, k and v side by side
         self.c_proj = Conv1D(c.d_model, c.d_model)
 
-    def forward(self, x, l, cache=None):
-        q, k, v = self.heads(x)
+    def forward(self, x: Tensor, l: int, cache: KVCache | None = None) -> Tensor:
+        q, k, v = self.qkv(x)
         mixed = cache.attend(l, q, k, v) if cache else attend(q, k, v)
         return self.c_proj(merge_heads(mixed))
 
-    def heads(self, x, rope=None):
+    def qkv(self, x: Tensor, rope: None = None) -> tuple[Tensor, ...]:
         """x (B, T, d_model) -> queries, keys and values, each (B, H, T, D)."""
         return tuple(split_heads(part, self.n_head) for part in self.c_attn(x).chunk(3, dim=-1))
 
@@ -76,7 +76,7 @@ class MLP(nn.Module):
         self.c_fc = Conv1D(c.d_model, c.d_mlp)
         self.c_proj = Conv1D(c.d_mlp, c.d_model)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         # Trap: GPT-2 was trained with the tanh form of GELU; the exact form is off by up to 5e-4 a value.
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
@@ -84,23 +84,24 @@ class MLP(nn.Module):
 class Conv1D(nn.Module):
     """x W + b. OpenAI's checkpoint keeps W as (inputs, outputs), the transpose of nn.Linear's, and so do we."""
 
-    def __init__(self, n_in, n_out):
+    def __init__(self, n_in: int, n_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight + self.bias
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(variance + eps) * weight + bias, over d_model, in float32 whatever the dtype of x."""
 
-    def __init__(self, d_model, eps):
+    def __init__(self, d_model: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(d_model))
         self.bias = nn.Parameter(torch.empty(d_model))
 
-    def forward(self, x):
-        return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps).to(x)
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), weight.shape, weight, bias, self.eps).to(x)

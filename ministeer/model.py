@@ -1,21 +1,40 @@
-"""LM: the forward loop that both families share, with the residual stream as a list and activation addition in plain sight.
+"""LM: the forward loop of both families, the residual stream as a list, and activation addition in plain sight.
 
-Read before: attention.py, gpt2.py, llama.py. Read next: steering.py. Turner et al., Algorithm 1.
+Read first: attention.py, gpt2.py, llama.py. Read next: steering.py. Turner et al., Algorithm 1.
 """
 
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import KVCache
 
+if TYPE_CHECKING:
+    from .steering import Steer
+    Steers = Steer | Sequence[Steer]
+
 
 class LM(nn.Module):
-    """A language model: GPT2 or Llama says how to embed, what a block is, and how to unembed. The loop is here."""
+    """A language model. A family (gpt2.py, llama.py) says how to embed, what a block is and how to unembed:
 
-    fingerprint = ""        # set by weights.load: tells checkpoints apart, so that a vector meets the model it was made with
+    prefix, embedding_name: what its files put before names, and the name of its embedding
+    blocks: its layers, each called as block(x, l, rope, cache); embed(ids, pos), rope(pos), final_norm(x)
+    """
 
-    def initialise(self, seed):
-        """Give a new model random weights to train from, as GPT-2 began: N(0, 0.02^2), biases 0, norms 1. -> the model itself.
+    name = "unnamed"
+    fingerprint = ""        # set when weights are loaded: tells checkpoints apart, so that a vector meets its own model
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_parameter(self.embedding_name).device
+
+    def initialise(self, seed: int) -> LM:
+        """Give a new model random weights to train from, as GPT-2 began: N(0, 0.02^2), biases 0, norms 1. -> itself
 
         A model that was only made of a Config holds whatever was in memory.
         """
@@ -28,7 +47,13 @@ class LM(nn.Module):
                     p.fill_(0 if name.endswith("bias") else 1)
         return self
 
-    def forward(self, ids, steer=(), cache=None, *, last_only=False):
+    def shared_copy(self) -> LM:
+        """A model of modules and parameters of its own, whose numbers lie where this model's do."""
+        shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.parameters()}
+        return copy.deepcopy(self, shared)
+
+    def forward(self, ids: Tensor, steer: Steers = (), cache: KVCache | None = None, *,
+                last_only: bool = False) -> tuple[Tensor, list[Tensor]]:
         """-> logits (B, T, n_vocab), resid: a list of n_layer + 1 tensors (B, T, d_model).
 
         resid[l] is what block l reads; resid[n_layer] is what the final norm reads.
@@ -38,25 +63,35 @@ class LM(nn.Module):
         last_only: compute the logits of the last position only, (B, 1, n_vocab)
         Raises ValueError if ids, steer or cache do not fit this model or one another.
         """
-        steer = self.check(ids, steer, cache)
+        return self.read(ids, self.check(ids, steer, cache), cache, last_only)
+
+    def read(self, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache | None,
+             last_only: bool) -> tuple[Tensor, list[Tensor]]:
+        """`forward` without its checks, which wait for numbers from the device: for tokens that were just drawn."""
         start = len(cache) if cache else 0
-        pos = torch.arange(start, start + ids.shape[1], device=ids.device)      # absolute, for every chunk of every run
+        pos = torch.arange(start, start + ids.shape[1], device=ids.device)      # absolute, for every chunk of a run
         resid = self.run(self.embed(ids, pos), pos, steer, cache)
         return self.unembed(resid[-1][:, -1:] if last_only else resid[-1]), resid
 
-    def run(self, x, pos, steer=(), cache=None, first=0, stop=None):
-        """The loop: blocks `first` … `stop` - 1 (all by default) -> [resid[first], …, resid[stop]].
+    def residuals(self, ids: Tensor, steer: Steers = (), stop_layer: int | None = None) -> list[Tensor]:
+        """[resid[0], …, resid[stop_layer]] of ids (B, T), without logits; only the blocks below stop_layer run."""
+        steer = self.check(ids, steer, None)
+        pos = torch.arange(ids.shape[1], device=ids.device)
+        return self.run(self.embed(ids, pos), pos, steer, stop_layer=stop_layer)
 
-        x (B, T, d_model): what block `first` reads at the absolute positions pos (T,), before any addition there
-        To make a vector for layer l, stop before block l. To try many Steers at layer l, start there from one recorded resid[l].
-        Raises ValueError for a cache and less than all blocks: the others would leave their keys and values out of it.
+    def run(self, x: Tensor, pos: Tensor, steer: Sequence[Steer] = (), cache: KVCache | None = None,
+            first_layer: int = 0, stop_layer: int | None = None) -> list[Tensor]:
+        """The loop: blocks first_layer … stop_layer - 1, all by default -> [resid[first_layer], …, resid[stop_layer]].
+
+        x (B, T, d_model): what block first_layer reads at the absolute positions pos (T,), before any addition there
+        To try many Steers at layer l, start there from one recorded resid[l].
+        Raises ValueError for a cache and less than all blocks: the others would be missing from it.
         """
-        if cache and (first > 0 or stop is not None):
-            raise ValueError("a cache needs all blocks; leave out first and stop, or the cache.")
+        if cache and (first_layer > 0 or stop_layer is not None):
+            raise ValueError("a cache needs all blocks; leave out first_layer and stop_layer, or the cache.")
         rope = self.rope(pos)
-        stop = self.config.n_layer if stop is None else stop
         resid = []
-        for l in range(first, stop):
+        for l in range(first_layer, self.config.n_layer if stop_layer is None else stop_layer):
             for s in steer:
                 if s.layer == l:
                     x = x + s.delta(pos).to(x)      # activation addition: x + c (h+ - h-)
@@ -67,17 +102,26 @@ class LM(nn.Module):
             cache.length += len(pos)
         return resid
 
-    def check(self, ids, steer, cache):
-        """Whatever cannot be run is refused here, before it is half done. Returns the Steers as a tuple."""
+    def unembed(self, x: Tensor) -> Tensor:
+        """x (B, T, d_model) -> logits (B, T, n_vocab). Of any resid[l] this is the logit lens (nostalgebraist 2020)."""
+        x = self.final_norm(x)
+        if hasattr(self, "lm_head"):
+            return self.lm_head(x)
+        return x @ self.get_parameter(self.embedding_name).T        # tied: the head is the embedding
+
+    def check(self, ids: Tensor, steer: Steers, cache: KVCache | None) -> tuple[Steer, ...]:
+        """Refuse whatever cannot be run before it is half done. Returns the Steers as a tuple."""
         c = self.config
-        if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or 0 in ids.shape:
-            given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        is_ids = isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32)
+        if not is_ids or ids.ndim != 2 or 0 in ids.shape:
+            given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"ids must be a (B, T) int64 tensor of token numbers, B and T at least 1; given: {given}.")
         if cache is not None and not isinstance(cache, KVCache):
             raise ValueError(f"cache must be a KVCache or None; given: {type(cache).__name__}.")
         B, T = ids.shape
-        if int(ids.min()) < 0 or int(ids.max()) >= c.n_vocab:
-            raise ValueError(f"ids {int(ids.min())} … {int(ids.max())} are not in this model's vocabulary, 0 … {c.n_vocab - 1}. "
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= c.n_vocab:
+            raise ValueError(f"ids {lowest} … {highest} are not in this model's vocabulary, 0 … {c.n_vocab - 1}. "
                              "Were they made with another tokenizer?")
         start = len(cache) if cache else 0
         if start + T > c.n_ctx:
@@ -87,51 +131,55 @@ class LM(nn.Module):
             if start + T > cache.max_len:
                 raise ValueError(f"the cache holds {cache.max_len} positions; {start} are read, {T} more do not fit.")
             if B not in (1, cache.batch) or (start and B != cache.batch):
-                raise ValueError(f"the cache has {cache.batch} rows, ids {B}.")
+                raise ValueError(f"the cache is for a batch of {cache.batch}, and ids has a batch of {B}.")
             if start and steer != cache.steer:
-                raise ValueError("the cache was filled under other steering. Pass the same steer list to every call, or start a new cache.")
+                raise ValueError("the cache was filled under other steering. Pass the same steer list to every call, "
+                                 "or start a new cache.")
             cache.steer = steer
         return steer
 
-    def check_steer(self, steer, batch, length=None):
-        """One Steer or several -> a tuple of them, if all fit this model, `batch` rows and (where it is known) a prompt of `length` tokens."""
-        c = self.config
+    def check_steer(self, steer: Steers, batch: int, length: int | None = None) -> tuple[Steer, ...]:
+        """The Steers as a tuple, if all fit this model, a batch of so many rows and a prompt of `length` tokens.
+
+        length: None where the prompt is not read at once
+        """
         steer = tuple(steer) if isinstance(steer, list | tuple) else (steer,)
         for s in steer:
             if not hasattr(s, "delta"):
                 raise ValueError(f"steer must be a Steer or a list of them; given: {type(s).__name__}.")
-            if s.layer >= c.n_layer:
-                raise ValueError(f"layer {s.layer}: {self.layers_there()}")
-            if s.vector.shape[-1] != c.d_model:
-                raise ValueError(f"the vector is {s.vector.shape[-1]} wide, this model's residual stream {c.d_model}. "
+            self.check_layer(s.layer)
+            d_model = s.vector.shape[-1]
+            if d_model != self.config.d_model:
+                raise ValueError(f"the vector is {d_model} wide, this model's residual stream {self.config.d_model}. "
                                  "Was it made with another model?")
-            if s.model and self.fingerprint and s.model != self.fingerprint:
-                raise ValueError(f"the vector was made with another model ({s.note.get('model', s.model)}). "
+            if s.fingerprint and self.fingerprint and s.fingerprint != self.fingerprint:
+                maker = s.note.get("model", s.fingerprint)
+                raise ValueError(f"the vector was made with another model ({maker}). "
                                  "To use it all the same, load it with Steer.load(path, any_model=True).")
-            if isinstance(s.coeff, torch.Tensor) and len(s.coeff) != batch:
-                raise ValueError(f"coeff has {len(s.coeff)} values, one for each row of a batch, but the batch has {batch} rows.")
+            if isinstance(s.coeff, Tensor) and len(s.coeff) != batch:
+                raise ValueError(f"coeff has {len(s.coeff)} values, one for each row of a batch, "
+                                 f"but the batch has {batch} rows.")
             if length is not None and s.stop is not None and s.stop > length:
-                raise ValueError(f"the steered positions {s.start} … {s.stop - 1} do not fit a prompt of {length} tokens.")
+                raise ValueError(f"the steered positions {s.start} … {s.stop - 1} do not fit "
+                                 f"a prompt of {length} tokens.")
         return steer
 
-    def layers_there(self):
-        return f"this model has blocks 0 … {self.config.n_layer - 1} (layer = the block that reads the changed stream)."
-
-    def unembed(self, x):
-        """x (B, T, d_model) -> logits (B, T, n_vocab). unembed(resid[l]) for any l is the logit lens (nostalgebraist 2020)."""
-        head = self.get_parameter(self.names["embedding"] if self.config.tied else "lm_head.weight")
-        return self.final_norm(x) @ head.T
+    def check_layer(self, layer: int) -> None:
+        """Raises ValueError unless `layer` is the number of a block."""
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.config.n_layer:
+            raise ValueError(f"layer {layer}: this model has blocks 0 … {self.config.n_layer - 1} "
+                             "(layer = the block that reads the changed stream).")
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its random start: a file or `initialise` fills it, and to draw it first would take longer than to load."""
+    """nn.Linear without its random start, which would take longer than to load the weights that replace it."""
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         pass
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding, likewise."""
+    """nn.Embedding without its random start."""
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         pass

@@ -151,7 +151,7 @@ def test_the_setting_says_what_is_added_where(run):
     words = " ".join(out.split())
     assert words.startswith(f"model tiny-llama (llama, 4 layers) prompt {PROMPT} vector ")
     assert ' vector " love" - " hate" before block 2, coeff 0.5 added to "I' in words
-    assert " times as long as the stream there sampling n 1, 12 tokens, " in words
+    assert " × the norm of the residual stream there sampling n 1, 12 tokens, " in words
     assert " temperature 1, top-p 0.9, penalty 1, seed 7 unsteered" in words
 
 
@@ -260,7 +260,7 @@ def test_a_vector_for_every_position(run, start):
     code, out, err = run("steer", PROMPT, "--vector", "all.safetensors", "--model", "tiny-gpt2")
     assert (code, err) == (0, "")
     assert f"added to every position from {start} on" in " ".join(out.split())
-    assert ("times as long" in out) == (start == 1)         # position 50 is behind the prompt
+    assert ("× the norm" in out) == (start == 1)         # position 50 is behind the prompt
 
 
 def test_a_save_that_fails_leaves_nothing(run, monkeypatch):
@@ -338,7 +338,7 @@ def test_demo(run, smollm2, monkeypatch):
     (["fetch"], "NAME"),
     (["fetch", "no-such-model"], "Known: smollm2-135m,"),
     (["fetch", ""], "Known"),
-    (["demo", "-n", "0"], "-n must be 1 or more"),
+    (["demo", "-n", "0"], "-n must be a whole number, 1 or more"),
     (["demo", "--seed", "x"], "--seed"),
 ])
 def test_bad_command_lines(run, argv, says):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ministeer import Steer, generate, steering_vector
-from ministeer.generation import Row, Sampling, choose, nucleus, stream, uniforms
+from ministeer.generation import TOO_FEW, Completion, Sampling, nucleus, sample, sample_token, stream, uniforms
 
 PROMPT = "I went up to my friend and said"
 PAPER = {"temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0}
@@ -50,9 +50,9 @@ def test_the_draw_follows_the_papers_rule(seed, spread, temperature, top_p, top_
     rng = np.random.default_rng(seed)
     logits = torch.tensor(rng.normal(0, spread, (3, 300)), dtype=torch.float32)
     ids = torch.tensor(rng.integers(0, 300, (3, 20)))
-    u = torch.tensor(rng.random(3))
+    u = torch.tensor(rng.random(3), dtype=torch.float32)
     sampling = Sampling(temperature, top_p, top_k, penalty)
-    got = choose(logits, ids, u, sampling)
+    got = sample_token(logits, ids, u, sampling, candidates=300)
     wanted = [slow_choice(logits[b], ids[b].tolist(), float(u[b]), temperature, top_p, top_k, penalty) for b in range(3)]
     assert got.tolist() == wanted
 
@@ -64,25 +64,33 @@ def test_the_token_that_crosses_top_p_is_kept():
 
 
 def test_a_flat_distribution_needs_more_than_the_first_candidates():
-    p, ids = nucleus(torch.zeros(2, 5000), 0.9)
+    flat = torch.zeros(2, 5000)
+    assert nucleus(flat, 0.9)[2].tolist() == [False, False]
+    p, ids, enough = nucleus(flat, 0.9, candidates=5000)
+    assert enough.all()
     assert (p > 0).sum(dim=-1).tolist() == pytest.approx([4501, 4501], abs=2)
     assert len(set(ids[0].tolist())) == ids.shape[1]
+    u = torch.tensor([0.0, 0.999])
+    sampling = Sampling(top_p=0.9, max_new_tokens=1)
+    assert sample_token(flat, ids[:, :1], u, sampling).tolist() == [TOO_FEW, TOO_FEW]
+    (drawn,) = sample(lambda ids: flat, ids[:, :1], u[:, None], sampling)
+    assert drawn == sample_token(flat, ids[:, :1], u, sampling, candidates=5000).tolist()
 
 
 def test_the_penalty_counts_prompt_and_bos():
     logits = torch.tensor([[1.0, 0.9, 0.0]])
     greedy = Sampling(temperature=0, freq_penalty=1.0)
-    assert choose(logits, torch.tensor([[2]]), torch.zeros(1), greedy).item() == 0
-    assert choose(logits, torch.tensor([[0]]), torch.zeros(1), greedy).item() == 1
-    assert choose(logits, torch.tensor([[0, 1, 1]]), torch.zeros(1), greedy).item() == 0      # 0.0, -1.1 and 0.0: the first of equals
+    assert sample_token(logits, torch.tensor([[2]]), torch.zeros(1), greedy).item() == 0
+    assert sample_token(logits, torch.tensor([[0]]), torch.zeros(1), greedy).item() == 1
+    assert sample_token(logits, torch.tensor([[0, 1, 1]]), torch.zeros(1), greedy).item() == 0      # 0.0, -1.1 and 0.0: the first of equals
     assert logits.tolist() == [[1.0, pytest.approx(0.9), 0.0]]                                 # and the model's logits are left alone
 
 
 def test_frequencies_of_draws_are_the_probabilities():
     p = torch.tensor([0.5, 0.25, 0.2, 0.05])
-    u = torch.tensor(np.random.default_rng(0).random(20000))
+    u = torch.tensor(np.random.default_rng(0).random(20000), dtype=torch.float32)
     for top_p, wanted in [(1.0, p), (0.6, torch.tensor([2 / 3, 1 / 3, 0, 0]))]:
-        ids = choose(p.log().expand(20000, -1), torch.zeros(20000, 0, dtype=torch.int64), u, Sampling(top_p=top_p))
+        ids = sample_token(p.log().expand(20000, -1), torch.zeros(20000, 0, dtype=torch.int64), u, Sampling(top_p=top_p))
         assert ids.bincount(minlength=4) / 20000 == pytest.approx(wanted, abs=0.012)          # over three standard errors
 
 
@@ -132,7 +140,7 @@ def test_neither_n_nor_the_batch_nor_company_changes_a_completion(tiny, love):
     together = generate(model, tokenizer, prompts, 3, 10, 2 * love, **PAPER)
     assert together == [generate(model, tokenizer, prompt, 3, 10, [2 * love], **PAPER) for prompt in prompts]
     assert [texts[:1] for texts in together] == generate(model, tokenizer, prompts, 1, 10, [2 * love], **PAPER)
-    assert generate(model, tokenizer, prompts, 3, 10, [2 * love], tokens=50, **PAPER) == together
+    assert generate(model, tokenizer, prompts, 3, 10, [2 * love], max_batch_tokens=50, **PAPER) == together
     longer = generate(model, tokenizer, prompts, 3, 15, [2 * love], **PAPER)
     assert all(a.startswith(b.rstrip("\N{REPLACEMENT CHARACTER}")) for x, y in zip(longer, together, strict=True) for a, b in zip(x, y, strict=True))
 
@@ -151,7 +159,7 @@ def test_a_coefficient_for_each_completion(tiny, love):
 
 def test_a_row_that_reaches_eos_ends(tiny):
     model, tokenizer = tiny
-    row = Row(tokenizer, [0], ())
+    row = Completion(tokenizer, [0], ())
     for token in [*tokenizer.encode("love", bos=False), tokenizer.eos_ids[0], *tokenizer.encode("hate", bos=False)]:
         row.add(token)
     assert row.ended
@@ -161,7 +169,7 @@ def test_a_row_that_reaches_eos_ends(tiny):
 def test_generation_stops_when_every_row_has_ended(tiny, monkeypatch):
     model, tokenizer = tiny
     calls = []
-    monkeypatch.setattr("ministeer.generation.choose", lambda logits, ids, *rest: calls.append(1) or torch.full((len(ids),), tokenizer.eos_ids[0]))
+    monkeypatch.setattr("ministeer.generation.sample_token", lambda logits, ids, *rest: calls.append(1) or torch.full((len(ids),), tokenizer.eos_ids[0]))
     done = []
     assert generate(model, tokenizer, PROMPT, 5, 30, progress=done.append) == [""] * 5
     assert len(calls) == 1
@@ -187,11 +195,11 @@ def test_streamed_pieces_join_to_the_generated_text(tiny, love, how):
 
 def test_a_piece_waits_for_the_rest_of_a_character_and_of_a_stop_string(tiny):
     _, tokenizer = tiny
-    row = Row(tokenizer, [0], ["the end"])
+    row = Completion(tokenizer, [0], ["the end"])
     for token in tokenizer.encode("é the e", bos=False):
         row.add(token)
     assert row.text[:len(row.text) - row.unsure] == "é "
-    row = Row(tokenizer, [0], ())
+    row = Completion(tokenizer, [0], ())
     row.add(tokenizer.encode("é", bos=False)[0])
     assert row.unsure == len(row.text) == 1
 
@@ -228,7 +236,7 @@ def test_a_prompt_may_be_empty(tiny, love):
     ({"temperature": float("inf")}, "temperature must be"), ({"top_p": 1.1}, "top_p must be"),
     ({"top_p": -0.1}, "top_p must be"), ({"top_k": -1}, "top_k must be"), ({"freq_penalty": float("inf")}, "freq_penalty must be"),
     ({"seed": -1}, "seed must be"), ({"seed": None}, "seed must be"), ({"stop": ""}, "must not be empty"), ({"stop": ["a", ""]}, "must not be empty"),
-    ({"tokens": 0}, "tokens must be"), ({"max_new_tokens": 500}, "context of 192"),
+    ({"max_batch_tokens": 0}, "max_batch_tokens must be"), ({"max_new_tokens": 500}, "context of 192"),
 ])
 def test_settings_without_meaning(tiny, change, says):
     with pytest.raises(ValueError, match=says):

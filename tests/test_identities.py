@@ -103,17 +103,17 @@ def test_run_from_a_recorded_layer(model):
     ids, pos = some_ids(2), torch.arange(T)
     logits, resid = model(ids)
     for l in range(N_LAYER):
-        below = model.run(model.embed(ids, pos), pos, stop=l)
+        below = model.run(model.embed(ids, pos), pos, stop_layer=l)
         assert all(torch.equal(a, b) for a, b in zip(below, resid[:l + 1], strict=True))
         for steer in [(), [Steer(l, some_vector(), 4.0)], [Steer(l, some_vector(), -4.0), Steer(N_LAYER - 1, some_vector(seed=1))]]:
             wanted_logits, wanted = model(ids, steer)
-            rest = model.run(resid[l], pos, steer, first=l)
+            rest = model.run(resid[l], pos, steer, first_layer=l)
             assert all(torch.equal(a, b) for a, b in zip(rest, wanted[l:], strict=True))
             assert torch.equal(model.unembed(rest[-1]), wanted_logits)
         assert torch.equal(resid[l], below[-1])         # the record is as it was
-    some = model.run(resid[1], pos, first=1, stop=3)
+    some = model.run(resid[1], pos, first_layer=1, stop_layer=3)
     assert all(torch.equal(a, b) for a, b in zip(some, resid[1:4], strict=True))
-    assert model.run(resid[-1], pos, first=N_LAYER)[0] is resid[-1]
+    assert model.run(resid[-1], pos, first_layer=N_LAYER)[0] is resid[-1]
 
 
 def test_int32_ids_and_a_bare_steer(model):
@@ -291,17 +291,17 @@ def test_a_cache_knows_its_steering_by_row(model):
     model(ids[:, 4:], Steer(1, some_vector(), torch.tensor([1.0, 2.0])), cache)
 
 
-@pytest.mark.parametrize(("n_ctx", "batch", "first", "then", "message"), [
+@pytest.mark.parametrize(("max_len", "batch", "first", "then", "message"), [
     (5, 1, None, (1, 6), "the cache holds 5 positions; 0 are read, 6 more do not fit"),
     (5, 1, (1, 4), (1, 2), "the cache holds 5 positions; 4 are read, 2 more do not fit"),
-    (9, 3, None, (2, 4), "the cache has 3 rows, ids 2"),
-    (9, 1, None, (2, 4), "the cache has 1 rows, ids 2"),
+    (9, 3, None, (2, 4), "the cache is for a batch of 3, and ids has a batch of 2"),
+    (9, 1, None, (2, 4), "the cache is for a batch of 1, and ids has a batch of 2"),
     # Only the first chunk may be one row for all.
-    (9, 2, (2, 4), (1, 1), "the cache has 2 rows, ids 1"),
-    (9, 2, (1, 4), (3, 1), "the cache has 2 rows, ids 3"),
+    (9, 2, (2, 4), (1, 1), "the cache is for a batch of 2, and ids has a batch of 1"),
+    (9, 2, (1, 4), (3, 1), "the cache is for a batch of 2, and ids has a batch of 3"),
     (500, 1, (1, 190), (1, 3), "193 positions do not fit this model's context of 192"),
 ])
-def test_a_cache_that_does_not_fit(model, n_ctx, batch, first, then, message):
+def test_a_cache_that_does_not_fit(model, max_len, batch, first, then, message):
     cache = KVCache(max_len, batch)
     if first:
         model(some_ids(*first), cache=cache)
@@ -352,8 +352,8 @@ WIDE = torch.ones(3, 33)
     (Steer(0, some_vector(), torch.tensor([1.0])), "coeff has 1 values, one for each row of a batch, but the batch has 2 rows"),
     (Steer(0, some_vector(5)), r"the steered positions 1 … 5 do not fit a prompt of 3 tokens\."),
     (Steer(0, some_vector(1), start=3), "the steered positions 3 … 3 do not fit a prompt of 3 tokens"),
-    (Steer(0, some_vector(), model="0123456789abcdef"), r"the vector was made with another model \(0123456789abcdef\)"),
-    (Steer(0, some_vector(), model="0123456789abcdef", note={"model": "gpt5"}), r"made with another model \(gpt5\).*any_model=True"),
+    (Steer(0, some_vector(), fingerprint="0123456789abcdef"), r"the vector was made with another model \(0123456789abcdef\)"),
+    (Steer(0, some_vector(), fingerprint="0123456789abcdef", note={"model": "gpt5"}), r"made with another model \(gpt5\).*any_model=True"),
 ])
 def test_steers_that_do_not_fit(model, steer, message):
     """Wherever in the list it stands, and before anything is computed."""
@@ -377,14 +377,14 @@ def test_arguments_of_another_type(model, given, message):
 
 @pytest.mark.parametrize("sizes", [(0,), (5, 0), (-1,), (2.5,), ("5",), (True,)])
 def test_a_cache_holds_something(sizes):
-    with pytest.raises(ValueError, match="(n_ctx|batch) must be a whole number, 1 or more; given: "):
+    with pytest.raises(ValueError, match="(max_len|batch) must be a whole number, 1 or more; given: "):
         KVCache(*sizes)
 
 
 def test_steers_that_just_fit(model):
     for steer in [Steer(3, some_vector(2)), Steer(0, some_vector(1), torch.ones(2)), Steer(0, some_vector(3), start=0),
                   Steer(0, some_vector(None), start=7)]:
-        model(some_ids(2, 3), replace(steer, model=model.fingerprint))
+        model(some_ids(2, 3), replace(steer, fingerprint=model.fingerprint))
     # With a cache more tokens will come, so a vector may reach beyond the first chunk.
     model(some_ids(2, 3), Steer(0, some_vector(9)), KVCache(20, batch=2))
 
@@ -415,7 +415,7 @@ def test_a_new_model_can_be_trained(family, tied):
     """Made by hand from a Config, every parameter gets a gradient, and a few steps learn a sequence."""
     config = replace(parse_config(hub_config(family).to_diff_dict()), tied=tied)
     model = {"gpt2": GPT2, "llama": Llama}[family](config).initialise(seed=0)
-    weights = model.get_parameter(model.names["embedding"])
+    weights = model.get_parameter(model.embedding_name)
     assert weights.std().item() == pytest.approx(0.02, rel=0.05)
     assert all(p.unique().tolist() in ([0], [1]) for p in model.parameters() if p.ndim == 1)
     again, other = (type(model)(config).initialise(seed) for seed in (0, 1))
@@ -441,6 +441,6 @@ def test_a_cache_needs_all_blocks(tiny):
     model, _ = tiny
     pos = torch.arange(3)
     x = model.embed(torch.zeros(1, 3, dtype=torch.int64), pos)
-    for part in ({"first": 1}, {"stop": 2}):
+    for part in ({"first_layer": 1}, {"stop_layer": 2}):
         with pytest.raises(ValueError, match="a cache needs all blocks"):
             model.run(x, pos, cache=KVCache(3), **part)

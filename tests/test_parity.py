@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ministeer import Steer, generate
 from ministeer.checkpoints.config import Rope, parse_config
-from ministeer.generation import Sampling, sample
+from ministeer.generation import Sampling, decoder, sample
 from ministeer.llama import frequencies
 from ministeer.checkpoints.weights import load_model
 
@@ -201,7 +201,8 @@ def test_gpt2_config_of_transformers_4():
 
 def greedy(model, ids, n=40):
     """The n likeliest next ids, one after another; EOS does not end them."""
-    return [int(new) for new in sample(model, ids, [0], Sampling(temperature=0, max_new_tokens=n))]
+    step, how = decoder(model, (), 1, ids.shape[1] + n), Sampling(temperature=0, max_new_tokens=n)
+    return [new for (new,) in sample(step, ids, torch.zeros(1, n), how)]
 
 
 def greedy_hub(hub, ids, n=40):

@@ -200,7 +200,7 @@ def _same_shape(name, shape, wanted, path, model):
 
 def _same_as_embedding(path, name, headers, model):
     """A tied model may carry its head a second time, but then it has to be the embedding."""
-    embedding = model.names["embedding"]
+    embedding = model.embedding_name
     stored = [(other, full) for other, header in headers.items() for full in header if full.removeprefix(model.prefix) == embedding]
     for other, full in stored:
         with safe_open(path, "pt") as a, safe_open(other, "pt") as b:

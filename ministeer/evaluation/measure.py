@@ -243,9 +243,9 @@ def sweep(model, tokenizer, prompt, plus, minus, layers, coeffs):
     pos = torch.arange(ids.shape[1], device=ids.device)
     x, first = model.embed(ids, pos), 0
     for s in steers:
-        x = model.run(x, pos, first=first, stop=s.layer)[-1]
+        x = model.run(x, pos, first_layer=first, stop_layer=s.layer)[-1]
         x = torch.cat([x, x[:1] + (coeffs * s).delta(pos).to(x)])       # activation addition, one more row a coefficient
         first = s.layer
-    x = model.run(x, pos, first=first)[-1]
+    x = model.run(x, pos, first_layer=first)[-1]
     logits = model.unembed(x[1:, -1:])[:, 0].unflatten(0, (len(layers), len(coeffs)))
     return logits[[sorted(layers).index(l) for l in layers]]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import TEXT
 
 from ministeer import fast, generate
-from ministeer.methods import many_pairs as relatives
+from ministeer.methods import inside_blocks, many_pairs
 from ministeer.attention import attend, merge_heads
 
 PLUS = ["I love you", "the gulls love the town", "you are kind", "we love the bride", "the wedding is kind", "love is all"]
@@ -19,11 +19,11 @@ def ids_of(tokenizer, text):
 
 def test_caa_is_the_mean_difference_of_the_last_tokens(tiny):
     model, tokenizer = tiny
-    steer = relatives.caa(model, tokenizer, PLUS, MINUS, 2)
+    steer = many_pairs.caa(model, tokenizer, PLUS, MINUS, 2)
     rows = [model(ids_of(tokenizer, a))[1][2][0, -1] - model(ids_of(tokenizer, b))[1][2][0, -1] for a, b in zip(PLUS, MINUS, strict=True)]
     torch.testing.assert_close(steer.vector, sum(rows) / len(rows))
     assert steer.stop is None
-    assert steer.model == model.fingerprint
+    assert steer.fingerprint == model.fingerprint
     plain, steered = model(ids_of(tokenizer, TEXT[0]))[1][2], model(ids_of(tokenizer, TEXT[0]), 2 * steer)[1][2]
     torch.testing.assert_close((steered - plain)[0, 1:], (2 * steer.vector).expand(plain.shape[1] - 1, -1), rtol=1e-4, atol=1e-4)
     assert torch.equal(steered[0, 0], plain[0, 0])
@@ -31,15 +31,15 @@ def test_caa_is_the_mean_difference_of_the_last_tokens(tiny):
 
 def test_repe_is_the_direction_of_most_squared_length_toward_plus(tiny):
     model, tokenizer = tiny
-    steers = relatives.repe(model, tokenizer, PLUS, MINUS, [1, 3])
-    rows = relatives.differences(model, tokenizer, PLUS, MINUS)
+    steers = many_pairs.repe(model, tokenizer, PLUS, MINUS, [1, 3])
+    rows = many_pairs.differences(model, tokenizer, PLUS, MINUS)
     for steer, layer in zip(steers, (1, 3), strict=True):
         assert steer.layer == layer
         values, vectors = torch.linalg.eigh(rows[:, layer].T @ rows[:, layer])
         assert abs(vectors[:, -1] @ steer.vector) == pytest.approx(1, abs=1e-3)
         assert steer.vector.norm() == pytest.approx(1, abs=1e-5)
         assert rows[:, layer].mean(dim=0) @ steer.vector > 0
-    turned = relatives.repe(model, tokenizer, MINUS, PLUS, [1])[0]
+    turned = many_pairs.repe(model, tokenizer, MINUS, PLUS, [1])[0]
     torch.testing.assert_close(turned.vector, -steers[0].vector, rtol=1e-3, atol=1e-3)
 
 
@@ -47,13 +47,13 @@ def test_head_outputs_are_what_the_projection_reads(tiny):
     model, tokenizer = tiny
     ids = ids_of(tokenizer, TEXT[1])
     seen = []
-    handles = [relatives._parts(block)[0].register_forward_hook(lambda module, given, result: seen.append(result)) for block in model.blocks]
+    handles = [inside_blocks.block_parts(block)[1].register_forward_hook(lambda module, given, result: seen.append(result)) for block in model.blocks]
     model(ids)
     for handle in handles:
         handle.remove()
-    found = relatives.head_outputs(model, ids)
+    found = inside_blocks.head_outputs(model, ids)
     for l, block in enumerate(model.blocks):
-        attention, _ = relatives._parts(block)
+        _, attention = inside_blocks.block_parts(block)
         out = getattr(attention, "o_proj", None) or attention.c_proj
         torch.testing.assert_close(out(found[l].flatten()), seen[l][0, -1], rtol=1e-4, atol=1e-4)
 
@@ -61,16 +61,16 @@ def test_head_outputs_are_what_the_projection_reads(tiny):
 def test_iti_adds_to_the_chosen_heads_and_to_no_other(tiny):
     model, tokenizer = tiny
     before = {name: p.clone() for name, p in model.named_parameters()}
-    changed = relatives.iti(model, tokenizer, PLUS, MINUS, heads=3, strength=5.0)
+    changed = inside_blocks.iti(model, tokenizer, PLUS, MINUS, heads=3, strength=5.0)
     assert len(changed.chosen_heads) == 3
-    a, b = (torch.stack([relatives.head_outputs(model, ids_of(tokenizer, text)) for text in texts]) for texts in (PLUS, MINUS))
+    a, b = (torch.stack([inside_blocks.head_outputs(model, ids_of(tokenizer, text)) for text in texts]) for texts in (PLUS, MINUS))
     ids = ids_of(tokenizer, TEXT[1])
     pos = torch.arange(ids.shape[1])
     x, rope = model.embed(ids, pos), model.rope(pos)
     for l, block in enumerate(model.blocks):        # the same by hand: heads, what is added to them, projection
-        attention, norm = relatives._parts(block)
+        norm, attention = inside_blocks.block_parts(block)
         out = getattr(attention, "o_proj", None) or attention.c_proj
-        mixed = attend(*attention.heads(norm(x), rope))
+        mixed = attend(*attention.qkv(norm(x), rope))
         for h in [h for m, h in changed.chosen_heads if m == l]:
             theta = F.normalize(a[:, l, h].mean(dim=0) - b[:, l, h].mean(dim=0), dim=0)
             sigma = torch.cat([a[:, l, h], b[:, l, h]]).matmul(theta).std()
@@ -85,9 +85,9 @@ def test_iti_adds_to_the_chosen_heads_and_to_no_other(tiny):
 
 def test_iti_takes_the_heads_that_tell_best(tiny):
     model, tokenizer = tiny
-    chosen = relatives.iti(model, tokenizer, PLUS, MINUS, heads=3).chosen_heads
-    a, b = (torch.stack([relatives.head_outputs(model, ids_of(tokenizer, text)) for text in texts]) for texts in (PLUS, MINUS))
-    tells = {(l, h): relatives._probe(a[:, l, h], b[:, l, h]).item() for l in range(a.shape[1]) for h in range(a.shape[2])}
+    chosen = inside_blocks.iti(model, tokenizer, PLUS, MINUS, heads=3).chosen_heads
+    a, b = (torch.stack([inside_blocks.head_outputs(model, ids_of(tokenizer, text)) for text in texts]) for texts in (PLUS, MINUS))
+    tells = {(l, h): inside_blocks.probe_accuracy(a[:, l, h], b[:, l, h]).item() for l in range(a.shape[1]) for h in range(a.shape[2])}
     assert len(set(tells.values())) > 1
     assert sorted(tells[l, h] for l, h in chosen) == sorted(tells.values())[-3:]
 
@@ -95,28 +95,28 @@ def test_iti_takes_the_heads_that_tell_best(tiny):
 def test_a_probe_tells_what_can_be_told():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 200, 6, generator=generator)
-    assert relatives._probe(x[0] + 3, x[1] - 3) == 1
-    assert 0.35 < relatives._probe(x[0], x[1]) < 0.65
+    assert inside_blocks.probe_accuracy(x[0] + 3, x[1] - 3) == 1
+    assert 0.35 < inside_blocks.probe_accuracy(x[0], x[1]) < 0.65
     swapped = torch.where((torch.arange(200) % 2 == 0)[:, None], 1.0, -1.0)        # what the even pairs teach is false of the odd ones
-    assert relatives._probe(x[0] + 3 * swapped, x[1] - 3 * swapped) < 0.05
+    assert inside_blocks.probe_accuracy(x[0] + 3 * swapped, x[1] - 3 * swapped) < 0.05
 
 
 def test_iti_of_strength_0_changes_nothing(tiny):
     model, tokenizer = tiny
     ids = ids_of(tokenizer, TEXT[0])
-    torch.testing.assert_close(relatives.iti(model, tokenizer, PLUS, MINUS, 5, 0.0)(ids)[0], model(ids)[0])
+    torch.testing.assert_close(inside_blocks.iti(model, tokenizer, PLUS, MINUS, 5, 0.0)(ids)[0], model(ids)[0])
 
 
 def test_a_probe_finds_what_is_there_and_not_what_is_not():
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(200, 4, generator=generator) for _ in "ab"]
-    assert relatives._probe(noise[0] + 3, noise[1] - 3) == 1
-    assert 0.35 < relatives._probe(*noise) < 0.65
+    assert inside_blocks.probe_accuracy(noise[0] + 3, noise[1] - 3) == 1
+    assert 0.35 < inside_blocks.probe_accuracy(*noise) < 0.65
 
 
 def test_icv_turns_and_keeps_the_norm(tiny):
     model, tokenizer = tiny
-    changed = relatives.icv(model, tokenizer, PLUS, MINUS, 0.5)
+    changed = inside_blocks.icv(model, tokenizer, PLUS, MINUS, 0.5)
     x = torch.randn(2, 3, model.config.d_model, generator=torch.Generator().manual_seed(0))
     for old, new in zip(model.blocks, changed.blocks, strict=True):
         y, z = old.mlp(x), new.mlp(x)
@@ -127,14 +127,14 @@ def test_icv_turns_and_keeps_the_norm(tiny):
         wanted = F.normalize(u + 0.5 * (1 + max(0.0, float(-u @ v))) * v, dim=0) * y[0, 0].norm()
         torch.testing.assert_close(z[0, 0], wanted, rtol=1e-4, atol=1e-4)
     ids = ids_of(tokenizer, TEXT[0])
-    torch.testing.assert_close(relatives.icv(model, tokenizer, PLUS, MINUS, 0.0)(ids)[0], model(ids)[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(inside_blocks.icv(model, tokenizer, PLUS, MINUS, 0.0)(ids)[0], model(ids)[0], rtol=1e-3, atol=1e-3)
     assert len(generate(changed, tokenizer, "I", 2, 4)) == 2
 
 
 def test_icv_takes_mean_and_component_of_all_layers_together(tiny):
     model, tokenizer = tiny
-    changed = relatives.icv(model, tokenizer, PLUS, MINUS)
-    rows = relatives.differences(model, tokenizer, PLUS, MINUS)[:, 1:].flatten(1)
+    changed = inside_blocks.icv(model, tokenizer, PLUS, MINUS)
+    rows = many_pairs.differences(model, tokenizer, PLUS, MINUS)[:, 1:].flatten(1)
     _, vectors = torch.linalg.eigh(torch.cov(rows.T.double()))
     component = vectors[:, -1].float()
     component = component * torch.sign(component @ rows.mean(dim=0))
@@ -146,14 +146,12 @@ def test_icv_takes_mean_and_component_of_all_layers_together(tiny):
 def test_faults_say_what_is_possible(tiny):
     model, tokenizer = tiny
     with pytest.raises(ValueError, match="as many plus as minus"):
-        relatives.caa(model, tokenizer, PLUS, MINUS[:2], 1)
+        many_pairs.caa(model, tokenizer, PLUS, MINUS[:2], 1)
     with pytest.raises(ValueError, match="layer 9: this model has blocks"):
-        relatives.caa(model, tokenizer, PLUS, MINUS, 9)
+        many_pairs.caa(model, tokenizer, PLUS, MINUS, 9)
     with pytest.raises(ValueError, match="layer -1"):
-        relatives.repe(model, tokenizer, PLUS, MINUS, [-1])
+        many_pairs.repe(model, tokenizer, PLUS, MINUS, [-1])
     with pytest.raises(ValueError, match="four or more pairs"):
-        relatives.iti(model, tokenizer, PLUS[:3], MINUS[:3])
-    packed = fast(model)
-    if packed is not model:
-        with pytest.raises(ValueError, match="without fast"):
-            relatives.icv(packed, tokenizer, PLUS, MINUS)
+        inside_blocks.iti(model, tokenizer, PLUS[:3], MINUS[:3])
+    with pytest.raises(ValueError, match="Pass the plain model"):
+        inside_blocks.iti(fast(model), tokenizer, PLUS, MINUS)

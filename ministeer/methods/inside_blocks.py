@@ -1,0 +1,128 @@
+"""ITI and ICV: methods that change what is inside a block. Each gives a model of its own, which shares the old weights.
+
+Read first: many_pairs.py. Turner et al., section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import attend
+from ..faster import Packed
+from .many_pairs import differences
+
+if TYPE_CHECKING:
+    from ..checkpoints.tokenizer import Tokenizer
+    from ..model import LM
+
+
+@torch.no_grad()
+def head_outputs(model: LM, ids: Tensor) -> Tensor:
+    """What each head hands to the output projection at the last position, ids (1, T) -> (n_layer, n_head, d_head)."""
+    rope, outputs = model.rope(torch.arange(ids.shape[1], device=ids.device)), []
+    for x, block in zip(model.residuals(ids), model.blocks, strict=False):
+        norm, attention = block_parts(block)
+        outputs.append(attend(*attention.qkv(norm(x), rope))[0, :, -1].float())
+    return torch.stack(outputs)
+
+
+@torch.no_grad()
+def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str], heads: int = 48,
+        strength: float = 15.0) -> LM:
+    """head + strength sigma theta, for the `heads` heads that tell plus from minus best (inference-time intervention).
+
+    Li et al. 2023. theta: the mean output for plus minus that for minus, norm 1. sigma: the standard deviation of all
+    outputs along theta. How well a head tells: accuracy of a linear probe, fitted by least squares on every other pair
+    and tried on the rest; theirs is logistic regression.
+    -> a model. What a head gets passes the output projection, so it is added to the bias of that projection, at every
+        position; theirs begins at the last prompt token.
+    Raises ValueError for a model with packed weights.
+    """
+    if any(isinstance(part, Packed) for part in model.modules()):
+        raise ValueError("iti changes a bias of each block, and the blocks of this fast model are packed. "
+                         "Pass the plain model, and then call ministeer.fast on what comes back.")
+    if len(plus) != len(minus) or len(plus) < 4:
+        raise ValueError(f"the probes need four or more pairs; given: {len(plus)} plus and {len(minus)} minus.")
+    outputs = [torch.stack([head_outputs(model, torch.tensor([tokenizer.encode(text)], device=model.device))
+                            for text in texts]) for texts in (plus, minus)]
+    a, b = outputs                                                              # (n, n_layer, n_head, d_head)
+    theta = F.normalize(a.mean(dim=0) - b.mean(dim=0), dim=-1)
+    sigma = (torch.cat(outputs) * theta).sum(dim=-1).std(dim=0)                 # (n_layer, n_head)
+    accuracy = torch.zeros_like(sigma)
+    for l in range(sigma.shape[0]):
+        for head in range(sigma.shape[1]):
+            accuracy[l, head] = probe_accuracy(a[:, l, head], b[:, l, head])
+    chosen = torch.zeros_like(sigma).flatten()
+    chosen[accuracy.flatten().topk(min(heads, accuracy.numel())).indices] = 1
+    add = strength * (chosen.view_as(sigma) * sigma)[..., None] * theta
+    changed = model.shared_copy()
+    for l, block in enumerate(changed.blocks):
+        _, attention = block_parts(block)
+        is_llama = hasattr(attention, "o_proj")
+        out = attention.o_proj if is_llama else attention.c_proj
+        weight = out.weight.T if is_llama else out.weight                       # (inputs, outputs) in either family
+        old = 0 if out.bias is None else out.bias
+        out.bias = nn.Parameter(old + add[l].flatten().to(weight) @ weight, requires_grad=False)
+    changed.fingerprint = ""            # it is not the model that other vectors were made with
+    changed.chosen_heads = chosen.view_as(sigma).nonzero().tolist()
+    return changed
+
+
+def probe_accuracy(a: Tensor, b: Tensor) -> Tensor:
+    """Accuracy on the odd pairs of a least-squares classifier fitted on the even ones; a, b (n, d_head)."""
+    x = torch.cat([a, b])
+    x = torch.cat([x, torch.ones(len(x), 1).to(x)], dim=1)
+    y = torch.cat([torch.ones(len(a)), -torch.ones(len(b))]).to(a)
+    even = torch.arange(len(a)).repeat(2) % 2 == 0
+    ridge = 0.1 * x[even].square().mean() * torch.eye(x.shape[1]).to(x)
+    w = torch.linalg.solve(x[even].T @ x[even] / even.sum() + ridge, x[even].T @ y[even] / even.sum())
+    return ((x[~even] @ w > 0) == (y[~even] > 0)).float().mean()
+
+
+@torch.no_grad()
+def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str], strength: float = 0.1) -> LM:
+    """y -> |y| normalise(y / |y| + strength (1 + max(0, cos(y, -v))) v / |v|), the output of every MLP.
+
+    In-context vectors, Liu et al. 2024. v: for all layers together, the mean difference at the last token plus the
+    first principal component about it; then cut by layer. The norm is kept, so nothing grows; a position that points
+    away from v is turned more. Every position, every layer.
+    -> a model
+    """
+    rows = differences(model, tokenizer, plus, minus)[:, 1:].flatten(1)         # what leaves each block
+    mean = rows.mean(dim=0)
+    component = torch.linalg.svd(rows - mean, full_matrices=False).Vh[0]
+    component = component * torch.sign(component @ mean)                        # its sign is arbitrary
+    vectors = (mean + component).view(model.config.n_layer, -1)
+    changed = model.shared_copy()
+    for block, v in zip(changed.blocks, vectors, strict=True):
+        block.mlp = Turned(block.mlp, v, strength)
+    changed.fingerprint = ""
+    return changed
+
+
+class Turned(nn.Module):
+    """An MLP whose output is turned toward v (d_model,), its norm kept."""
+
+    def __init__(self, mlp: nn.Module, v: Tensor, strength: float):
+        super().__init__()
+        self.mlp, self.strength = mlp, strength
+        self.register_buffer("v", F.normalize(v, dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, v = self.mlp(x), self.v.float()
+        unit = F.normalize(y.float(), dim=-1)
+        away = 1 + F.relu(-(unit @ v)).unsqueeze(-1)
+        turned = F.normalize(unit + self.strength * away * v, dim=-1)
+        return (turned * y.float().norm(dim=-1, keepdim=True)).to(y)
+
+
+def block_parts(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The norm before attention, and attention, in a block of either family."""
+    is_llama = hasattr(block, "self_attn")
+    return (block.input_layernorm, block.self_attn) if is_llama else (block.ln_1, block.attn)
+
