@@ -10,18 +10,29 @@ import torch
 from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-torch.set_num_threads(1)        # a tiny model is slower on two
+# One process a core: more threads than cores wait for one another, and a tiny model is slower on two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 N_VOCAB = 384
-# For long runs in processes of their own: without the tracing of coverage, which would double their time and finds nothing new there.
+# For runs in processes of their own: without the tracing of coverage, which doubles their time and adds no line.
 UNTRACED = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.", "I love you because you are kind.",
         "I hate you because you are so mean to me.", "We talk about weddings all day long; the bride was late for her wedding."]
 
 
-def pytest_collection_modifyitems(items):
-    """The test that trains for minutes first and those that use its model last, so that with two workers nobody waits for the other."""
-    items.sort(key=lambda item: 2 if "that_grew" in item.name else 0 if "default_model[12" in item.name else 1)
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the long tests too, which take many minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the long tests unless they are asked for or named; the longest go first, so that no worker waits."""
+    named = any("::" in argument for argument in config.args)
+    if not config.option.all and not named:
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+    items.sort(key=lambda item: (not item.get_closest_marker("long"), "that_grew" in item.name))
 
 
 def tiny_tokenizer(bos="<|endoftext|>"):

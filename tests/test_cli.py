@@ -317,12 +317,13 @@ def test_demo(run, smollm2, monkeypatch):
     assert len(left) == len(right) == 3 and left != right
     words, _, *counts = rest.splitlines()
     assert words == f"({', '.join(sorted(WEDDING_WORDS))}):"
-    assert [line[2:32].strip() for line in counts] == ["unsteered", "steered", "random vector of the same norm"]
+    assert [line[2:17].strip() for line in counts[:3]] == ["unsteered", "steered", "random vectors"]
     for line, texts in zip(counts[:2], (left, right), strict=True):      # all that is counted is shown
         k = sum(count_words(text) > 0 for text in texts)
         interval = ["0% to 56%", "6% to 79%", "21% to 94%", "44% to 100%"][k]       # Wilson's, of k in 3
-        assert line[32:].split() == f"{k} of 3 {k / 3:.0%} (95 % interval {interval})".split()
+        assert line[17:].split() == f"{k} of 3 {k / 3:.0%} (95 % interval {interval})".split()
     assert " of 3 " in counts[2] and "(95 % interval " in counts[2]
+    assert counts[-1] == "Random vectors: 3 of the steering vector's norm, which share the 3 completions."
 
 
 # What is refused

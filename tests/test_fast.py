@@ -1,12 +1,15 @@
 """The fast model, packed or compiled, is the plain one up to rounding, and nothing is lost where it cannot be had."""
 
+import copy
+
 import pytest
 import torch
 from conftest import TEXT, hub_config, hub_model
 
-from ministeer import KVCache, generate, load, steering_vector
-from ministeer.faster import FastBlock, Packed, fast
+from ministeer import KVCache, generate, steering_vector
+from ministeer.attention import attend
 from ministeer.checkpoints.weights import load_model
+from ministeer.faster import FastBlock, Packed, attend_one, fast
 
 try:
     Packed(torch.ones(16, 16))(torch.ones(1, 16))
@@ -165,3 +168,45 @@ def test_the_real_model(real, compile):
     assert all(close(a, b, 1e-4) for a, b in zip(resid, stream, strict=True))
     texts = [generate(m, tokenizer, TEXT[1], 1, 20, temperature=0) for m in (model, quick)]
     assert texts[0] == texts[1]
+
+
+def test_a_fast_model_is_a_module_like_any_other(tiny, tmp_path):
+    model, tokenizer = tiny
+    quick, ids = fast(model), torch.tensor([tokenizer.encode(TEXT[0])])
+    wanted = model(ids)[0]
+    assert close(copy.deepcopy(quick)(ids)[0], wanted)
+    torch.save(quick, tmp_path / "quick.pt")
+    assert close(torch.load(tmp_path / "quick.pt", weights_only=False)(ids)[0], wanted)
+    state = quick.state_dict()
+    weights = {name: p.T if type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D" and p.ndim == 2 else p
+               for name, p in model.state_dict().items()}
+    assert {name: p.shape for name, p in state.items() if name in weights} == {name: p.shape for name, p in weights.items()}
+    assert all(torch.equal(state[name], p) for name, p in weights.items())
+    assert set(state) - set(weights) <= {"lm_head.weight"}
+
+
+def test_a_fast_model_that_moves_is_packed_where_it_can_be(tiny):
+    model, tokenizer = tiny
+    ids = torch.tensor([tokenizer.encode(TEXT[0])])
+    quick = fast(model)
+    half = copy.deepcopy(quick).to(torch.float16)
+    assert all(part.packed is None for part in half.modules() if isinstance(part, Packed))
+    assert close(half(ids)[0].float(), model(ids)[0], 0.01)
+    back = half.to(torch.float32)
+    assert all(part.packed is not None for part in back.modules() if isinstance(part, Packed))
+    assert close(back(ids)[0], model(ids)[0], 0.01)
+    assert close(quick(ids)[0], model(ids)[0])                   # neither was the first one changed,
+    assert {p.dtype for p in model.parameters()} == {torch.float32}     # nor the plain one
+    assert copy.deepcopy(quick).to("meta").device == torch.device("meta")
+
+
+def test_packing_leaves_the_gradients_of_the_plain_model_alone(tiny):
+    trainable = copy.deepcopy(tiny[0]).requires_grad_(True)
+    fast(trainable)
+    assert all(p.requires_grad for p in trainable.parameters())
+
+
+def test_one_position_in_bfloat16_attends_as_any_other():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, heads, S, 8, generator=generator) for heads, S in ((6, 1), (2, 9), (2, 9)))
+    assert close(attend_one(q, k, v), attend(q, k, v))

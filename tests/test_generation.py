@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ministeer import Steer, generate, steering_vector
 from ministeer.generation import TOO_FEW, Completion, Sampling, nucleus, sample, sample_token, stream, uniforms
@@ -256,3 +257,89 @@ def test_logits_that_overflow_are_an_error(tiny):
     model, tokenizer = tiny
     with pytest.raises(ValueError, match="not finite any more. Lower the coeff"):
         generate(model, tokenizer, PROMPT, 1, 3, Steer(0, torch.full((1, 32), 1e38), coeff=10.0))
+
+
+def test_the_residual_stream_of_a_text_is_that_of_its_ids(tiny, love, monkeypatch):
+    """return_ids: model(ids, steer)[1] is what generation saw, step by step."""
+    model, tokenizer = tiny
+    seen, read = [], model.read
+
+    def spy(*arguments, **options):
+        logits, resid = read(*arguments, **options)
+        seen.append(resid)
+        return logits, resid
+    monkeypatch.setattr(model, "read", spy)
+    (text,), (ids,) = generate(model, tokenizer, PROMPT, 1, 12, 3 * love, return_ids=True, **PAPER)
+    monkeypatch.undo()
+    assert tokenizer.decode(ids)[len(PROMPT):] == text
+    assert ids[:len(tokenizer.encode(PROMPT))] == tokenizer.encode(PROMPT)
+    _, resid = model(torch.tensor([ids]), 3 * love)
+    for l, x in enumerate(resid):
+        generated = torch.cat([step[l] for step in seen], dim=1)
+        n = min(x.shape[1], generated.shape[1])         # nothing reads the last token
+        assert n >= len(ids) - 1
+        torch.testing.assert_close(generated[:, :n], x[:, :n], rtol=1e-4, atol=1e-4)
+
+
+def test_ids_come_in_the_shape_of_the_texts(tiny):
+    model, tokenizer = tiny
+    texts, ids = generate(model, tokenizer, ["I love you", "I"], 3, 5, return_ids=True)
+    assert texts == generate(model, tokenizer, ["I love you", "I"], 3, 5)
+    for prompt, row, numbers in zip(["I love you", "I"], texts, ids, strict=True):
+        assert [tokenizer.decode(one)[len(prompt):] for one in numbers] == row
+    whole, ids = generate(model, tokenizer, PROMPT, 1, 20, stop="e", return_ids=True, **PAPER)
+    assert tokenizer.decode(ids[0])[len(PROMPT):].startswith(whole[0])
+
+
+class Synchronisations:
+    """Counts how often numbers are taken from tensors, each of which waits for a device that is not the CPU."""
+
+    def __init__(self, monkeypatch):
+        self.n = 0
+        for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def counted(self, method):
+        def call(*arguments, **options):
+            self.n += 1
+            return method(*arguments, **options)
+        return call
+
+
+@pytest.mark.parametrize("how", [PAPER, {}, {"temperature": 0}, {"top_k": 5}])
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_step_waits_for_the_device_once(tiny, love, how, n, monkeypatch):
+    counts = []
+    for new in (10, 30):
+        with monkeypatch.context() as patch:
+            synchronisations = Synchronisations(patch)
+            texts = generate(*tiny, PROMPT, n, new, 3 * love, **how)
+            counts.append(synchronisations.n)
+        assert any(texts)
+    assert counts[1] - counts[0] <= 20 + 2         # 64, 1024, … candidates: a flat distribution asks twice, twice a run
+
+
+def test_nothing_on_the_way_of_a_draw_is_float64(tiny, love):
+    """Some devices (Apple's MPS) have no float64."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            for value in result if isinstance(result, tuple) else (result,):
+                assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, function
+            return result
+    with Watch():
+        for how in (PAPER, {}, {"top_k": 5, "temperature": 0.7}):
+            generate(*tiny, PROMPT, 2, 5, 3 * love, **how)
+
+
+def test_a_draw_is_below_1_as_a_float32(monkeypatch):
+    class Highest:
+        def random(self, n):
+            return np.full(n, 1 - 2**-53)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Highest())
+    u = uniforms(Sampling(max_new_tokens=3), [0], 0)
+    assert u.dtype == np.float32
+    assert (u < 1).all()
+    p = torch.tensor([[0.25, 0.75, 0.0]])
+    drawn = sample_token(p.log(), torch.zeros(1, 0, dtype=torch.int64), torch.from_numpy(u[:1]), Sampling())
+    assert drawn.tolist() == [1]

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ministeer import KVCache, Steer, steering_vector
+from ministeer.attention import attend, attention_pattern, causal_mask
 from ministeer.checkpoints.config import parse_config
 from ministeer.gpt2 import GPT2
 from ministeer.llama import Llama
@@ -318,6 +319,77 @@ def test_a_cache_of_its_size_is_enough(model):
     model(some_ids(1, n - 1), cache=cache)
     model(some_ids(1, 1), cache=cache)
     assert len(cache) == n
+
+
+def test_the_pattern_is_the_plain_formula_and_attend_is_the_pattern_times_v():
+    generator = torch.Generator().manual_seed(0)
+    for T, S in ((1, 1), (7, 7), (1, 7), (3, 7)):
+        q = torch.randn(2, 6, T, 8, generator=generator)
+        k, v = torch.randn(2, 2, 2, S, 8, generator=generator)
+        pattern = attention_pattern(q, k)
+        for head in range(6):
+            for t in range(T):          # the query of position S - T + t sees the keys up to its own
+                scores = torch.tensor([float(q[0, head, t] @ k[0, head // 3, s]) / 8**0.5 for s in range(S - T + t + 1)])
+                close(pattern[0, head, t], torch.cat([scores.softmax(dim=0), torch.zeros(T - t - 1)]))
+        mask = causal_mask(T, S) if 1 < T < S else None
+        close(attend(q, k, v, mask), pattern @ v.repeat_interleave(3, dim=1))
+
+
+def test_the_mask_of_a_later_chunk_is_made_once_a_pass(model, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ministeer.attention.causal_mask", lambda *sizes: calls.append(sizes[:2]) or causal_mask(*sizes))
+    in_chunks(model, some_ids(), [1, 4, 9])
+    assert calls == [(3, 4), (5, 9), (3, 12)]
+
+
+def test_a_cache_takes_memory_as_positions_come(tmp_path):
+    """A context of 131,072 positions costs what is read of it; what was stored is still there when the room grows."""
+    cache = KVCache(131_072)
+    stored = []
+    for T in (3, 255, 1, 300):
+        k = torch.randn(1, 2, T, 4, generator=torch.Generator().manual_seed(T))
+        stored.append(k)
+        keys, values = cache.extend(0, k, -k)
+        cache.length += T
+        assert torch.equal(keys, torch.cat(stored, dim=2))
+        assert torch.equal(values, -torch.cat(stored, dim=2))
+    assert cache.layers[0][0].shape[2] < 1200
+    with torch.device("meta"):
+        assert KVCache(9).extend(0, k[:, :, :2], k[:, :, :2])[0].shape[2] == 2
+    small = KVCache(9)
+    small.extend(0, k[:, :, :2], k[:, :, :2])
+    assert small.layers[0][0].shape[2] == 9
+
+
+def test_residuals_are_those_of_a_whole_pass(model):
+    ids, steer = some_ids(2), Steer(1, some_vector(), 2.0)
+    _, resid = model(ids, steer)
+    for stop in (None, 0, 2, N_LAYER):
+        wanted = resid if stop is None else resid[:stop + 1]
+        given = model.residuals(ids, steer, stop_layer=stop)
+        if stop is not None and stop <= 1:
+            wanted = model(ids)[1][:stop + 1]       # the addition of block `stop` belongs to a run that reaches it
+        assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
+    with pytest.raises(ValueError, match="not in this model's vocabulary"):
+        model.residuals(torch.tensor([[9999]]))
+
+
+def test_a_model_made_by_hand_has_a_name_and_a_device(model):
+    fresh = type(model)(model.config)
+    assert fresh.name == "unnamed"
+    assert fresh.device == torch.device("cpu")
+    with torch.device("meta"):
+        assert type(model)(model.config).device == torch.device("meta")
+
+
+def test_a_shared_copy_has_the_numbers_and_not_the_parameters(model):
+    other = model.shared_copy()
+    assert torch.equal(other(some_ids())[0], model(some_ids())[0])
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert a is not b
+        assert a.data_ptr() == b.data_ptr()
+    other.to(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 # What is refused

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TEXT
 
-from ministeer import fast, generate
+from ministeer import KVCache, fast, generate
 from ministeer.methods import inside_blocks, many_pairs
 from ministeer.attention import attend, merge_heads
 
@@ -155,3 +155,36 @@ def test_faults_say_what_is_possible(tiny):
         inside_blocks.iti(model, tokenizer, PLUS[:3], MINUS[:3])
     with pytest.raises(ValueError, match="Pass the plain model"):
         inside_blocks.iti(fast(model), tokenizer, PLUS, MINUS)
+
+
+@pytest.mark.long
+def test_icv_and_iti_change_a_compiled_model_as_they_change_the_plain_one(tiny, tmp_path, monkeypatch):
+    """Compiled and not packed: what single positions run through is what was changed."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("ministeer.faster.cannot_pack", lambda weight: "not in this test")
+    model, tokenizer = tiny
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match="not in this test"):
+        quick = fast(model, compile=True)
+    ids = ids_of(tokenizer, TEXT[0])
+    for change in (inside_blocks.icv, inside_blocks.iti):
+        plain = change(model, tokenizer, PLUS, MINUS)(ids)[0]
+        torch.compiler.reset()
+        changed, cache = change(quick, tokenizer, PLUS, MINUS), KVCache(ids.shape[1])
+        one_by_one = torch.cat([changed(part, (), cache)[0] for part in ids.split(1, dim=1)], dim=1)
+        torch.testing.assert_close(one_by_one, plain, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(plain, model(ids)[0], atol=1e-2)
+
+
+def test_icv_works_on_a_packed_model_and_can_be_packed(tiny):
+    model, tokenizer = tiny
+    ids = ids_of(tokenizer, TEXT[0])
+    plain = inside_blocks.icv(model, tokenizer, PLUS, MINUS)
+    for other in (inside_blocks.icv(fast(model), tokenizer, PLUS, MINUS), fast(plain)):
+        torch.testing.assert_close(other(ids)[0], plain(ids)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_direction_of_icv_goes_where_the_model_goes(tiny):
+    changed = inside_blocks.icv(*tiny, PLUS, MINUS).to(torch.bfloat16)
+    assert changed.blocks[0].mlp.v.dtype == torch.bfloat16
+    assert changed(torch.tensor([[0, 5]]))[0].dtype == torch.bfloat16

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import hub_config, hub_model, save_checkpoint
@@ -303,3 +304,44 @@ def test_a_module_is_there_without_being_imported_by_name():
     code = "import ministeer; print(ministeer.generation.stream.__name__, ministeer.generate.__name__, ministeer.evaluation.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.split() == ["stream", "generate", "ministeer.evaluation"]
+
+
+@pytest.mark.parametrize("factor", [np.float32(2), np.float64(2), np.int64(2), torch.tensor(2.0), 2])
+def test_any_number_scales_a_steer_and_it_can_be_saved(love, tmp_path, factor):
+    for scaled in (factor * love, love * factor):
+        assert type(scaled.coeff) is float
+        assert scaled.coeff == 2
+        scaled.save(tmp_path / "love.safetensors")
+        assert Steer.load(tmp_path / "love.safetensors") == scaled
+
+
+def test_an_array_of_numbers_is_a_coeff_for_each_row(love):
+    for scaled in (np.linspace(0, 2, 3) * love, love * np.linspace(0, 2, 3), torch.linspace(0, 2, 3) * love):
+        assert isinstance(scaled, Steer)
+        assert scaled.coeff.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="coeff must be one finite number for each row"):
+        np.ones((2, 2)) * love
+
+
+@pytest.mark.parametrize("combine", [lambda s: s + s, lambda s: s - s, lambda s: sum([s, s]), lambda s: s + 1])
+def test_steers_are_not_added_to_one_another(love, combine):
+    with pytest.raises(TypeError, match=r"pass a list, steer=\[a, b\]"):
+        combine(love)
+
+
+def test_random_vectors_of_different_layers_and_seeds_have_nothing_in_common(tiny):
+    steers = steering_vectors(*tiny, " love", " hate", [0, 1, 2, 3])
+    controls = [random_like(s, seed) for s in steers for seed in (0, 1)]
+    assert all(random_like(s, 0) == random_like(s, 0) for s in steers)
+    directions = torch.stack([s.vector.flatten() / s.vector.norm() for s in controls])
+    cosines = (directions @ directions.T).abs().fill_diagonal_(0)
+    assert cosines.max() < 0.7              # of 28 pairs in 32 dimensions; the same direction would be 1
+    assert cosines.mean() < 0.25
+    for s, control in zip(steers, controls[::2], strict=True):
+        torch.testing.assert_close(control.vector.norm(dim=-1), s.vector.norm(dim=-1))
+
+
+@pytest.mark.parametrize(("rows", "start", "where"), [(1, 1, "at position 1 before"), (3, 2, "at positions 2 to 4 before"),
+                                                      (None, 4, "at every position from 4 on before")])
+def test_a_steer_says_where_it_adds(rows, start, where):
+    assert where in repr(Steer(2, torch.ones(rows, 8) if rows else torch.ones(8), start=start))
