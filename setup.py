@@ -17,8 +17,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["ministeer", "ministeer.*"]),
+    package_data={"ministeer": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["numpy", "torch", "tokenizers", "safetensors"],
+    install_requires=["numpy", "torch>=2.5", "tokenizers", "safetensors"],     # enable_gqa came with torch 2.5
     extras_require={
         "weights": weights,
         "tutorials": tutorials,

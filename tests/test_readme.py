@@ -28,13 +28,13 @@ def test_the_six_lines_run(smollm2, monkeypatch, capsys):
 
 def test_the_rivals_run(smollm2, monkeypatch):
     monkeypatch.setenv("MINISTEER_WEIGHTS", str(smollm2.parent))
-    blocks = [block for block in BLOCKS["python"] if "steering_vector" in block or "decoding.preadd" in block]
+    blocks = [block for block in BLOCKS["python"] if "steering_vector" in block or "logits.preadd" in block]
     assert len(blocks) == 2
     names = {}
     for block in blocks:
         exec(block, names)
     assert len(names["texts"]) == 3
-    assert len(names["both"].streams) == 2
+    assert len(names["both"].branches) == 2
 
 
 def test_the_demo_prints_what_the_first_screen_shows(smollm2, tmp_path, monkeypatch):
