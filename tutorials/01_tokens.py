@@ -53,8 +53,8 @@ for text in (" wedding", "wedding", " Wedding", " weddings", "weddings"):
 
 # %% [markdown]
 # It does: without the space you get other tokens, which mean something else to the model. Later you will
-# steer with `" weddings"`. If you leave out its space, you get another vector. This is a common reason why
-# an example that worked for somebody else does not work for you.
+# steer with `" weddings"`. If you leave out its space, you get another vector. This is a common reason why an
+# example that worked for somebody else does not work for you.
 #
 # ## What does the model answer?
 # At every position, it gives a score to every token of the vocabulary: the *logits*. Softmax turns them into

@@ -101,7 +101,8 @@ def verdict(function, cases):
         except Exception as error:      # a student's function may fail in any way; the script should go on
             return f"{where} stops with {type(error).__name__}: {error}"
         if not same(given, expected):
-            return f"{where} gives {short(given)}, not {short(expected)}"
+            differs = f", not {short(expected)}" if short(given) != short(expected) else " with other values"
+            return f"{where} gives {short(given)}{differs}"
     return "ok"
 
 
