@@ -136,7 +136,7 @@ lesson.save(figure, "04_the_addition")
 
 # %%
 def delta(vector, coeff, start, T):
-    """vector (n, d_model) -> (T, d_model): coeff * vector at positions start, start + 1, …, elsewhere zeros"""
+    """vector (n, d_model) -> (T, d_model): coeff * vector at positions start, start + 1, …, 0 elsewhere"""
     return None                 # your lines
 
 
