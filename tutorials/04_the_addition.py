@@ -155,7 +155,7 @@ def equal_coeff(model, tokenizer, steer, prompt):
 
 
 lesson.check(equal_coeff, ((model, tokenizer, weddings, prompt), coeff / ratios[1].item()))
-#> equal_coeff: not yet. For (model, tokenizer, steer, 'I went up to my friend …') it gives None, not 0.5412
+#> equal_coeff: not yet. For (model, tokenizer, steer, 'I went up to my friend…') it gives None, not 0.5412
 
 # %% [markdown]
 # **Now you know** the whole method. In the library it is this line of

@@ -125,8 +125,8 @@ def short(value):
         return f"tensor {tuple(value.shape)}"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, str) and len(value) > 24:
-        return repr(value[:23] + "…")
+    if isinstance(value, str) and len(value) > 23:
+        return repr(value[:22] + "…")
     if isinstance(value, str | int | bool | None):
         return repr(value)
     if isinstance(value, list | tuple):
