@@ -33,7 +33,7 @@ from ministeer.utils import write
 steps, rows = 600, 32                   # of training; each row is a story
 n, max_new_tokens = 24, 16              # completions for each topic, and their length
 if lesson.TINY:
-    steps, n, max_new_tokens = 5, 2, 4
+    steps, n, max_new_tokens = 2, 2, 2
 
 # %% [markdown]
 # ## What is there to read?
