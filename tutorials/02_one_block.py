@@ -85,9 +85,9 @@ q, k = rotate(q, *model.rope(pos)), rotate(k, *model.rope(pos))
 
 # %% [markdown]
 # ## Who looks at whom?
-# The *pattern* says how much each position looks at each other one: softmax of query times key / √d_head,
-# over all positions up to its own. No position sees a later one, so what has been computed for a text stays
-# right when the text grows. [attention.py](../ministeer/attention.py) has the same formula.
+# The *pattern* says how much each position looks at itself and at each earlier one: the softmax of query
+# times key / √d_head. No position sees a later one, so what has been computed for a text stays right when the
+# text grows. [attention.py](../ministeer/attention.py) has the same formula.
 
 # %%
 n_sharing = c.n_head // c.n_kv_head                 # how many query heads share a key head

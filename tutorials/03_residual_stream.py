@@ -39,7 +39,7 @@ print("unembed(resid[-1]) is the logits:", equal)
 #> unembed(resid[-1]) is the logits: True
 
 # %% [markdown]
-# ## How close is the answer at layer l?
+# ## How far along is the answer at layer l?
 # The last step of the model, `unembed`, is a norm followed by a product with every row of the embedding
 # table. A row that points in the same direction as the stream scores high. You can apply this step to any
 # entry of the list, and read what the model would answer if it stopped there. This is the *logit lens*
@@ -109,7 +109,7 @@ for l in (0, 2, 3, 20):
 # why.
 #
 # An ordinary token also has much of its norm in a few dimensions. But what ordinary tokens have in common
-# cancels when you subtract one from another. What the sink has does not.
+# cancels when you subtract one from another. The sink does not cancel.
 #
 # ## Why does this matter for steering?
 # Because other tokens with little meaning become sinks too. One of them is the lone space that pads the
@@ -151,7 +151,7 @@ lesson.save(figure, "03_residual_stream")
 
 # %% [markdown]
 # ## Exercise 1
-# What did block l add to the stream at position t? Return the norm of it.
+# What did block l add to the stream at position t? Return its norm.
 
 # %%
 def added(resid, l, t):
@@ -165,7 +165,7 @@ lesson.check(added, *cases)
 
 # %% [markdown]
 # ## Exercise 2
-# Read with the logit lens: from which layer on is the likeliest next token the final one, and stays so?
+# From which layer on does the logit lens always give the final token as the likeliest one?
 
 # %%
 def decided(model, resid):

@@ -73,7 +73,7 @@ print("  ".join(f"{piece!r} {ratio:.1f}" for piece, ratio in zip(pieces[:4], rat
 
 # %% [markdown]
 # At position 1, the norm of the addition is 3.7 times the norm of the stream there. It does not nudge the
-# word "I", it overwrites it. Positions 2, 3, … are not touched. They are affected only because later blocks
+# word "I": it overwrites it. Positions 2, 3, … are not touched. They are affected only because later blocks
 # look back at position 1.
 #
 # ## Which positions are affected?

@@ -101,8 +101,8 @@ for c in coeffs:
 #> coeff 8.0   7±3 of 40  (95 % 9±8% to 32±8%)   random  0±3
 
 # %% [markdown]
-# 40 texts are few: the interval beside each number shows how little you know. These numbers do not show that
-# coefficients 1 and 2 differ. They do show that 2 and 4 differ.
+# Forty texts are few: the interval beside each number shows how little you know. These numbers do not show
+# that coefficients 1 and 2 differ. They do show that 2 and 4 differ.
 #
 # ## Where does the text break?
 # *Perplexity* is the exponential of the mean of −log p. A perplexity of 4 means that the model is as unsure

@@ -157,8 +157,8 @@ for l in (0, 1, 2, 5, 10, 15, 20, 25, n_layer - 1):
 
 # %% [markdown]
 # The vector was added before block 1. Yet with blocks 0 to 5 restored nearly all of the effect remains, and
-# with blocks 0 to 20 still half of it. So it is mostly the late blocks that read it: nearly all of the other
-# half disappears when blocks 21 to 27 are restored as well (see the figure).
+# with blocks 0 to 20 still half of it. Much of it is read late: nearly all of the other half disappears when
+# blocks 21 to 27 are restored as well (see the figure).
 #
 # ## The figure: what the cache saves, and what it carries
 

@@ -122,8 +122,8 @@ for text in ("The weather was fine, so we decided to", "My neighbour knocked on 
 #> 'My neighbour knocked on the door and told me': unsteered 1±3, steered 11±3, random 0±3 of 40
 
 # %% [markdown]
-# That is 21 of 40 where we chose, but 8 and 11 on fresh prompts. Report the second kind. How much of the drop
-# is luck, and how much comes from the prompts, two prompts cannot tell.
+# That is 21 of 40 where we chose, but 8 and 11 on fresh prompts. Report the second kind. Two prompts cannot
+# tell how much of the drop is luck, and how much comes from the prompts.
 #
 # ## Is one random vector enough?
 # No: one random vector may be an exception. Take five.

@@ -49,8 +49,8 @@ print(counts, "sentences, written for this tutorial")
 
 # %% [markdown]
 # ## How likely does the model find a sentence?
-# Each token has a log-probability, given the tokens before it, in *nats*. The perplexity of a sentence is the
-# exponential of minus their mean: among how many equally likely tokens, on average, the model had to choose.
+# Each token has a log-probability, given the tokens before it, in *nats*. The perplexity of a sentence,
+# exp(−mean), says among how many equally likely tokens the model had to choose, on average.
 
 # %%
 sentence = texts["weddings"][0]

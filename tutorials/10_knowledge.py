@@ -100,8 +100,8 @@ for name, ranking in results.items():
 
 # %% [markdown]
 # At layer 1, the vector overwrites the first word of a very short prompt ("Bees", "Snow"). We think that
-# facts are lost where that word mattered: a random vector of the same norm loses 8 as well. This is the price
-# of steering at the front of a short prompt.
+# facts are lost where that word mattered: a random vector of the same norm loses 8 as well. This is what
+# steering at the front of a prompt means.
 #
 # At layer 16, a few facts are lost and none is gained. Is that real? The interval excludes 0, but the test
 # disagrees: when four facts change, all in one direction, chance alone gives p 0.125. The paper saw no loss

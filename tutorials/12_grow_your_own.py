@@ -7,7 +7,7 @@
 # In a model that somebody else has trained, you can only look. So we train a small GPT-2 from random numbers,
 # on a world of eight topics about which we know everything, and steer it from topic to topic. Then we train
 # it again with one thing changed. On another machine, training sums in another order, so your shares will
-# differ, some of them by a lot. That is why the ± here are so wide.
+# differ, some of them by a lot. That is why the tolerances (±) here are so wide.
 
 # %%
 import json
@@ -334,8 +334,9 @@ for name, model in models.items():
 # block on, the later that block is, the higher the share: more has been carried elsewhere by then.
 #
 # In the skipping model, no single block is missed, because any of them might have been missing in training.
-# This is one way to get a model whose later layers work too, as they do in SmolLM2 (layers 1 and 2, and again
-# 16 to 21). Whether SmolLM2's work for a similar reason, we do not know.
+# This is one way to get a model whose later layers work too, as they do in SmolLM2 (where steering works at
+# layers 1 and 2, and again at 16 to 21). Whether SmolLM2's later layers work for a similar reason, we do not
+# know.
 #
 # How much a block *looks* at position 1 tells us less: block 3 looks more than block 2, and is hardly missed.
 # And to be honest: we chose the prompt, the seed, the dropout and " Now" after looking at runs like this one.
