@@ -1,4 +1,4 @@
-"""The tutorials run from start to end, what they say they print is what they print, and solutions pass where stubs do not."""
+"""The tutorials run from start to end, their #> lines are true, and solutions pass where stubs do not."""
 
 import importlib.util
 import os
@@ -18,13 +18,51 @@ import ministeer
 
 FOLDER = ROOT / "tutorials"
 TUTORIALS = sorted(path.stem for path in FOLDER.glob("[01][0-9]_*.py"))
+ENVIRONMENT = {**UNTRACED, "MPLBACKEND": "Agg", "TQDM_DISABLE": "1"}
+
+# Runs scripts one after the other, each in a process forked after the imports, which take three seconds,
+# longer than many trial runs. It reads lines: a folder for temporary files and output, then a command. For
+# each it writes a line: the exit status.
+FORK = """
+import os, runpy, signal, sys, tempfile, traceback
+import matplotlib.pyplot, torch._dynamo     # which torch's optimizers import
+import ministeer.baselines.classifier, ministeer.baselines.logits, ministeer.evaluation.judges
+import ministeer.evaluation.measure, ministeer.evaluation.stats, ministeer.faster
+for line in sys.stdin:
+    folder, *argv = line.rstrip("\\n").split("\\t")
+    if os.fork() == 0:
+        signal.alarm(600)
+        sys.argv, sys.path[0], tempfile.tempdir = argv, os.path.dirname(argv[0]), folder
+        os.environ.update(TMPDIR=folder, MINISTEER_WEIGHTS=folder)
+        os.dup2(os.open(folder + "/output.txt", os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        status = 1
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
 
 
 def run(*arguments, fails=False, **environment):
-    environment = {**UNTRACED, "MPLBACKEND": "Agg", "TQDM_DISABLE": "1", **environment}
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, encoding="utf-8", env=environment, timeout=600)
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True,
+                          encoding="utf-8", env={**ENVIRONMENT, **environment}, timeout=600)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout
+
+
+def page(name):
+    return (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+
+
+def exercises(name):
+    """The functions that a tutorial asks for: those whose stub says so."""
+    stub = r"def (\w+)\([^)]*\):\n(?:(?!\ndef ).)*?return None +# your line"
+    return re.findall(stub, page(name), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -35,54 +73,70 @@ def record():
     return module
 
 
-def exercises(name):
-    """The functions that a tutorial asks for: those whose stub says so."""
-    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    return re.findall(r"def (\w+)\([^)]*\):\n(?:(?!\ndef ).)*?return None +# your line", text, re.DOTALL)
+@pytest.fixture(scope="module")
+def fork():
+    """A function (script, arguments, folder) that runs the script -> what it printed."""
+    with subprocess.Popen([sys.executable, "-c", FORK], cwd=ROOT, encoding="utf-8", stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"}) as server:
+        def run_forked(script, arguments, folder):
+            print(folder, script, *arguments, sep="\t", file=server.stdin, flush=True)
+            status = server.stdout.readline()
+            printed = (folder / "output.txt").read_text(encoding="utf-8")
+            assert status == "0\n", printed
+            return printed
+        yield run_forked
+        server.stdin.close()
 
 
 @pytest.fixture(scope="session")
 def checked(smollm2, tmp_path_factory):
-    """A function: what a tutorial prints on the default model. It fails if its #> lines are not true. Once for all workers; it may take minutes."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    """A function (name) -> what a tutorial prints on the default model. It fails if a #> line is not true.
 
-    def of(name):
+    A tutorial may take minutes, so it runs once for all workers.
+    """
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+
+    def printed_by(name):
         with filelock.FileLock(base / f"{name}.lock"):
             kept = base / f"{name}.printed"
             if not kept.is_file():
                 # One thread, because another number of them sums in another order.
-                kept.write_text(run(FOLDER / "record.py", "--check", "--show", FOLDER / f"{name}.py", "--solutions",
-                                    MINISTEER_WEIGHTS=str(smollm2.parent), OMP_NUM_THREADS="1"), encoding="utf-8")
+                printed = run(FOLDER / "record.py", "--check", "--show", FOLDER / f"{name}.py", "--solutions",
+                              MINISTEER_WEIGHTS=str(smollm2.parent), OMP_NUM_THREADS="1")
+                kept.write_text(printed, encoding="utf-8")
             return kept.read_text(encoding="utf-8")
-    return of
+    return printed_by
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_what_it_says_is_true_on_the_default_model(name, checked):
+def test_printed_lines_are_true_on_the_default_model(name, checked):
     printed = checked(name)
     asked = exercises(name)
     assert 2 <= len(asked) <= 3
     for exercise in asked:
         assert f"solution of {exercise}: ok" in printed
-        # the #> lines are true, so that the stub does not pass is on the page
-        assert f"#> {exercise}: not yet" in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-        assert f"#> {exercise}: ok" not in (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+        # The #> lines are true, so the page itself shows that the stub does not pass.
+        assert f"#> {exercise}: not yet" in page(name)
+        assert f"#> {exercise}: ok" not in page(name)
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_it_runs_as_a_script_without_the_default_model(name, tmp_path):
-    printed = run(FOLDER / f"{name}.py", "--tiny", "--solutions", TMPDIR=str(tmp_path), MINISTEER_WEIGHTS=str(tmp_path), OMP_NUM_THREADS="1")
+def test_runs_as_a_script_without_the_default_model(name, fork, tmp_path):
+    printed = fork(FOLDER / f"{name}.py", ["--tiny", "--solutions"], tmp_path)
     assert len(printed.splitlines()) > 10
+    assert exercises(name)
     assert all(f"solution of {exercise}: ok" in printed for exercise in exercises(name))
     (figure,) = tmp_path.glob("*.png")
     assert figure.stem == name
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_it_opens_as_a_notebook(name):
-    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    notebook = jupytext.reads(text, fmt="py:percent")
+def test_opens_as_a_notebook(name):
+    assert set(re.findall(r"(?m)^# %%.*$", page(name))) == {"# %%", "# %% [markdown]"}
+    notebook = jupytext.reads(page(name), fmt="py:percent")
     nbformat.validate(notebook)
     assert len(notebook.cells) >= 15
     assert notebook.cells[0].cell_type == "markdown"
@@ -92,97 +146,127 @@ def test_it_opens_as_a_notebook(name):
         if cell.cell_type == "code":
             compile(cell.source, name, "exec")
         else:
-            assert not re.search(r"^(import|from|print)\b", cell.source, re.MULTILINE)       # code that slipped into the text
+            # no code that slipped into the text
+            assert not re.search(r"^(import|from|print)\b", cell.source, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_its_figure_is_there_and_its_links_lead_somewhere(name):
+def test_figure_and_linked_files_exist(name):
     assert (FOLDER / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    assert f'lesson.save(figure, "{name}")' in text
-    for target in re.findall(r"\]\(([\w./-]+)\)", text):
+    assert f'lesson.save(figure, "{name}")' in page(name)
+    for target in re.findall(r"\]\(([\w./-]+)\)", page(name)):
         assert (FOLDER / target).exists(), target
 
 
-def test_the_list_has_every_tutorial_in_order():
-    text = (FOLDER / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| \[\d\d\]\((\w+)\.py\)", text, re.MULTILINE) == TUTORIALS
+def test_readme_and_solutions_cover_every_tutorial_in_order():
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[\d\d\]\((\w+)\.py\)", readme, re.MULTILINE) == TUTORIALS
     assert sorted(path.stem for path in (FOLDER / "solutions").glob("*.py")) == TUTORIALS
 
 
-def shares(printed, name):
-    """The table of tutorial 12 for one of its models: unsteered, then steered and random for each layer."""
-    (block,) = re.findall(rf"^{name}: unsteered (\d+)%.*\n((?:before block .*\n)+)", printed, re.MULTILINE)
-    rows = re.findall(r"^before block \d: +(\d+)%.* random +(\d+)%$", block[1], re.MULTILINE)
-    return int(block[0]), [int(a) for a, _ in rows], [int(b) for _, b in rows]
+def topic_shares(printed, name):
+    """Tutorial 12's table for one of its models, in percent: unsteered, then by layer steered and random."""
+    (table,) = re.findall(rf"^{name}: unsteered (\d+)%.*\n((?:before block .*\n)+)", printed, re.MULTILINE)
+    rows = re.findall(r"^before block \d: +(\d+)%.* random +(\d+)%$", table[1], re.MULTILINE)
+    return int(table[0]), [int(steered) for steered, _ in rows], [int(random) for _, random in rows]
 
 
-def test_the_gpt2_that_grew_goes_where_it_is_steered(checked):
+@pytest.mark.long
+def test_trained_gpt2_goes_where_it_is_steered(checked):
     printed = checked("12_grow_your_own")
     for name in ("skipping", "plain"):
-        unsteered, steered, control = shares(printed, name)
+        unsteered, steered, random = topic_shares(printed, name)
         assert unsteered <= 20
         assert max(steered) >= 60
-        assert max(control) <= 25
-        assert steered[-1] < max(steered) - 20          # before the last block it comes too late
-    assert sum(share >= 40 for share in shares(printed, "skipping")[1][1:]) >= 2        # later layers work too
+        assert max(random) <= 25
+        assert steered[-1] < max(steered) - 20          # before the last block, it comes too late
+    _, steered, _ = topic_shares(printed, "skipping")
+    assert sum(share >= 40 for share in steered[1:]) >= 2       # later layers work too
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["skipping", "plain"])
-def test_transformers_reads_the_gpt2_that_grew_and_computes_the_same(name, smollm2, checked):
+def test_trained_gpt2_loads_in_transformers_and_computes_the_same(name, smollm2, checked):
     checked("12_grow_your_own")
     folder = smollm2.parent / f"world-{name}"
     hub = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     model, tokenizer = ministeer.load(folder)
-    ids = torch.tensor([tokenizer.encode(" Now Mary tells Tom a tale. Then the baker kneads the dough near the oven.")])
+    text = " Now Mary tells Tom a tale. Then the baker kneads the dough near the oven."
+    ids = torch.tensor([tokenizer.encode(text)])
+
+    def assert_close(ours, theirs):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
     logits, resid = model(ids)
     with torch.no_grad():
         theirs = hub(ids, output_hidden_states=True)
-    torch.testing.assert_close(logits, theirs.logits, rtol=1e-4, atol=1e-4 * float(logits.abs().max()))
+    assert_close(logits, theirs.logits)
     for l in range(model.config.n_layer):
-        torch.testing.assert_close(resid[l], theirs.hidden_states[l], rtol=1e-4, atol=1e-4 * float(resid[l].abs().max()))
-    steer = ministeer.steering_vector(model, tokenizer, " music", " ", 1)
-    handle = hub.transformer.h[1].register_forward_pre_hook(lambda block, given: (given[0] + 2 * steer.delta(torch.arange(ids.shape[1])), *given[1:]))
+        assert_close(resid[l], theirs.hidden_states[l])
+
+    steer = 2 * ministeer.steering_vector(model, tokenizer, " music", " ", 1)
+    delta = steer.delta(torch.arange(ids.shape[1]))
+    handle = hub.transformer.h[1].register_forward_pre_hook(
+        lambda block, arguments: (arguments[0] + delta, *arguments[1:]))
     with torch.no_grad():
         theirs = hub(ids).logits
     handle.remove()
-    torch.testing.assert_close(model(ids, 2 * steer)[0], theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert_close(model(ids, steer)[0], theirs)
 
 
-def test_a_line_that_is_not_true_is_found(tmp_path):
-    page = tmp_path / "page.py"
-    page.write_text('# %% [markdown]\n# text\n\n# %%\nprint("a", 3)\nprint(7.5)\n#> a 3\n#> 7±1\n', encoding="utf-8")
-    assert "true" in run(FOLDER / "record.py", "--check", page)
-    page.write_text(page.read_text(encoding="utf-8").replace("7±1", "8±0.4"), encoding="utf-8")
-    assert "was printed:  7.5" in run(FOLDER / "record.py", "--check", page, fails=True)
-    run(FOLDER / "record.py", page)
-    assert page.read_text(encoding="utf-8").endswith("#> a 3\n#> 7.5\n")
-    page.write_text(page.read_text(encoding="utf-8") + "#> more\n", encoding="utf-8")
-    assert "3 lines stand there, 2 were printed" in run(FOLDER / "record.py", "--check", page, fails=True)
+def test_record_finds_and_rewrites_lines_that_are_not_true(tmp_path):
+    path = tmp_path / "page.py"
+
+    def write_page(lines):
+        cells = '# %% [markdown]\n# text\n\n# %%\nprint("a", 3)\nprint(7.5)\n'
+        path.write_text(cells + lines, encoding="utf-8")
+
+    write_page("#> a 3\n#> 7±1\n")
+    assert "all #> lines are true" in run(FOLDER / "record.py", "--check", path)
+    write_page("#> a 3\n#> 8±0.4\n")
+    assert "the run printed: 7.5" in run(FOLDER / "record.py", "--check", path, fails=True)
+    run(FOLDER / "record.py", path)
+    assert path.read_text(encoding="utf-8").endswith("#> a 3\n#> 7.5\n")
+    write_page("#> a 3\n#> 7.5\n#> more\n")
+    assert "3 lines here, the run printed 2" in run(FOLDER / "record.py", "--check", path, fails=True)
 
 
 @pytest.mark.parametrize(("expected", "line", "right"), [
-    ("x 4±1 y", "x 5 y", True), ("x 4±1 y", "x 5.01 y", False), ("-1.2±0.3 nats", "-1.5 nats", True), ("-1.2±0.3", "1.2", False),
-    ("+0.1±0.2", "-0.1", True), ("55±5%", "9%", False), ("a  b", "a b", True), ("4±1 of 40 (15±5)", " 4 of 40 (11)", True),
-    ("4±1 of 40", "4 of 41", False), ("x 4±1 ≈ 'so'", "x 4 'other'", True), ("x 4±1 ≈ 'so'", "y 4 'so'", False),
-    ("a", "a b", False), ("(a.b)", "(acb)", False)])
-def test_a_tolerance_stands_for_the_numbers_in_it(expected, line, right, record):
+    ("x 4±1 y", "x 5 y", True),
+    ("x 4±1 y", "x 5.01 y", False),
+    ("-1.2±0.3 nats", "-1.5 nats", True),
+    ("-1.2±0.3", "1.2", False),
+    ("+0.1±0.2", "-0.1", True),
+    ("55±5%", "9%", False),
+    ("a  b", "a b", True),
+    ("4±1 of 40 (15±5)", " 4 of 40 (11)", True),
+    ("4±1 of 40", "4 of 41", False),
+    ("x 4±1 ≈ 'so'", "x 4 'other'", True),
+    ("x 4±1 ≈ 'so'", "y 4 'so'", False),
+    ("a", "a b", False),
+    ("(a.b)", "(acb)", False)])
+def test_line_matches_within_its_tolerance(expected, line, right, record):
     assert record.matches(expected, line) == right
 
 
-def test_a_check_says_what_differs(tmp_path):
-    code = ("import lesson, torch\n"
-            "lesson.check(lambda x: x + 1, ((1,), 2))\n"
-            "lesson.check(lambda x: x, ((1.0,), 1.0001), ((1.0,), 1.1))\n"
-            "lesson.check(lambda x: 1 / 0, ((1,), 1))\n"
-            "lesson.check(lambda x: torch.ones(2), ((1,), torch.ones(3)))\n"
-            "lesson.check(lambda x: [1], ((1,), [1, 2]))\n"
-            "lesson.check(lambda x: None, ((1,), False))\n")
-    (tmp_path / "try.py").write_text(code, encoding="utf-8")
-    lines = run(tmp_path / "try.py", PYTHONPATH=str(FOLDER)).splitlines()
-    assert lines[0] == "<lambda>: ok"
-    assert "gives 1; expected 1.1" in lines[1]
-    assert "ZeroDivisionError" in lines[2]
-    assert "a tensor (2,); expected a tensor (3,)" in lines[3]
-    assert all("not yet" in line for line in lines[1:])
-    assert len(lines) == 6
+def test_failed_check_says_what_differs(tmp_path):
+    (tmp_path / "exercise.py").write_text("""\
+import lesson, torch
+lesson.check(lambda x: x + 1, ((1,), 2))
+lesson.check(lambda x: x, ((1.0,), 1.0001), ((1.0,), 1.1))
+lesson.check(lambda x: 1 / 0, ((1,), 1))
+lesson.check(lambda x: torch.ones(2), ((1,), torch.ones(3)))
+lesson.check(lambda x: torch.ones(2), ((1,), torch.zeros(2)))
+lesson.check(lambda x: [1], ((1,), [1, 2]))
+lesson.check(lambda x: None, ((1,), False))
+""", encoding="utf-8")
+    ok, *failed = run(tmp_path / "exercise.py", PYTHONPATH=str(FOLDER)).splitlines()
+    assert ok == "<lambda>: ok"
+    assert len(failed) == 6
+    assert all("not yet" in line for line in failed)
+    assert "gives 1, not 1.1" in failed[0]
+    assert "ZeroDivisionError" in failed[1]
+    assert "gives tensor (2,), not tensor (3,)" in failed[2]
+    assert "gives tensor (2,) with other values" in failed[3]
+    assert "gives [1], not [1, 2]" in failed[4]
+    assert "gives None, not False" in failed[5]

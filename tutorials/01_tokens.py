@@ -3,9 +3,9 @@
 #
 # **What does a language model read?** 15 minutes. You need Python; nothing about language models.
 #
-# Every cell prints something, and what it printed here stands below it as `#>`. Run the whole file with `python tutorials/01_tokens.py`, or
-# open it as a notebook. `21±3` in such a line means a number from 18 to 24, which differs a little between machines; behind `≈` stands a text that
-# was drawn, and may be another one where you are.
+# Most cells print something, and what they printed is shown below them after `#>`. Run the whole file with
+# `python tutorials/01_tokens.py`, or open it as a notebook. In those lines, `21±3` means a number from 18 to
+# 24, because it differs a little between machines. The text after `≈` was sampled, so yours may differ.
 
 # %%
 import lesson
@@ -21,9 +21,11 @@ print(model.name, "with", model.config.n_layer, "layers and", model.config.n_voc
 
 # %% [markdown]
 # ## What is a token?
-# A model is a function with learned numbers, its weights: token numbers in, scores for the next token out. It works in steps, its layers. Its
-# tokenizer has a list of pieces of text, the *vocabulary*, and a token is a place in that list. The list was learned too (byte-pair encoding, BPE):
-# begin with bytes, and join the commonest neighbours into a new piece, again and again.
+# A model is a function: token numbers go in, and scores for the next token come out. It computes them in
+# steps, its layers, with numbers that it has learned, its weights. A tokenizer turns text into token numbers.
+# It has a list of pieces of text, the *vocabulary*, and a token is the number of a piece in that list. The
+# list was learned too, by byte-pair encoding (BPE): start from single bytes, then join the most frequent pair
+# of neighbours into a new piece, again and again.
 
 # %%
 ids = tokenizer.encode(prompt)
@@ -33,8 +35,9 @@ print("pieces", tokenizer.pieces(ids))
 #> pieces ['<|endoftext|>', 'I', ' hate', ' you', ' because']
 
 # %% [markdown]
-# Two things to remember. The space belongs to the token: the second word is `" hate"`, not `"hate"`. And a token that we did not write stands in
-# front, id 0. It is called BOS, *beginning of sequence*. In training it separated documents, so after it the model expects a text to begin.
+# Remember two things. First, the space belongs to the token: the second word is `" hate"`, not `"hate"`.
+# Second, there is a token at the front that we did not write, number 0. It is called BOS, *beginning of
+# sequence*. In training it stood between documents, so after it the model expects a text to begin.
 #
 # ## Does the leading space matter?
 
@@ -49,12 +52,13 @@ for text in (" wedding", "wedding", " Wedding", " weddings", "weddings"):
 #> 'weddings'   2 ['wed', 'dings']
 
 # %% [markdown]
-# It does: one more space, and another token with another meaning to the model. Later you will steer with `" weddings"`. Leave its space out, and
-# you have another vector. This is a common reason why somebody else's example does not work.
+# It does: without the space you get other tokens, which mean something else to the model. Later you will
+# steer with `" weddings"`. If you leave out its space, you get another vector. This is a common reason why an
+# example that worked for somebody else does not work for you.
 #
 # ## What does the model answer?
-# A score for every token of the vocabulary, at every position: the *logits*. Softmax, exp(score) / sum of all exp(score), makes probabilities of
-# them. The last position tells what may come next.
+# At every position, it gives a score to every token of the vocabulary: the *logits*. Softmax turns them into
+# probabilities: exp(score) / sum of all exp(score). The last position says what may come next.
 
 # %%
 logits, resid = model(torch.tensor([ids]))
@@ -63,32 +67,33 @@ p = logits[0, -1].softmax(dim=-1)
 for i in p.topk(5).indices.tolist():
     print(f"{p[i]:6.1%} {tokenizer.pieces([i])[0]!r}")
 #> logits (1, 5, 49152) = (texts, positions, vocabulary)
-#> 47.4% ' you'
-#> 22.1% ' of'
-#> 13.7% ' I'
-#> 2.7% ' your'
-#> 2.7% ' it'
+#>  47.4% ' you'
+#>  22.1% ' of'
+#>  13.7% ' I'
+#>   2.7% ' your'
+#>   2.7% ' it'
 
 # %% [markdown]
-# The last *prompt* position writes the first *new* token. Whoever changes what happens there changes the first new token.
+# The first *new* token comes from the last position of the *prompt*. So if you change what happens at that
+# position, you change the first new token.
 #
 # ## What does BOS do?
-# Without it the same words get other probabilities. Ministeer writes it exactly once, whatever the text already begins with; forgetting it, or
-# writing it twice, is a common bug.
+# Without BOS, the same words get other probabilities. Ministeer writes it exactly once, even if the text
+# already begins with it. Forgetting it, or writing it twice, is a common bug.
 
 # %%
 without, _ = model(torch.tensor([tokenizer.encode(prompt, bos=False)]))
 q = without[0, -1].softmax(dim=-1)
 distance = (p - q).abs().sum().item() / 2
 print(f"{distance:.0%} of the probability lies on other tokens without BOS")
-print(tokenizer.encode("<|endoftext|>" + prompt) == ids)
+print("written once, even before a text that has it:", tokenizer.encode("<|endoftext|>" + prompt) == ids)
 #> 17% of the probability lies on other tokens without BOS
-#> True
+#> written once, even before a text that has it: True
 
 # %% [markdown]
 # ## How do two prompts get the same length?
-# A steering vector is the difference of two prompts, position by position, so they must have equally many tokens. The shorter one is filled up
-# with the token of a single space.
+# A steering vector is the difference of two prompts, position by position, so both must have the same number
+# of tokens. The shorter one is padded: single-space tokens are added at its end.
 
 # %%
 for row in pad_together(tokenizer, "I talk about weddings constantly", "I never talk"):
@@ -104,7 +109,8 @@ top = p.topk(10).indices
 figure, axis = plt.subplots(figsize=(7, 3.4))
 axis.bar(torch.arange(10) - 0.2, p[top], 0.38, color=lesson.BLUE, label="with BOS")
 axis.bar(torch.arange(10) + 0.2, q[top], 0.38, color=lesson.ORANGE, label="without BOS")
-axis.set_xticks(range(10), [repr(piece) for piece in tokenizer.pieces(top)], rotation=30, ha="right", rotation_mode="anchor")
+labels = [repr(piece) for piece in tokenizer.pieces(top)]
+axis.set_xticks(range(10), labels, rotation=30, ha="right", rotation_mode="anchor")
 axis.set_ylabel("probability")
 axis.set_title(f"next token after {prompt!r} (exact, no sampling)", fontsize="medium")
 axis.legend()
@@ -112,7 +118,7 @@ lesson.save(figure, "01_tokens")
 
 # %% [markdown]
 # ## Exercise 1
-# How many tokens is a text, BOS not counted?
+# How many tokens does a text have, not counting BOS?
 
 # %%
 def n_tokens(tokenizer, text):
@@ -121,7 +127,7 @@ def n_tokens(tokenizer, text):
 
 
 lesson.check(n_tokens, ((tokenizer, ""), 0), ((tokenizer, prompt), len(ids) - 1))
-#> n_tokens: not yet. n_tokens(the tokenizer, '') gives None; expected 0
+#> n_tokens: not yet. For (tokenizer, '') it gives None, not 0
 
 # %% [markdown]
 # ## Exercise 2
@@ -133,12 +139,13 @@ def n_padding(tokenizer, plus, minus):
     return None                 # your line
 
 
-lesson.check(n_padding, ((tokenizer, "I hate", "I"), n_pad := len(tokenizer.encode(" hate")) - 1), ((tokenizer, "I", "I hate"), n_pad))
-#> n_padding: not yet. n_padding(the tokenizer, 'I hate', 'I') gives None; expected 1
+n_hate = len(tokenizer.encode(" hate", bos=False))
+lesson.check(n_padding, ((tokenizer, "I hate", "I"), n_hate), ((tokenizer, "I", "I hate"), n_hate))
+#> n_padding: not yet. For (tokenizer, 'I hate', 'I') it gives None, not 1
 
 # %% [markdown]
 # ## Exercise 3
-# How likely is it that the next token after `prompt` is `word`? Take care that `word` is one token.
+# How likely is `word` to be the next token after `prompt`? Make sure that `word` is a single token.
 
 # %%
 def probability(model, tokenizer, prompt, word):
@@ -148,8 +155,8 @@ def probability(model, tokenizer, prompt, word):
 
 (love,) = tokenizer.encode(" love", bos=False)
 lesson.check(probability, ((model, tokenizer, prompt, " love"), p[love].item()))
-#> probability: not yet. probability(the model, the tokenizer, 'I hate you because', ' love') gives None; expected 0.0002273
+#> probability: not yet. For (model, tokenizer, 'I hate you because', ' love') it gives None, not 0.0002273
 
 # %% [markdown]
-# **You know now** what the model reads and what it answers, why spaces and BOS matter, and how two prompts are made equally long.
-# Next: [02](02_one_block.py), what one block does with it.
+# **Now you know** what the model reads and what it answers, why spaces and BOS matter, and how two prompts
+# are brought to the same length. Next: [02](02_one_block.py), what one block does with its input.

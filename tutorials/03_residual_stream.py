@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 03 · The residual stream
 #
-# **What flows through the model, and what lives in it?** 20 minutes. You need tutorials 01 and 02.
+# **What flows through the model, and what does it contain?** 20 minutes. You need tutorials 01 and 02.
 
 # %%
 import lesson
@@ -21,31 +21,38 @@ print(len(resid), "entries for", n_layer, "blocks, each", tuple(resid[0].shape))
 
 # %% [markdown]
 # ## What does "layer l" mean?
-# People mean different things by it, and much confusion about steering comes from there. Here it has one meaning: `resid[l]` is what block
-# l *reads*. `resid[0]` is the embedding, `resid[30]` what the last norm reads. So each block takes one entry to the next.
+# Different people mean different things by it, and much of the confusion about steering comes from this. Here
+# it has one meaning: `resid[l]` is what block l *reads*. So `resid[0]` is the embedding, each block takes one
+# entry to the next, and `resid[30]` is what the final norm reads.
 
 # %%
 pos = torch.arange(ids.shape[1])
 for l in (0, 15, n_layer - 1):
     y = model.blocks[l](resid[l], l, model.rope(pos))
-    print(f"block {l:2} takes resid[{l}] to resid[{l + 1}]: {torch.allclose(y, resid[l + 1], rtol=1e-3, atol=1e-3)}")
-print("unembed(resid[-1]) is the logits:", torch.allclose(model.unembed(resid[-1]), logits, rtol=1e-3, atol=1e-3))
+    equal = torch.allclose(y, resid[l + 1], rtol=1e-3, atol=1e-3)
+    print(f"block {l:2} takes resid[{l}] to resid[{l + 1}]: {equal}")
+equal = torch.allclose(model.unembed(resid[-1]), logits, rtol=1e-3, atol=1e-3)
+print("unembed(resid[-1]) is the logits:", equal)
 #> block  0 takes resid[0] to resid[1]: True
 #> block 15 takes resid[15] to resid[16]: True
 #> block 29 takes resid[29] to resid[30]: True
 #> unembed(resid[-1]) is the logits: True
 
 # %% [markdown]
-# ## How far is the answer at layer l?
-# The last step of a model, `unembed`, is a norm and the product with every row of the embedding table: a row that points the stream's way scores
-# high. Put it on any entry of the list, and you read what the model would answer if it stopped there. This is the *logit lens* (nostalgebraist
-# 2020). A hint and no proof: the blocks in between were never trained to speak that language.
+# ## How far along is the answer at layer l?
+# The last step of the model, `unembed`, is a norm followed by a product with every row of the embedding
+# table. A row that points in the same direction as the stream scores high. You can apply this step to any
+# entry of the list, and read what the model would answer if it stopped there. This is the *logit lens*
+# (nostalgebraist 2020). It is a hint and not a proof, because the blocks in between were never trained to be
+# read this way.
 
 # %%
 final = logits[0, -1].argmax()
+answer = tokenizer.pieces([final])[0]
 for l in (0, 5, 10, 15, 20, 25, 28, 29, 30):
     p = model.unembed(resid[l])[0, -1].softmax(dim=-1)
-    print(f"resid[{l:2}] next {tokenizer.pieces([p.argmax()])[0]!r:15} p of the final answer {tokenizer.pieces([final])[0]!r}: {p[final]:.3f}")
+    likeliest = tokenizer.pieces([p.argmax()])[0]
+    print(f"resid[{l:2}] next {likeliest!r:15} p of the final answer {answer!r}: {p[final]:.3f}")
 #> resid[ 0] next ' said'         p of the final answer ',': 0.000
 #> resid[ 5] next ','             p of the final answer ',': 0.786
 #> resid[10] next ','             p of the final answer ',': 0.521
@@ -57,10 +64,12 @@ for l in (0, 5, 10, 15, 20, 25, 28, 29, 30):
 #> resid[30] next ','             p of the final answer ',': 0.412
 
 # %% [markdown]
-# The comma is there after five blocks, is overtaken by a space at resid[20], and comes back; the last two blocks make the model less sure again.
+# The comma is there after five blocks. At resid[20] a space is likelier, then the comma comes back. The last
+# two blocks make the model less sure again.
 #
-# ## How long is the stream?
-# Every block adds to it. At ordinary positions it grows from row to row; now look at the first column.
+# ## How large is the norm of the stream?
+# Every block adds to the stream. At ordinary positions its norm grows from row to row. Now look at the first
+# column.
 
 # %%
 norms = torch.stack([x[0].norm(dim=-1) for x in resid])            # (n_layer + 1, T)
@@ -78,29 +87,34 @@ for l in (0, 1, 2, 3, 10, 20, 29):
 
 # %% [markdown]
 # ## What is the giant at position 0?
-# BOS. Block 2 makes it ten times as long as the other positions, and later it is a hundred times as long; nearly all of that lies in 4 of the 576
-# dimensions. It carries no meaning: heads that have nothing to do look there. The giant is called a *massive activation* (Sun et al. 2024), the
-# attention that rests on it an *attention sink* (Xiao et al. 2023). We call both the sink. ' and', in the figure, is a smaller one.
+# It is BOS. Block 2 makes its norm ten times that of the other positions, and later it is a hundred times
+# theirs. Nearly all of this norm lies in 4 of the 576 dimensions. It carries no meaning: heads that have
+# nothing to do look there. The giant is called a *massive activation* (Sun et al. 2024), and the attention
+# that rests on it an *attention sink* (Xiao et al. 2023). We call both the sink. The figure shows a smaller
+# one at " and".
 
 # %%
+print(f"part of the squared norm in 4 of {model.config.d_model} dimensions:")
 for l in (0, 2, 3, 20):
-    shares = [sink_share(resid[l][0, t]) for t in (0, 4)]
-    print(f"resid[{l:2}] part of the squared norm in 4 of {model.config.d_model} dimensions: BOS {shares[0]:.0%}, {pieces[4]!r} {shares[1]:.0%}")
-#> resid[ 0] part of the squared norm in 4 of 576 dimensions: BOS 8%, ' to' 11%
-#> resid[ 2] part of the squared norm in 4 of 576 dimensions: BOS 81%, ' to' 68%
-#> resid[ 3] part of the squared norm in 4 of 576 dimensions: BOS 98%, ' to' 64%
-#> resid[20] part of the squared norm in 4 of 576 dimensions: BOS 99%, ' to' 58%
+    bos, word = sink_share(resid[l][0, 0]), sink_share(resid[l][0, 4])
+    print(f"resid[{l:2}] BOS {bos:.0%}, {pieces[4]!r} {word:.0%}")
+#> part of the squared norm in 4 of 576 dimensions:
+#> resid[ 0] BOS 8%, ' to' 11%
+#> resid[ 2] BOS 81%, ' to' 68%
+#> resid[ 3] BOS 98%, ' to' 64%
+#> resid[20] BOS 99%, ' to' 58%
 
 # %% [markdown]
-# Between blocks 9 and 11 it is taken down and built again, twenty times as large. We do not know why.
+# Between blocks 9 and 11 the sink is taken down and built up again, twenty times as large. We do not know
+# why.
 #
-# An ordinary token has much of its norm in a few dimensions too, but what tokens have in common cancels when two of them are subtracted. The sink's
-# does not.
+# An ordinary token also has much of its norm in a few dimensions. But what ordinary tokens have in common
+# cancels when you subtract one from another. The sink does not cancel.
 #
-# ## Why should somebody who steers care?
-# Because other tokens with little meaning become sinks as well, among them the lone space that fills up the shorter prompt of a pair. The vector `"
-# weddings" - " "` (a stream minus a stream, tutorial 04) is then mostly a missing sink, and hardly a wedding. Ministeer warns when you make such a
-# vector.
+# ## Why does this matter for steering?
+# Because other tokens with little meaning become sinks too. One of them is the lone space that pads the
+# shorter prompt of a pair. The vector `" weddings" - " "` (one stream minus another, tutorial 04) is then
+# mostly a missing sink, and hardly a wedding. Ministeer warns you when you make such a vector.
 
 # %%
 vectors = steering_vectors(model, tokenizer, " weddings", " ", list(range(n_layer)))
@@ -111,16 +125,18 @@ print("sink  ", "".join(f"{shares[l]:6.0%}" for l in (0, 1, 2, 3, 6, 10, 16, 20,
 #> sink      21%   33%   35%   98%   98%   68%   40%   46%   11%
 
 # %% [markdown]
-# From layer 3 to 11 more than half of the vector lies in 4 dimensions, up to 98 %: the sink. Elsewhere it is 11 to 50 %, which need not be one: the
-# embedding, before any block, has 21 %. In tutorial 07 you will see where steering works, and it will not surprise you that layer 1 is better than
-# layer 6. (It will surprise you that some late layers work too. We do not know why.)
+# From layer 3 to layer 11, more than half of the vector's squared norm lies in 4 dimensions, up to 98 %: this
+# is the sink. At the other layers it is 11 to 50 %, which need not be a sink: the embedding, before any
+# block, has 21 %. Tutorial 07 shows where steering works, and you will not be surprised that layer 1 is
+# better than layer 6. (You will be surprised that some late layers work too. We do not know why.)
 #
 # ## The figure: norms by layer and position
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
 for t, color in zip((0, 1, 4, 7), (lesson.GREY, lesson.BLUE, lesson.ORANGE, lesson.GREEN), strict=True):
-    left.semilogy(range(n_layer + 1), norms[:, t], "o-", markersize=3, color=color, label=f"position {t}: {pieces[t]!r}")
+    label = f"position {t}: {pieces[t]!r}"
+    left.semilogy(range(n_layer + 1), norms[:, t], "o-", markersize=3, color=color, label=label)
 left.set_xlabel("layer l of resid[l]")
 left.set_ylabel("norm of the stream")
 left.set_title(f"one prompt: {prompt!r}", fontsize="medium")
@@ -135,7 +151,7 @@ lesson.save(figure, "03_residual_stream")
 
 # %% [markdown]
 # ## Exercise 1
-# What did block l add to the stream at position t? Give the norm of it.
+# What did block l add to the stream at position t? Return its norm.
 
 # %%
 def added(resid, l, t):
@@ -143,23 +159,25 @@ def added(resid, l, t):
     return None                 # your line
 
 
-lesson.check(added, ((resid, 0, 1), (resid[1] - resid[0])[0, 1].norm().item()), ((resid, 9, 2), (resid[10] - resid[9])[0, 2].norm().item()))
-#> added: not yet. added([a tensor (1, 9, 576), …, 31 in all], 0, 1) gives None; expected 41.8
+cases = [((resid, l, t), (resid[l + 1] - resid[l])[0, t].norm().item()) for l, t in ((0, 1), (9, 2))]
+lesson.check(added, *cases)
+#> added: not yet. For ([tensor (1, 9, 576), …, 31 in all], 0, 1) it gives None, not 41.8
 
 # %% [markdown]
 # ## Exercise 2
-# From which layer on is the likeliest next token, read with the logit lens, the final one and stays it?
+# From which layer on does the logit lens always give the final token as the likeliest one?
 
 # %%
 def decided(model, resid):
-    """-> the smallest l such that resid[l], …, resid[n_layer] all give the same likeliest last token, an int"""
+    """-> the smallest l such that resid[l], …, resid[n_layer] all give the same likeliest token, an int"""
     return None                 # your lines
 
 
 tops = [model.unembed(x)[0, -1].argmax().item() for x in resid]
-lesson.check(decided, ((model, resid), max([l for l, top in enumerate(tops) if top != tops[-1]], default=-1) + 1))
-#> decided: not yet. decided(the model, [a tensor (1, 9, 576), …, 31 in all]) gives None; expected 25
+last_other = max([l for l, top in enumerate(tops) if top != tops[-1]], default=-1)
+lesson.check(decided, ((model, resid), last_other + 1))
+#> decided: not yet. For (model, [tensor (1, 9, 576), …, 31 in all]) it gives None, not 25
 
 # %% [markdown]
-# **You know now** what the list holds, what a layer is here, and that some of what lives in the stream is housekeeping.
-# Next: [04](04_the_addition.py), where we change it.
+# **Now you know** what the list holds, what a layer is here, and that part of what flows in the stream is
+# housekeeping. Next: [04](04_the_addition.py), where we change it.

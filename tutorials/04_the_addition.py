@@ -3,7 +3,8 @@
 #
 # **What is activation addition, in ten lines?** 25 minutes. You need tutorials 01 to 03.
 #
-# Two prompts, a subtraction, an addition: Turner et al., [Algorithm 1](https://arxiv.org/abs/2308.10248). First by hand, then with the library.
+# Two prompts, a subtraction, an addition: this is [Algorithm 1](https://arxiv.org/abs/2308.10248) of Turner
+# et al. We do it first by hand, then with the library.
 
 # %%
 import lesson
@@ -19,7 +20,7 @@ prompt = "I went up to my friend and said"
 
 # %% [markdown]
 # ## How is the vector made?
-# Run the model on " weddings" and on " ", both behind BOS, and subtract what block 1 would read.
+# Run the model on " weddings" and on " ", each after BOS. Then subtract what block 1 would read.
 
 # %%
 pair = torch.tensor([tokenizer.encode(" weddings"), tokenizer.encode(" ")])
@@ -31,11 +32,12 @@ print("row 1, the words: norm", round(difference[1].norm().item(), 1))
 #> row 1, the words: norm 77.3
 
 # %% [markdown]
-# Row 0 is zero: BOS comes first, sees nothing else, and is the same in both prompts. So the vector is row 1, and it belongs to position 1.
+# Row 0 is zero: BOS comes first and sees nothing else, so it is the same in both prompts. The vector is
+# therefore row 1, and it belongs at position 1.
 #
 # ## How is it added?
-# Stop before block 1, add, run the rest. `model.run(x, pos, first, stop)` runs blocks first … stop − 1 and gives the streams on the way; its last
-# one, [-1], is what block `stop` would read.
+# Stop before block 1, add the vector, and run the rest. `model.run(x, pos, first, stop)` runs blocks first …
+# stop − 1 and returns the streams along the way. The last of them, `[-1]`, is what block `stop` would read.
 
 # %%
 ids = torch.tensor([tokenizer.encode(prompt)])
@@ -47,7 +49,8 @@ by_hand = model.unembed(model.run(changed, pos, first=layer)[-1])
 
 # %% [markdown]
 # ## And with the library?
-# A `Steer` is a vector, a layer, a coefficient and a start. It is an argument of the call: nothing to attach, nothing to take away afterwards.
+# A `Steer` holds a vector, a layer, a coefficient and a start. You pass it to the call as an argument: there
+# is nothing to attach to the model, and nothing to remove afterwards.
 
 # %%
 weddings = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=layer)
@@ -58,27 +61,30 @@ print("by hand and with Steer equal:", torch.allclose(by_hand, steered, rtol=1e-
 #> by hand and with Steer equal: True
 
 # %% [markdown]
-# ## How loud is that?
-# Beside the stream that is there already. The coefficient alone says nothing: 2 can be a whisper in one model and a shout in another.
+# ## How strong is that?
+# Compare it with the stream that is already there. The coefficient alone says little: 2 can be weak in one
+# model and strong in another. So we divide the norm of the addition by the norm of the stream.
 
 # %%
-loud = relative_norm(model, tokenizer, coeff * weddings, prompt)
+ratios = relative_norm(model, tokenizer, coeff * weddings, prompt)
 pieces = tokenizer.pieces(ids[0])
-print("  ".join(f"{piece!r} {r:.1f}" for piece, r in zip(pieces[:4], loud[:4], strict=True)))
+print("  ".join(f"{piece!r} {ratio:.1f}" for piece, ratio in zip(pieces[:4], ratios[:4], strict=True)))
 #> '<|endoftext|>' 0.0  'I' 3.7  ' went' 0.0  ' up' 0.0
 
 # %% [markdown]
-# At position 1 the addition is several times as long as what stood there: it does not nudge the word "I", it writes over it. Positions 2, 3, … are
-# not touched; they learn of it only because later blocks look back at position 1.
+# At position 1, the norm of the addition is 3.7 times the norm of the stream there. It does not nudge the
+# word "I": it overwrites it. Positions 2, 3, … are not touched. They are affected only because later blocks
+# look back at position 1.
 #
-# ## Who hears of it?
-# Compare the streams with and without, at every layer and position.
+# ## Which positions are affected?
+# Compare the streams with and without the vector, at every layer and position.
 
 # %%
 plain, plain_resid = model(ids)
-moved = torch.stack([(a - b)[0].norm(dim=-1) / b[0].norm(dim=-1) for a, b in zip(steered_resid, plain_resid, strict=True)])
+moved = torch.stack([(after - before)[0].norm(dim=-1) / before[0].norm(dim=-1)
+                     for after, before in zip(steered_resid, plain_resid, strict=True)])
 for l in (0, 1, 2, 3, 10, 20, 30):
-    print(f"resid[{l:2}] moved by", "  ".join(f"{m:5.2f}" for m in moved[l]))
+    print(f"resid[{l:2}] moved by", "  ".join(f"{change:5.2f}" for change in moved[l]))
 #> resid[ 0] moved by  0.00   0.00   0.00   0.00   0.00   0.00   0.00   0.00   0.00
 #> resid[ 1] moved by  0.00   3.70   0.00   0.00   0.00   0.00   0.00   0.00   0.00
 #> resid[ 2] moved by  0.00   2.27   0.17   0.08   0.04   0.11   0.02   0.02   0.01
@@ -88,31 +94,34 @@ for l in (0, 1, 2, 3, 10, 20, 30):
 #> resid[30] moved by  0.00   0.74   0.56   0.48   0.49   0.46   0.28   0.59   0.39
 
 # %% [markdown]
-# Nothing before layer 1. At layer 1, position 1 alone, by exactly the relative norm above. From layer 2 on every later position. And position 0
-# never: nobody looks ahead.
+# Before layer 1, nothing changes. At layer 1, only position 1 changes, by exactly the ratio above. From layer
+# 2 on, every later position changes too. Position 0 never does, because no position looks ahead.
 #
 # ## Does it do what we want, or just something?
-# Any large change moves the answer. So beside the unsteered model we always put a *random* vector of the same norm at the same place.
+# Any large change moves the answer. So beside the unsteered model we always put a *random* vector of the same
+# norm at the same place.
 
 # %%
 words = [" wedding", " bride", " marry", " married", " love"]
 word_ids = [tokenizer.encode(word, bos=False)[0] for word in words]
 control, _ = model(ids, steer=[coeff * random_like(weddings, seed=0)])
-for name, some in (("unsteered", plain), ("steered", steered), ("random", control)):
-    p = some[0, -1].softmax(dim=-1)
+for name, logits in (("unsteered", plain), ("steered", steered), ("random", control)):
+    p = logits[0, -1].softmax(dim=-1)
     print(f"{name:10}", "  ".join(f"{word} {p[i]:.1e}" for word, i in zip(words, word_ids, strict=True)))
 #> unsteered   wedding 9.4e-07   bride 1.3e-07   marry 4.1e-07   married 4.3e-07   love 4.3e-04
 #> steered     wedding 5.6e-04   bride 1.4e-05   marry 5.6e-05   married 7.6e-05   love 1.2e-03
 #> random      wedding 1.2e-06   bride 2.5e-07   marry 2.9e-06   married 7.4e-07   love 2.4e-04
 
 # %% [markdown]
-# One prompt and one next token: a first look and no result. Tutorials 05 and 07 count whole completions.
+# This is one prompt and one next token: a first look, not a result. Tutorials 05 and 07 count whole
+# completions.
 #
 # ## The figure: where the stream has moved
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 4.4))
-image = axis.imshow(moved.clamp(min=1e-3).log10(), cmap="cividis", aspect="auto", origin="lower", vmin=-3, vmax=1)
+image = axis.imshow(moved.clamp(min=1e-3).log10(), cmap="cividis", vmin=-3, vmax=1, aspect="auto",
+                    origin="lower")
 axis.set_xticks(pos, [repr(piece) for piece in pieces], rotation=45, ha="right", rotation_mode="anchor")
 axis.set_xlabel("position")
 axis.set_ylabel("layer l of resid[l]")
@@ -123,21 +132,21 @@ lesson.save(figure, "04_the_addition")
 
 # %% [markdown]
 # ## Exercise 1
-# What a `Steer` adds: write it. `start` is the position of the vector's first row.
+# Write what a `Steer` adds. `start` is the position of the vector's first row.
 
 # %%
 def delta(vector, coeff, start, T):
-    """vector (n, d_model) -> (T, d_model): coeff * vector at positions start, start + 1, …, zero rows elsewhere"""
+    """vector (n, d_model) -> (T, d_model): coeff * vector at positions start, start + 1, …, 0 elsewhere"""
     return None                 # your lines
 
 
-made = torch.arange(6.0).view(2, 3)
-lesson.check(delta, ((made, 2.0, 1, 4), ministeer.Steer(0, made, 2.0, 1).delta(torch.arange(4))))
-#> delta: not yet. delta(a tensor (2, 3), 2, 1, 4) gives None; expected a tensor (4, 3)
+rows = torch.arange(6.0).view(2, 3)
+lesson.check(delta, ((rows, 2.0, 1, 4), ministeer.Steer(0, rows, 2.0, 1).delta(torch.arange(4))))
+#> delta: not yet. For (tensor (2, 3), 2, 1, 4) it gives None, not tensor (4, 3)
 
 # %% [markdown]
 # ## Exercise 2
-# Which coefficient makes the addition exactly as long as the stream at the first steered position?
+# Which coefficient gives the addition exactly the norm of the stream at the first steered position?
 
 # %%
 def equal_coeff(model, tokenizer, steer, prompt):
@@ -145,9 +154,10 @@ def equal_coeff(model, tokenizer, steer, prompt):
     return None                 # your line
 
 
-lesson.check(equal_coeff, ((model, tokenizer, weddings, prompt), coeff / loud[1].item()))
-#> equal_coeff: not yet. equal_coeff(the model, the tokenizer, the steer, 'I went up to my friend and said') gives None; expected 0.5412
+lesson.check(equal_coeff, ((model, tokenizer, weddings, prompt), coeff / ratios[1].item()))
+#> equal_coeff: not yet. For (model, tokenizer, steer, 'I went up to my friend…') it gives None, not 0.5412
 
 # %% [markdown]
-# **You know now** the whole method. In the library it is this line of [ministeer/model.py](../ministeer/model.py):
-# `x = x + s.delta(pos).to(x)`. Next: [05](05_generation.py), whole texts.
+# **Now you know** the whole method. In the library it is this line of
+# [ministeer/model.py](../ministeer/model.py): `x = x + s.delta(pos).to(x)`. Next: [05](05_generation.py),
+# whole texts.

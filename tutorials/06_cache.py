@@ -1,9 +1,11 @@
 # %% [markdown]
 # # 06 · The cache, and where the addition stays
 #
-# **The vector is added while the prompt is read, and never again. How can it still act 30 tokens later?** 20 minutes. You need tutorials 04 and 05.
+# **The vector is added while the prompt is read, and never again. How can it still act 30 tokens later?** 20
+# minutes. You need tutorials 04 and 05.
 
 # %%
+import copy
 import time
 
 import lesson
@@ -22,28 +24,31 @@ weddings = 2 * ministeer.steering_vector(model, tokenizer, " weddings", " ", lay
 
 # %% [markdown]
 # ## What is a cache for?
-# To write token 100 a model needs the keys and values of tokens 0 to 99, and they do not change any more: no position sees a later one. So keep
-# them, and run the blocks for the new position only.
+# To write token 100, a model needs the keys and values of tokens 0 to 99. These do not change any more,
+# because no position sees a later one. So we keep them, and run the blocks for the new position only.
 
 # %%
 cache = KVCache(max_len=64)
-model(ids[:, :6], cache=cache)                                    # a first part of the prompt
+model(ids[:, :6], cache=cache)                                    # the first part of the prompt
 print(len(cache), "positions read")
 parts, _ = model(ids[:, 6:], cache=cache)                         # the rest
 whole, _ = model(ids)
-print("in two parts or in one, the same logits:", torch.allclose(parts[:, -1], whole[:, -1], rtol=1e-3, atol=1e-3))
+equal = torch.allclose(parts[:, -1], whole[:, -1], rtol=1e-3, atol=1e-3)
+print("in two parts or in one, the same logits:", equal)
 #> 6 positions read
 #> in two parts or in one, the same logits: True
 
 # %% [markdown]
-# In float32 the same up to 1e-5, because sums are taken in another order; in bfloat16 up to some percent of a logit. Neither is a bug.
+# In float32 they agree to about 1e-5, because sums are taken in another order; in bfloat16 they differ by up
+# to a few percent of a logit. Neither is a bug.
 #
 # ## What does it save?
 
 # %%
 def seconds(n, cached):
-    """Time for n new tokens after the prompt, the likeliest each time."""
-    cache, new, all_ids = (KVCache(len(ids[0]) + n) if cached else None), ids, ids
+    """The time to write n tokens after the prompt, taking the likeliest each time"""
+    cache = KVCache(len(ids[0]) + n) if cached else None
+    new, all_ids = ids, ids
     start = time.perf_counter()
     for _ in range(n):
         logits, _ = model(new if cached else all_ids, cache=cache, last_only=True)
@@ -59,11 +64,12 @@ print("64 tokens take more than 1.2 times as long without a cache:", times[False
 
 # %% [markdown]
 # ## Is a new token steered?
-# Positions are absolute and the vector has one row, for position 1. A new token stands at position 11 or later, and nothing is added to it.
+# Positions are absolute, and the vector has one row, for position 1. A new token stands at position 11 or
+# later, and nothing is added to it.
 
 # %%
 def read(steer):
-    """The prompt read into a new cache -> (cache, logits of its last position)"""
+    """Read the prompt into a new cache -> (cache, logits of its last position)"""
     cache = KVCache(max_len=64)
     logits, _ = model(ids, steer, cache)
     return cache, logits[0, -1]
@@ -81,72 +87,78 @@ print("what block 2 reads is not:", not torch.equal(with_steer[2], without[2]))
 #> what block 2 reads is not: True
 
 # %% [markdown]
-# So the new token's own stream is as ever when block 1 reads it. The difference comes in through attention: block 1 looks back at position 1 and
-# finds other keys and values there. **The addition stays in the cache.**
+# So when block 1 reads the new token's own stream, that stream is unchanged. The difference comes in through
+# attention: block 1 looks back at position 1, and finds other keys and values there. **The addition stays in
+# the cache.**
 #
 # ## Can we prove it?
-# Read the prompt steered. Then put the *unsteered* keys and values back, in some places of the cache, and look what is left of the effect. As a
-# measure, the probability of a word about weddings as the next token, over several ways to go on.
+# Read the prompt with steering. Then, in parts of the cache, restore the *unsteered* keys and values, and see
+# how much of the effect remains. We measure the effect by the probability that the next token is a wedding
+# word, averaged over several ways to continue.
 
 # %%
 starts = [" had a", " were at the", " should go to the", " talked about the", " looked at the"]
 words = [" wedding", " weddings", " bride", " marriage", " honeymoon", " ceremony"]
 word_ids = torch.tensor([tokenizer.encode(word, bos=False)[0] for word in words])
+clean, _ = read([])
 
 
 def topic(steer, blocks=(), positions=slice(0, 0)):
-    """Mean probability of a word about weddings, with unsteered keys and values put back at `positions` of `blocks`."""
-    found = []
+    """Mean probability of a wedding word, after restoring the clean keys and values in part of the cache"""
+    cache, _ = read(steer)
+    for l in blocks:
+        for changed, original in zip(cache.layers[l], clean.layers[l], strict=True):
+            changed[:, :, positions] = original[:, :, positions]
+    probabilities = []
     for start in starts:
-        (cache, _), (clean, _) = read(steer), read([])
-        for l in blocks:
-            for mine, theirs in zip(cache.layers[l], clean.layers[l], strict=True):
-                mine[:, :, positions] = theirs[:, :, positions]
         more = torch.tensor([tokenizer.encode(start, bos=False)])
-        logits, _ = model(more, steer, cache, last_only=True)
-        found.append(logits[0, -1].softmax(dim=-1)[word_ids].sum())
-    return torch.stack(found).mean().item()
+        # A copy for each, because the model adds to the cache that it is given.
+        logits, _ = model(more, steer, copy.deepcopy(cache), last_only=True)
+        probabilities.append(logits[0, -1].softmax(dim=-1)[word_ids].sum())
+    return torch.stack(probabilities).mean().item()
 
 
 everywhere, T = range(n_layer), ids.shape[1]
 effect, base = topic([weddings]), topic([])
-print(f"unsteered                           {base:.4f}")
-print(f"random vector, same norm            {topic([random_like(weddings, seed=0)]):.4f}")
-print(f"steered                             {effect:.4f}")
-print(f"  all positions put back            {topic([weddings], everywhere, slice(0, T)):.4f}")
-print(f"  position 1 put back               {topic([weddings], everywhere, slice(1, 2)):.4f}")
-print(f"  all positions but 1 put back      {topic([weddings], everywhere, slice(2, T)):.4f}")
-#> unsteered                           0.0032
-#> random vector, same norm            0.0018
-#> steered                             0.0740
-#> all positions put back            0.0032
-#> position 1 put back               0.0109
-#> all positions but 1 put back      0.0233
+print(f"unsteered                         {base:.4f}")
+print(f"random vector, same norm          {topic([random_like(weddings, seed=0)]):.4f}")
+print(f"steered                           {effect:.4f}")
+print(f"  all positions restored          {topic([weddings], everywhere, slice(0, T)):.4f}")
+print(f"  position 1 restored             {topic([weddings], everywhere, slice(1, 2)):.4f}")
+print(f"  all positions but 1 restored    {topic([weddings], everywhere, slice(2, T)):.4f}")
+#> unsteered                         0.0032
+#> random vector, same norm          0.0018
+#> steered                           0.0740
+#>   all positions restored          0.0032
+#>   position 1 restored             0.0109
+#>   all positions but 1 restored    0.0233
 
 # %% [markdown]
-# With the whole cache put back nothing is left: there is no other way for the addition to reach a new token. Of the effect (0.074 − 0.003) a tenth is
-# left with position 1 put back, and a quarter with all others put back. Neither alone carries it: most of it needs both, position 1 and the words
-# that have copied from it.
+# With the whole cache restored, no effect remains: there is no other way for the addition to reach a new
+# token. The whole effect is 0.074 − 0.003. A tenth of it remains when position 1 is restored, and a quarter
+# when all the others are. Neither alone carries it: most of it needs both, position 1 and the words that have
+# copied from it.
 #
 # ## Which blocks read it?
 
 # %%
 left_over = [topic([weddings], range(l + 1), slice(0, T)) for l in everywhere]
 for l in (0, 1, 2, 5, 10, 15, 20, 25, n_layer - 1):
-    print(f"blocks 0 … {l:2} put back: {left_over[l]:.4f}")
-#> blocks 0 …  0 put back: 0.0740
-#> blocks 0 …  1 put back: 0.0742
-#> blocks 0 …  2 put back: 0.0731
-#> blocks 0 …  5 put back: 0.0701
-#> blocks 0 … 10 put back: 0.0578
-#> blocks 0 … 15 put back: 0.0462
-#> blocks 0 … 20 put back: 0.0411
-#> blocks 0 … 25 put back: 0.0108
-#> blocks 0 … 29 put back: 0.0032
+    print(f"blocks 0 … {l:2} restored: {left_over[l]:.4f}")
+#> blocks 0 …  0 restored: 0.0740
+#> blocks 0 …  1 restored: 0.0742
+#> blocks 0 …  2 restored: 0.0731
+#> blocks 0 …  5 restored: 0.0701
+#> blocks 0 … 10 restored: 0.0578
+#> blocks 0 … 15 restored: 0.0462
+#> blocks 0 … 20 restored: 0.0411
+#> blocks 0 … 25 restored: 0.0108
+#> blocks 0 … 29 restored: 0.0032
 
 # %% [markdown]
-# The vector was added before block 1, yet with blocks 0 to 5 put back nearly all of the effect is left, and with blocks 0 to 20 still half. It is
-# read late: nearly all of the other half is lost where blocks 21 to 27 are put back as well (figure).
+# The vector was added before block 1. Yet with blocks 0 to 5 restored nearly all of the effect remains, and
+# with blocks 0 to 20 still half of it. Much of it is read late: nearly all of the other half disappears when
+# blocks 21 to 27 are restored as well (see the figure).
 #
 # ## The figure: what the cache saves, and what it carries
 
@@ -157,19 +169,20 @@ for cached, color, label in ((True, lesson.BLUE, "with a cache"), (False, lesson
 left.set_xlabel("new tokens")
 left.set_ylabel("seconds (one run, this machine)")
 left.legend()
-right.plot(range(n_layer), left_over, "o-", color=lesson.BLUE, markersize=3, label="steered, cache put back up to block l")
+right.plot(range(n_layer), left_over, "o-", color=lesson.BLUE, markersize=3,
+           label="steered, cache restored up to block l")
 right.axhline(effect, color=lesson.BLUE, linestyle="--", linewidth=0.8, label="steered")
 right.axhline(base, color="black", linestyle="--", linewidth=0.8, label="unsteered")
 right.set_xlabel("block l")
-right.set_ylabel("probability of a word about weddings")
+right.set_ylabel("probability of a wedding word")
 right.set_ylim(0, None)
-right.set_title(f"mean of {len(starts)} ways to go on", fontsize="medium")
+right.set_title(f"mean over {len(starts)} ways to continue", fontsize="medium")
 right.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 0.1))
 lesson.save(figure, "06_cache")
 
 # %% [markdown]
 # ## Exercise 1
-# How many numbers does a cache hold for S positions of one text? Keys and values, every block.
+# How many numbers does a cache hold for S positions of one text? Count keys and values, in every block.
 
 # %%
 def cache_numbers(config, S):
@@ -177,13 +190,14 @@ def cache_numbers(config, S):
     return None                 # your line
 
 
-held = sum(t[:, :, :T].numel() for pair in steered.layers.values() for t in pair)
-lesson.check(cache_numbers, ((model.config, T), held))
-#> cache_numbers: not yet. cache_numbers(the config, 11) gives None; expected 126720
+n_numbers = sum(t[:, :, :T].numel() for pair in steered.layers.values() for t in pair)
+lesson.check(cache_numbers, ((model.config, T), n_numbers))
+#> cache_numbers: not yet. For (config, 11) it gives None, not 126720
 
 # %% [markdown]
 # ## Exercise 2
-# Positions are absolute. A cache holds `cached` positions and T more are read: which of these does a Steer touch?
+# Positions are absolute. A cache holds `cached` positions, and T more are read. Which of the T positions does
+# a Steer touch?
 
 # %%
 def touched(start, rows, cached, T):
@@ -194,9 +208,11 @@ def touched(start, rows, cached, T):
     return None                 # your line
 
 
-lesson.check(touched, ((1, 2, 0, 5), [1, 2]), ((1, 2, 2, 5), [2]), ((1, 2, 5, 1), []), ((3, None, 5, 2), [5, 6]))
-#> touched: not yet. touched(1, 2, 0, 5) gives None; expected [1, 2]
+cases = [((1, 2, 0, 5), [1, 2]), ((1, 2, 2, 5), [2]), ((1, 2, 5, 1), []), ((3, None, 5, 2), [5, 6])]
+lesson.check(touched, *cases)
+#> touched: not yet. For (1, 2, 0, 5) it gives None, not [1, 2]
 
 # %% [markdown]
-# **You know now** why nothing has to be added again, and that "steered" is a property of a cache. The library refuses to go on with a cache under
-# other steering. Next: [07](07_which_layer.py), choosing a layer without fooling yourself.
+# **Now you know** why nothing has to be added again, and that "steered" is a property of a cache. The library
+# does not let you continue a cache under different steering. Next: [07](07_which_layer.py), choosing a layer
+# without fooling yourself.

@@ -1,7 +1,8 @@
 # %% [markdown]
 # # 07 · Which layer, which coefficient, and is it real?
 #
-# **How does one choose a layer and a coefficient without fooling oneself?** 30 minutes, one of them computing. You need tutorial 05.
+# **How do you choose a layer and a coefficient without fooling yourself?** 30 minutes, one of them computing.
+# You need tutorial 05.
 
 # %%
 import lesson
@@ -9,69 +10,79 @@ import matplotlib.pyplot as plt
 import torch
 
 import ministeer
-from ministeer.evaluation.stats import wilson
 from ministeer.evaluation.judges import count_words
 from ministeer.evaluation.measure import sweep
-from ministeer.steering import random_like
+from ministeer.evaluation.stats import wilson
+from ministeer.steering import random_like, steering_vectors
 
 model, tokenizer = lesson.load()
-layers = list(range(model.config.n_layer))
 plus, minus = " weddings", " "
 
 # %% [markdown]
-# ## Can one guess it from the next token?
-# A whole sweep costs one pass: `resid[l]` is recorded once for every l, and each coefficient is one more row of a batch. As a quick measure, the
-# log-probability (natural logarithm; the unit is the *nat*) of a word about weddings as the next token, over a few prompts that could go on with one.
+# ## Can you guess it from the next token?
+# A whole sweep over layers and coefficients takes one pass: `resid[l]` is recorded once for every l, and each
+# coefficient is one more row of a batch. As a quick measure, we take the log-probability that the next token
+# is a wedding word, averaged over a few prompts that such a word could follow. (It is a natural logarithm;
+# its unit is the *nat*.)
 
 # %%
-tuning = ["Yesterday we talked about the", "They had been looking forward to the", "My sister told me everything about her",
-          "We drove home after the"]
+tuning = ["Yesterday we talked about the", "They had been looking forward to the",
+          "My sister told me everything about her", "We drove home after the"]
 words = [" wedding", " weddings", " marriage", " bride", " honeymoon", " groom"]
 word_ids = torch.tensor([tokenizer.encode(word, bos=False)[0] for word in words])
-coeffs = [0.5, 1.0, 2.0, 4.0]
+layers, coeffs = list(range(model.config.n_layer)), [0.5, 1.0, 2.0, 4.0]
 
 
 def topic(logits):
-    """logits (…, n_vocab) -> log p(a word about weddings), in nats"""
+    """logits (…, n_vocab) -> log p(a wedding word), in nats"""
     return logits.log_softmax(dim=-1)[..., word_ids].logsumexp(dim=-1)
 
 
-base = torch.stack([topic(model(torch.tensor([tokenizer.encode(prompt)]))[0][0, -1]) for prompt in tuning]).mean()
-gain = torch.stack([topic(sweep(model, tokenizer, prompt, plus, minus, layers, coeffs)) for prompt in tuning]).mean(dim=0) - base
-print("unsteered log p", round(base.item(), 1), "nats; what steering adds, by layer and coefficient:")
-print("layer  ", "".join(f"{l:7}" for l in (0, 1, 2, 3, 6, 11, 16, 20, 26)))
+unsteered_logp, steered_logp = [], []
+for text in tuning:
+    logits, _ = model(torch.tensor([tokenizer.encode(text)]))
+    unsteered_logp.append(topic(logits[0, -1]))
+    steered_logp.append(topic(sweep(model, tokenizer, text, plus, minus, layers, coeffs)))
+base = torch.stack(unsteered_logp).mean()
+gain = torch.stack(steered_logp).mean(dim=0) - base             # (layers, coeffs)
+
+print(f"unsteered log p {base:.1f} nats; what steering adds, by layer and coefficient:")
+shown = (0, 1, 2, 3, 6, 11, 16, 20, 26)
+print("layer    ", "".join(f"{l:7}" for l in shown))
 for j, c in enumerate(coeffs):
-    print(f"coeff {c:3}", "".join(f"{gain[l, j]:+7.1f}" for l in (0, 1, 2, 3, 6, 11, 16, 20, 26)))
+    print(f"coeff {c:3}", "".join(f"{gain[l, j]:+7.1f}" for l in shown))
 #> unsteered log p -5.4 nats; what steering adds, by layer and coefficient:
-#> layer         0      1      2      3      6     11     16     20     26
-#> coeff 0.5    -0.4   -0.1   +0.1   -0.4   -0.2   +0.8   +1.5   +1.5   +0.2
-#> coeff 1.0    -0.2   +0.8   +0.8   -0.5   -0.2   +1.9   +2.9   +2.4   +0.7
-#> coeff 2.0    -0.5   +0.8   +0.8   -0.4   -0.2   +2.5   +2.8   +1.5   +0.7
-#> coeff 4.0    -1.2   -0.0   -0.1   -0.4   -0.2   +2.3   +3.5   +0.7   +0.6
+#> layer          0      1      2      3      6     11     16     20     26
+#> coeff 0.5   -0.4   -0.1   +0.1   -0.4   -0.2   +0.8   +1.5   +1.5   +0.2
+#> coeff 1.0   -0.2   +0.8   +0.8   -0.5   -0.2   +1.9   +2.9   +2.4   +0.7
+#> coeff 2.0   -0.5   +0.8   +0.8   -0.4   -0.2   +2.5   +2.8   +1.5   +0.7
+#> coeff 4.0   -1.2   -0.0   -0.1   -0.4   -0.2   +2.3   +3.5   +0.7   +0.6
 
 # %% [markdown]
-# By this table one would take layer 16. (Layer 12, in the figure below, is worst: it is just behind the block that builds the sink anew, tutorial 03.
-# Perhaps that is why.)
+# From this table you would choose layer 16. (In the figure below, layer 12 is the worst. It comes just after
+# the block that builds the sink up again, tutorial 03. Perhaps that is why.)
 #
 # ## Does that hold for whole texts?
-# Count completions, as in tutorial 05. Some layers, one coefficient, and for each a random vector of the same norm.
+# Count completions, as in tutorial 05: for some of the layers and one coefficient, each with a random vector
+# of the same norm.
 
 # %%
-n, some = 40, [0, 1, 2, 4, 6, 11, 16, 20, 26]
-prompt = "I went up to my friend and said"
+n, prompt = 40, "I went up to my friend and said"
+some_layers = [0, 1, 2, 4, 6, 11, 16, 20, 26]
 
 
-def share(steer, prompt=prompt, seed=0):
-    texts = ministeer.generate(model, tokenizer, prompt, n, 30, steer, top_p=0.3, freq_penalty=1.0, seed=seed)
+def count(steer, prompt=prompt):
+    """-> how many of n completions mention weddings"""
+    texts = ministeer.generate(model, tokenizer, prompt, n, 30, steer, top_p=0.3, freq_penalty=1.0)
     return sum(count_words(text) > 0 for text in texts)
 
 
-steers = ministeer.steering.steering_vectors(model, tokenizer, plus, minus, some)
-unsteered = share([])
-steered = {s.layer: share(s) for s in steers}
-control = {s.layer: share(random_like(s, seed=0)) for s in steers}
+steers = steering_vectors(model, tokenizer, plus, minus, some_layers)
+unsteered = count([])
+steered = {s.layer: count(s) for s in steers}
+control = {s.layer: count(random_like(s, seed=0)) for s in steers}
 print(f"unsteered {unsteered} of {n}")
-for l in some:
+for l in some_layers:
     low, high = wilson(steered[l], n)
     print(f"layer {l:2}: {steered[l]:2} of {n} (95 % {low:.0%} to {high:.0%}), random {control[l]}")
 #> unsteered 0±3 of 40
@@ -86,58 +97,61 @@ for l in some:
 #> layer 26: 2±3 of 40 (95 % 1±8% to 17±8%), random 0±3
 
 # %% [markdown]
-# It does not. Layers 1 and 2, which did little for the next token, bring the topic into half of the texts. (The prompt is another one too.) Before
-# you trust a cheap measure, see whether it agrees with the dear one.
+# It does not. Layers 1 and 2, which did little for the next token, bring the topic into half of the texts.
+# (The prompt is different too.) Before you trust a cheap measure, see whether it agrees with the expensive
+# one.
 #
-# Not one hill, as in the paper's GPT-2-XL, but two: layers 1 and 2, before the space of the pair becomes a sink (tutorial 03), and some late ones.
-# Why layer 0 fails although it too comes before the sink, and why the late ones work, we do not know.
+# There is not one hill, as in the paper's GPT-2-XL, but two: layers 1 and 2, before the space of the pair
+# becomes a sink (tutorial 03), and some late layers. We do not know why layer 0 fails, although it too comes
+# before the sink, nor why the late layers work.
 #
 # ## Is the best one really the best?
-# We looked at nine layers and took the highest. The highest of many is too high: it has been lucky as well. So choose on some prompts, and report on
-# others that took no part in the choice.
+# We looked at nine layers and took the highest. The highest of many is too high, because it was also lucky.
+# So choose on some prompts, and report on others that played no part in the choice.
 
 # %%
 best = max(steered, key=steered.get)
-rivals = [l for l in some if wilson(steered[l], n)[1] > wilson(steered[best], n)[0]]
-print("highest: layer", best, "; not clearly worse:", [l for l in rivals if l != best])
-(chosen,) = ministeer.steering.steering_vectors(model, tokenizer, plus, minus, [best])
-fresh = ["The weather was fine, so we decided to", "My neighbour knocked on the door and told me"]
-results = [(share([], text), share(chosen, text), share(random_like(chosen, seed=0), text)) for text in fresh]
-for text, (before, after, by_chance) in zip(fresh, results, strict=True):
-    print(f"{text!r}: unsteered {before}, steered {after}, random {by_chance} of {n}")
+close = [l for l in some_layers if l != best and wilson(steered[l], n)[1] > wilson(steered[best], n)[0]]
+print("highest: layer", best, "; not clearly worse:", close)
+(chosen,) = steering_vectors(model, tokenizer, plus, minus, [best])
+for text in ("The weather was fine, so we decided to", "My neighbour knocked on the door and told me"):
+    before, after, random = count([], text), count(chosen, text), count(random_like(chosen, seed=0), text)
+    print(f"{text!r}: unsteered {before}, steered {after}, random {random} of {n}")
 #> highest: layer 1±1 ; not clearly worse: ≈ [2, 20]
 #> 'The weather was fine, so we decided to': unsteered 0±3, steered 8±3, random 0±3 of 40
 #> 'My neighbour knocked on the door and told me': unsteered 1±3, steered 11±3, random 0±3 of 40
 
 # %% [markdown]
-# 21 of 40 where we chose, 8 and 11 on fresh prompts: report the second. How much of the fall is luck and how much the prompts, two cannot tell.
+# That is 21 of 40 where we chose, but 8 and 11 on fresh prompts. Report the second kind. Two prompts cannot
+# tell how much of the drop is luck, and how much comes from the prompts.
 #
 # ## Is one random vector enough?
-# It is one draw of its own. Take five.
+# No: one random vector may be an exception. Take five.
 
 # %%
-five = [share(random_like(chosen, seed=seed)) for seed in range(5)]
+five = [count(random_like(chosen, seed=seed)) for seed in range(5)]
 print("five random vectors:", five, "of", n)
 #> five random vectors: [0±3, 0±3, 0±3, 0±3, 0±3] of 40
 
 # %% [markdown]
-# ## The figure: layers, twice
+# ## The figure: layers, measured in two ways
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-image = left.imshow(gain.T, cmap="PuOr", aspect="auto", vmin=-gain.abs().max(), vmax=gain.abs().max())
+largest = gain.abs().max()
+image = left.imshow(gain.T, cmap="PuOr", aspect="auto", vmin=-largest, vmax=largest)
 left.set_yticks(range(len(coeffs)), [f"{c:g}" for c in coeffs])
 left.set_xlabel("layer")
 left.set_ylabel("coefficient")
 left.set_title(f"next token, mean of {len(tuning)} prompts", fontsize="medium")
-figure.colorbar(image, ax=left, label="log p(word about weddings), nats more")
-for found, color, label in ((steered, lesson.BLUE, "steered"), (control, lesson.GREY, "random, same norm")):
-    low, high = zip(*(wilson(found[l], n) for l in some), strict=True)
-    right.plot(some, [found[l] / n for l in some], "o-", color=color, label=label)
-    right.fill_between(some, low, high, color=color, alpha=0.2, linewidth=0)
+figure.colorbar(image, ax=left, label="gain in log p(wedding word), nats")
+for counts, color, label in ((steered, lesson.BLUE, "steered"), (control, lesson.GREY, "random, same norm")):
+    low, high = zip(*(wilson(counts[l], n) for l in some_layers), strict=True)
+    right.plot(some_layers, [counts[l] / n for l in some_layers], "o-", color=color, label=label)
+    right.fill_between(some_layers, low, high, color=color, alpha=0.2, linewidth=0)
 right.axhline(unsteered / n, color="black", linestyle="--", linewidth=0.8, label="unsteered")
 right.set_xlabel("layer")
-right.set_ylabel("completions with a word about weddings")
+right.set_ylabel("completions with a wedding word")
 right.set_ylim(-0.03, 1)
 right.set_title(f"whole texts, n {n} a point, c 1, 95 % band", fontsize="medium")
 right.legend(fontsize="small")
@@ -145,21 +159,24 @@ lesson.save(figure, "07_which_layer")
 
 # %% [markdown]
 # ## Exercise 1
-# Choose by the rule: the smallest coefficient whose share is inside the 95 % interval of the highest share. (A smaller one costs less.)
+# Choose by this rule: the smallest coefficient whose share lies inside the 95 % interval of the highest
+# share. (A smaller one costs less.)
 
 # %%
 def smallest_good(counts, n):
-    """counts: {coefficient: completions of n with the topic} -> the coefficient chosen"""
+    """counts: {coefficient: how many of n completions have the topic} -> the coefficient chosen"""
     return None                 # your lines
 
 
-lesson.check(smallest_good, (({0.5: 2, 1.0: 18, 2.0: 21, 4.0: 12}, 40), 1.0), (({0.5: 1, 1.0: 4, 2.0: 30}, 40), 2.0))
-#> smallest_good: not yet. smallest_good(the dict, 40) gives None; expected 1
+lesson.check(smallest_good, (({0.5: 2, 1.0: 18, 2.0: 21, 4.0: 12}, 40), 1.0),
+             (({0.5: 1, 1.0: 4, 2.0: 30}, 40), 2.0))
+#> smallest_good: not yet. For (dict, 40) it gives None, not 1
 
 # %% [markdown]
 # ## Exercise 2
-# How lucky is the highest of many? Let k layers all have a true share of `rate`, draw n completions for each, take the highest share, and average
-# that over many repetitions. Use `torch.distributions.Binomial(n, rate)` or count random numbers below `rate`.
+# How lucky is the highest of many? Suppose that k layers all have a true share of `rate`. Draw n completions
+# for each, take the highest share, and average that over many repetitions. Use
+# `torch.distributions.Binomial(n, rate)`, or count random numbers below `rate`.
 
 # %%
 def highest_of(k, n, rate, seed=0):
@@ -168,8 +185,9 @@ def highest_of(k, n, rate, seed=0):
 
 
 lesson.check(highest_of, ((1, 40, 0.2), 0.2), ((30, 40, 0.2), 0.3))
-#> highest_of: not yet. highest_of(1, 40, 0.2) gives None; expected 0.2
+#> highest_of: not yet. For (1, 40, 0.2) it gives None, not 0.2
 
 # %% [markdown]
-# **You know now** how to sweep, and what a sweep can make you believe. `python benchmarks/paper.py layer-sweep` is this with n 200 and every layer.
-# Next: [08](08_probabilities.py), what the vector does to text that is already written.
+# **Now you know** how to sweep, and what a sweep can make you believe.
+# `python -m benchmarks.paper layer-sweep` does the same with n 200 and every layer. Next:
+# [08](08_probabilities.py), what the vector does to text that is already written.

@@ -1,46 +1,64 @@
 # %% [markdown]
 # # 08 · What changes in the probabilities
 #
-# **Does the vector make texts about its topic likelier, and others not?** 25 minutes. You need tutorial 07. This is section 4.1 of the paper.
+# **Does the vector make texts on its topic likelier, and other texts not?** 25 minutes. You need tutorial 07.
+# This is section 4.1 of the paper.
 #
-# So far we let the model write. Now it reads texts that are already written, and we ask how likely it finds each of their tokens.
+# So far we have let the model write. Now it reads texts that are already written, and we ask how likely it
+# finds each of their tokens.
 
 # %%
 import lesson
 import matplotlib.pyplot as plt
 import torch
 
-from ministeer.evaluation.stats import bootstrap
 from ministeer.evaluation.measure import logprobs, perplexity_ratio, token_shifts
+from ministeer.evaluation.stats import bootstrap
 from ministeer.steering import random_like, steering_vectors
 
 model, tokenizer = lesson.load()
-about = {"weddings": """The bride had chosen a plain white dress for her wedding. Her groom waited at the altar and could not stop smiling.
-The two families met for the first time at the reception. They were married on a Saturday in June, in front of a hundred guests.
-A wedding takes months to plan and one day to enjoy. The best man lost the rings and found them in his own pocket.
-After the ceremony the married couple danced until midnight. Her mother cried at the wedding, and so did his father.
-They spent their honeymoon in a small house by the lake. A happy marriage, said the priest, begins with a good joke.
-The bridesmaids threw rice when the bride came out of the church. Nobody remembers what was said at the wedding dinner.""",
-         "shipping": """The harbour was built two hundred years ago for wooden ships. Today a crane lifts forty containers in an hour.
-Most of what we buy has crossed an ocean in a steel box. The captain reports the cargo to the port before the ship arrives.
-Fuel is the largest cost of a long voyage. A storm in the strait can delay the whole fleet by a week.
-The pilot boards the vessel outside the breakwater and guides it in. Dock workers unload the freight by day and by night.
-Customs officers open one container in fifty. The company sold its oldest tanker to a yard that takes ships apart.
-A narrow canal shortens the route by ten days. The crew comes from nine countries and shares one small kitchen."""}
-texts = {topic: [line.strip() for line in text.replace("\n", " ").replace(". ", ".|").split("|")] for topic, text in about.items()}
-print({topic: len(some) for topic, some in texts.items()}, "sentences, written for this tutorial")
+texts = {"weddings": """\
+The bride had chosen a plain white dress for her wedding.
+Her groom waited at the altar and could not stop smiling.
+The two families met for the first time at the reception.
+They were married on a Saturday in June, in front of a hundred guests.
+A wedding takes months to plan and one day to enjoy.
+The best man lost the rings and found them in his own pocket.
+After the ceremony the married couple danced until midnight.
+Her mother cried at the wedding, and so did his father.
+They spent their honeymoon in a small house by the lake.
+A happy marriage, said the priest, begins with a good joke.
+The bridesmaids threw rice when the bride came out of the church.
+Nobody remembers what was said at the wedding dinner.""".splitlines(),
+         "shipping": """\
+The harbour was built two hundred years ago for wooden ships.
+Today a crane lifts forty containers in an hour.
+Most of what we buy has crossed an ocean in a steel box.
+The captain reports the cargo to the port before the ship arrives.
+Fuel is the largest cost of a long voyage.
+A storm in the strait can delay the whole fleet by a week.
+The pilot boards the vessel outside the breakwater and guides it in.
+Dock workers unload the freight by day and by night.
+Customs officers open one container in fifty.
+The company sold its oldest tanker to a yard that takes ships apart.
+A narrow canal shortens the route by ten days.
+The crew comes from nine countries and shares one small kitchen.""".splitlines()}
+counts = {topic: len(sentences) for topic, sentences in texts.items()}
+print(counts, "sentences, written for this tutorial")
 #> {'weddings': 12, 'shipping': 12} sentences, written for this tutorial
 
 # %% [markdown]
 # ## How likely does the model find a sentence?
-# Each token has a log-probability, given the ones before it, in *nats*. Perplexity is exp(−mean): how many equally likely tokens it felt like.
+# Each token has a log-probability, given the tokens before it, in *nats*. The perplexity of a sentence,
+# exp(−mean), says among how many equally likely tokens the model had to choose, on average.
 
 # %%
-(row,) = logprobs(model, tokenizer, texts["weddings"][:1])
-pieces = tokenizer.pieces(tokenizer.encode(texts["weddings"][0])[1:])
-for piece, value in list(zip(pieces, row.tolist(), strict=True))[:7]:
+sentence = texts["weddings"][0]
+(logp,) = logprobs(model, tokenizer, [sentence])
+pieces = tokenizer.pieces(tokenizer.encode(sentence)[1:])
+for piece, value in list(zip(pieces, logp.tolist(), strict=True))[:7]:
     print(f"{piece!r:10} log p {value:6.2f}")
-print("perplexity of the sentence:", round((-row.mean()).exp().item()))
+print("perplexity of the sentence:", round((-logp.mean()).exp().item()))
 #> 'The'      log p  -5.10
 #> ' bride'   log p -10.30
 #> ' had'     log p  -3.24
@@ -52,38 +70,44 @@ print("perplexity of the sentence:", round((-row.mean()).exp().item()))
 
 # %% [markdown]
 # ## Which predictions are fair to count?
-# The vector writes over position 1. What is predicted *there* is distorted, and in generation nobody would ever draw from it, because the prompt goes
-# on. The paper leaves the first n + 1 predictions out, for both models alike; `steer.stop` is that number.
+# The vector overwrites position 1. The prediction made *there* is distorted, and in generation nobody would
+# ever sample from it, because the prompt continues. The paper leaves out the first n + 1 predictions, for the
+# steered and the unsteered model alike; `steer.stop` is that number.
 
 # %%
 layer = 16
 (weddings,) = steering_vectors(model, tokenizer, " weddings", " ", [layer])
 skip = weddings.stop
-plain = {topic: logprobs(model, tokenizer, some, skip=skip) for topic, some in texts.items()}
+plain = {topic: logprobs(model, tokenizer, sentences, skip=skip) for topic, sentences in texts.items()}
 conditions = {"steered": weddings, "random": random_like(weddings, seed=0)}
 for name, steer in conditions.items():
-    changed = {topic: logprobs(model, tokenizer, some, steer, skip) for topic, some in texts.items()}
-    print(f"layer {layer}, {name:8}", "  ".join(f"{topic} {perplexity_ratio(plain[topic], changed[topic]):.3f}" for topic in texts))
+    ratios = []
+    for topic, sentences in texts.items():
+        changed = logprobs(model, tokenizer, sentences, steer, skip)
+        ratios.append(f"{topic} {perplexity_ratio(plain[topic], changed):.3f}")
+    print(f"layer {layer}, {name:8}", "  ".join(ratios))
 #> layer 16, steered  weddings 0.841  shipping 1.144
 #> layer 16, random   weddings 1.006  shipping 1.056
 
 # %% [markdown]
-# The ratio is perplexity steered over unsteered: below 1 the text has become likelier. The topic gains, the other text loses. A random vector of the
-# same norm does not move the weddings; for shipping the two are not shown to differ (intervals below). (The paper's GPT-2-XL on two essays, also
-# before block 16: 0.92 and 1.00.)
+# The ratio is the steered perplexity over the unsteered one: below 1, the text has become likelier. Steering
+# makes the texts on its topic likelier and the other texts less likely. A random vector of the same norm does
+# not move the texts about weddings. For shipping, steered and random are not shown to differ (see the
+# intervals below). (For comparison, the paper's GPT-2-XL on two essays, also before block 16: 0.92 and 1.00.)
 #
 # ## How sure is it?
-# A sentence is the unit: its tokens belong together. So we draw *sentences* again and again, with replacement, and look how the mean moves (the
-# bootstrap). Twelve sentences are few. (The ratio is exp(−mean), so the ends of the interval change places.)
+# The unit is the sentence, because its tokens belong together. So we draw *sentences* again and again, with
+# replacement, and see how the mean moves (the bootstrap). Twelve sentences are few.
 
 # %%
 def ratio(topic, steer):
     """-> perplexity ratio, and its 95 % interval over sentences"""
     changed = logprobs(model, tokenizer, texts[topic], steer, skip)
-    means = [(s - p).mean().item() for p, s in zip(plain[topic], changed, strict=True)]
-    low, high = bootstrap(means, [len(p) for p in plain[topic]])
-    edges = torch.tensor([-high, -low]).exp().tolist()
-    return perplexity_ratio(plain[topic], changed), edges
+    means = [(after - before).mean().item() for before, after in zip(plain[topic], changed, strict=True)]
+    low, high = bootstrap(means, [len(before) for before in plain[topic]])
+    # The ratio is exp(-mean), so the high end of the mean is the low end of the ratio.
+    ends = torch.tensor([-high, -low]).exp().tolist()
+    return perplexity_ratio(plain[topic], changed), ends
 
 
 for topic in texts:
@@ -97,16 +121,19 @@ for topic in texts:
 
 # %% [markdown]
 # ## Which tokens gained?
-# The mean shift of each token that occurs three times or more in both texts together. (The paper asks for more than twenty, in half a million.)
+# Here is the mean shift of the tokens that occur at least three times in all the sentences together. (The
+# paper asks for more than twenty times, in half a million tokens.)
 
 # %%
-everything = [text for some in texts.values() for text in some]
-ids = [tokenizer.encode(text)[1 + skip:] for text in everything]
-shifts = token_shifts(ids, logprobs(model, tokenizer, everything, skip=skip), logprobs(model, tokenizer, everything, weddings, skip), more_than=2)
+everything = texts["weddings"] + texts["shipping"]
+ids = [tokenizer.encode(sentence)[1 + skip:] for sentence in everything]
+before = logprobs(model, tokenizer, everything, skip=skip)
+after = logprobs(model, tokenizer, everything, weddings, skip)
+shifts = token_shifts(ids, before, after, more_than=2)
 order = sorted(shifts, key=lambda i: -shifts[i][1])
 for i in [*order[:4], *order[-2:]]:
-    count, shift, before = shifts[i]
-    print(f"{tokenizer.pieces([i])[0]!r:12} seen {count:2}  {shift:+.2f} nats  (unsteered log p {before:.2f})")
+    count, shift, logp = shifts[i]
+    print(f"{tokenizer.pieces([i])[0]!r:12} seen {count:2}  {shift:+.2f} nats  (unsteered log p {logp:.2f})")
 #> ' wedding'   seen  3  +2.26 nats  (unsteered log p -3.77)
 #> ' at'        seen  4  +0.33 nats  (unsteered log p -3.47)
 #> ' one'       seen  3  +0.24 nats  (unsteered log p -5.47)
@@ -115,7 +142,8 @@ for i in [*order[:4], *order[-2:]]:
 #> ' to'        seen  4  -0.15 nats  (unsteered log p -1.73)
 
 # %% [markdown]
-# Only " wedding" moves far. The others, 0.1 to 0.3 nats on 3 to 24 tokens, have no interval here and may be chance.
+# Only " wedding" moves far. The other shifts, 0.1 to 0.3 nats on 3 to 24 tokens, have no interval here and
+# may be chance.
 #
 # ## The figure: the ratio by layer
 
@@ -123,62 +151,67 @@ for i in [*order[:4], *order[-2:]]:
 layers = [0, 1, 2, 3, 6, 10, 16, 20, 24, 29]
 steers = steering_vectors(model, tokenizer, " weddings", " ", layers)
 figure, axis = plt.subplots(figsize=(7, 3.8))
-found = {}
+print("layer     ", "".join(f"{l:7}" for l in layers))
 for topic, color in (("weddings", lesson.BLUE), ("shipping", lesson.ORANGE)):
-    for name in ("steered", "random"):
-        rows = [ratio(topic, s if name == "steered" else random_like(s, seed=0)) for s in steers]
-        found[topic, name] = [value for value, _ in rows]
-        axis.plot(layers, found[topic, name], "o-" if name == "steered" else "x:", color=color, label=f"{topic}, {name}")
-        if name == "steered":
-            axis.fill_between(layers, [low for _, (low, _) in rows], [high for _, (_, high) in rows], color=color, alpha=0.2, linewidth=0)
+    steered = [ratio(topic, s) for s in steers]
+    random = [ratio(topic, random_like(s, seed=0)) for s in steers]
+    axis.plot(layers, [value for value, _ in steered], "o-", color=color, label=f"{topic}, steered")
+    axis.plot(layers, [value for value, _ in random], "x:", color=color, label=f"{topic}, random")
+    low, high = zip(*(ends for _, ends in steered), strict=True)
+    axis.fill_between(layers, low, high, color=color, alpha=0.2, linewidth=0)
+    print(topic, "s", "".join(f"{value:7.2f}" for value, _ in steered))
+    print(topic, "r", "".join(f"{value:7.2f}" for value, _ in random))
 axis.axhline(1, color="black", linewidth=0.8)
 axis.set_xlabel("layer")
 axis.set_ylabel("perplexity ratio, steered / unsteered")
 axis.set_title("12 sentences each, c 1, 95 % band over sentences", fontsize="medium")
 axis.legend(fontsize="small")
 lesson.save(figure, "08_probabilities")
-print("layer   ", "".join(f"{l:7}" for l in layers))
-for (topic, name), row in found.items():
-    print(f"{topic[:8]} {name[0]}", "".join(f"{value:7.2f}" for value in row))
-#> layer          0      1      2      3      6     10     16     20     24     29
-#> weddings s    0.99   1.17   0.97   1.38   1.30   1.19   0.84   0.81   0.95   0.98
-#> weddings r    1.78   1.66   1.52   2.66   3.18   1.54   1.01   1.02   1.05   1.00
-#> shipping s    1.58   1.48   1.12   1.16   1.16   1.12   1.14   1.14   1.06   1.00
-#> shipping r    1.81   1.61   1.55   2.45   2.66   1.48   1.06   1.07   1.07   1.00
+#> layer           0      1      2      3      6     10     16     20     24     29
+#> weddings s   0.99   1.17   0.97   1.38   1.30   1.19   0.84   0.81   0.95   0.98
+#> weddings r   1.78   1.66   1.52   2.66   3.18   1.54   1.01   1.02   1.05   1.00
+#> shipping s   1.58   1.48   1.12   1.16   1.16   1.12   1.14   1.14   1.06   1.00
+#> shipping r   1.81   1.61   1.55   2.45   2.66   1.48   1.06   1.07   1.07   1.00
 
 # %% [markdown]
-# Layers 16 and 20: blue is below 1, and orange nearly as far above. Up to layer 10 even a *random* vector costs 1.5 to 1.8, and 2.5 to 3.2 at 3 and
-# 6, where it is as long as the sink (tutorial 03). Layer 1 is best at bringing the topic into new texts; given texts about weddings it makes
-# likelier than a random vector does, and not than no vector. Two good measures, two answers; say which one you mean.
+# (s: steered, r: random.) At layers 16 and 20, the blue line is below 1, and the orange line nearly as far
+# above it. Up to layer 10, even a *random* vector costs a factor of 1.5 to 1.8, and of 2.5 to 3.2 at layers 3
+# and 6, where its norm is that of the sink (tutorial 03). Layer 1 is best at bringing the topic into new
+# texts. But it makes texts about weddings likelier only in comparison with a random vector, not with no
+# vector. Two good measures, two answers; say which one you mean.
 #
 # ## Exercise 1
-# The ratio by documents: first the mean of each text, then the mean of these. (The paper's words say this, its code takes all tokens alike.)
+# Compute the ratio by documents: first the mean of each text, then the mean of these means. (The paper's text
+# says this, but its code weights all tokens equally.)
 
 # %%
-def ratio_of_texts(plain, steered):
+def text_ratio(plain, steered):
     """plain, steered: lists of tensors, one a text, log p of its tokens -> the perplexity ratio, a float"""
     return None                 # your line
 
 
-a, b = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0])], [torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-2.0])]
-lesson.check(ratio_of_texts, ((a, b), perplexity_ratio(a, b, mean_of="texts")))
-#> ratio_of_texts: not yet. ratio_of_texts([a tensor (3,), a tensor (1,)], [a tensor (3,), a tensor (1,)]) gives None; expected 1
+a = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0])]
+b = [torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-2.0])]
+lesson.check(text_ratio, ((a, b), perplexity_ratio(a, b, mean_of="texts")))
+#> text_ratio: not yet. For ([tensor (3,), tensor (1,)], [tensor (3,), tensor (1,)]) it gives None, not 1
 
 # %% [markdown]
 # ## Exercise 2
-# A vector changes the whole distribution, not only the token that came. Write KL(p || q) in nats from two rows of logits.
+# A vector changes the whole distribution, not only the probability of the token that came. Write KL(p || q),
+# in nats, from two rows of logits.
 
 # %%
 def kl(logits_p, logits_q):
-    """logits (n_vocab,) of the unsteered and of the steered model -> sum over tokens of p (log p - log q), a float"""
-    return None                 # your lines
+    """logits (n_vocab,), unsteered and steered -> sum over tokens of p (log p - log q), a float"""
+    return None                 # your line
 
 
-one, other = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 0.0])
-lesson.check(kl, ((one, one), 0.0), ((one, other), torch.nn.functional.kl_div(other.log_softmax(0), one.log_softmax(0), reduction="sum",
-                                                                          log_target=True).item()))
-#> kl: not yet. kl(a tensor (3,), a tensor (3,)) gives None; expected 0
+p, q = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 0.0])
+expected = torch.nn.functional.kl_div(q.log_softmax(0), p.log_softmax(0), reduction="sum", log_target=True)
+lesson.check(kl, ((p, p), 0.0), ((p, q), expected.item()))
+#> kl: not yet. For (tensor (3,), tensor (3,)) it gives None, not 0
 
 # %% [markdown]
-# **You know now** how to measure a vector without drawing a single text, and why the unit of doubt is the sentence.
-# `python benchmarks/paper.py perplexity` and `token-shifts` do this with hundreds of documents. Next: [09](09_topics_and_sentiment.py).
+# **Now you know** how to measure a vector without sampling a single text, and why the unit of uncertainty is
+# the sentence. `python -m benchmarks.paper perplexity` and `token-shifts` do this with hundreds of documents.
+# Next: [09](09_topics_and_sentiment.py).

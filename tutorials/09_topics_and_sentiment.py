@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 09 · Topics and sentiment
 #
-# **Does the vector bring its own topic, or any topic? And when does it change a feeling, rather than delete a word?** 30 minutes, one of them
-# computing. You need tutorial 07. These are sections 4.2 and 4.4 of the paper.
+# **Does the vector bring its own topic, or any topic? And when does it change a feeling, rather than delete a
+# word?** 30 minutes, one of them computing. You need tutorial 07. These are sections 4.2 and 4.4 of the
+# paper.
 
 # %%
 import lesson
@@ -10,33 +11,38 @@ import matplotlib.pyplot as plt
 import torch
 
 import ministeer
-from ministeer.evaluation.stats import bootstrap, paired
 from ministeer.evaluation.judges import TOPIC_WORDS, count_words, judge
+from ministeer.evaluation.stats import bootstrap, paired
 from ministeer.steering import random_like, relative_norm
 
 model, tokenizer = lesson.load()
-paper = {"top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
+paper_settings = {"top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
 
 # %% [markdown]
-# ## Steer toward i, score j
-# A vector for weddings that also brings music and science would only make the model ramble. So steer toward each topic, and count the words of all.
+# ## Steer toward one topic, count the words of all
+# If a vector for weddings also brought music and science, it would only be making the model ramble. So we
+# steer toward each topic, and count the words of every topic.
 
 # %%
 topics, n = ["weddings", "music", "science", "politics"], 20
 prompts = ["I went up to my friend and said", "In the evening we sat down and talked about"]
+total = n * len(prompts)
 
 
 def shares(steer):
-    """-> the share of completions with a word of each topic"""
-    texts = [text for row in ministeer.generate(model, tokenizer, prompts, n, 30, steer, **paper) for text in row]
-    return [sum(count_words(text, TOPIC_WORDS[topic]) > 0 for text in texts) / len(texts) for topic in topics]
+    """-> for each topic, the share of completions with a word of it"""
+    rows = ministeer.generate(model, tokenizer, prompts, n, 30, steer, **paper_settings)
+    texts = [text for row in rows for text in row]
+    return [sum(count_words(text, TOPIC_WORDS[topic]) > 0 for text in texts) / total for topic in topics]
 
 
 base = shares([])
-vectors = {topic: 2 * ministeer.steering_vector(model, tokenizer, f" {topic}", " ", layer=2) for topic in topics}
+vectors = {}
+for topic in topics:
+    vectors[topic] = 2 * ministeer.steering_vector(model, tokenizer, f" {topic}", " ", layer=2)
 matrix = {topic: shares(steer) for topic, steer in vectors.items()}
 control = shares(random_like(vectors["weddings"], seed=0))
-print(f"{'':12}", "".join(f"{topic:>10}" for topic in topics), f"   n {n * len(prompts)}")
+print(f"{'':12}", "".join(f"{topic:>10}" for topic in topics), f"   n {total}")
 for name, row in (("unsteered", base), ("random", control), *matrix.items()):
     print(f"{name:12}", "".join(f"{value:10.0%}" for value in row))
 #>                weddings     music   science  politics    n 40
@@ -48,10 +54,12 @@ for name, row in (("unsteered", base), ("random", control), *matrix.items()):
 #> politics     0±8%   2±8%   0±8%   18±8%
 
 # %% [markdown]
-# The diagonal is what we asked for, the rest is what came along. Word lists are a rough judge: a text may be about music and have none of our words.
+# The diagonal is what we asked for; the rest is what came along with it. Word lists are a rough judge: a text
+# may be about music and contain none of our words.
 #
 # ## Does love - hate make a text kinder?
-# The paper's own example. As a judge, VADER (Hutto and Gilbert 2014): a list of words with feelings, from −1 to 1.
+# This is the paper's own example. Our judge is VADER (Hutto and Gilbert 2014), which scores a text from −1 to
+# 1 by a list of words that carry feelings.
 
 # %%
 vader = judge("vader")
@@ -60,14 +68,15 @@ steers = {"unsteered": [], "steered": love, "random": random_like(love, seed=0)}
 
 
 def feelings(prompt, n=40):
-    """-> {condition: n scores}; row k of every condition drew with the same numbers"""
-    return {name: vader(ministeer.generate(model, tokenizer, prompt, n, 30, steer, **paper)) for name, steer in steers.items()}
+    """-> {condition: n scores}; row k of every condition was sampled with the same random numbers"""
+    return {name: vader(ministeer.generate(model, tokenizer, prompt, n, 30, steer, **paper_settings))
+            for name, steer in steers.items()}
 
 
 def report(scores):
-    for name, some in scores.items():
-        low, high = bootstrap(some)
-        print(f"{name:10} {sum(some) / len(some):+.2f}  (95 % {low:+.2f} to {high:+.2f})")
+    for name, values in scores.items():
+        low, high = bootstrap(values)
+        print(f"{name:10} {sum(values) / len(values):+.2f}  (95 % {low:+.2f} to {high:+.2f})")
 
 
 hate = feelings("I hate you because")
@@ -77,23 +86,27 @@ report(hate)
 #> random     +0.08±0.12  (95 % -0.07±0.12 to +0.22±0.12)
 
 # %% [markdown]
-# Steered is above unsteered. Before you write a paper, look at the last row: a random vector, which knows nothing of love, is even higher.
+# Steered is above unsteered. But before you write a paper, look at the last row: a random vector, which knows
+# nothing about love, is even higher.
 #
 # ## Why would a random vector help?
-# Because of *where* it stands. The vector lies on the first token after BOS and nowhere else; let us see which words it writes over, and how loudly.
+# Because of *where* it is added. The vector goes to the first token after BOS and to no other. Let us see
+# which words it overwrites, and how strong it is there: the norm of the addition over the norm of the stream.
 
 # %%
 for prompt in ("I hate you because", "When I think about my neighbour, I feel"):
-    ids = tokenizer.encode(prompt)
-    loud = relative_norm(model, tokenizer, love, prompt)
-    print("   ".join(f"{piece!r} {value:.1f}" for piece, value in zip(tokenizer.pieces(ids)[1:5], loud[1:5], strict=True)))
+    pieces = tokenizer.pieces(tokenizer.encode(prompt))
+    ratios = relative_norm(model, tokenizer, love, prompt)
+    print("   ".join(f"{piece!r} {ratio:.1f}" for piece, ratio in zip(pieces[1:5], ratios[1:5], strict=True)))
 #> 'I' 1.4   ' hate' 0.0   ' you' 0.0   ' because' 0.0
 #> 'When' 1.4   ' I' 0.0   ' think' 0.0   ' about' 0.0
 
 # %% [markdown]
-# The first word is written over, by more than it was itself, and the sentence that follows is read differently whatever has replaced it. So the
-# fair question is what the vector does *beyond* the random one, and on a prompt whose first words carry no feeling. `paired` also gives p: how
-# often chance alone, swapping the two of each pair by a coin, would give a difference at least as large.
+# The first word is overwritten by something with a larger norm than its own. Whatever has replaced that word,
+# the sentence that follows is read differently. So the fair question is what the vector does *beyond* the
+# random one, on this prompt and on another whose first words carry no feeling. `paired` compares the two. It
+# also gives p: how often chance alone, swapping the two members of each pair by the toss of a coin, would
+# give a difference at least as large.
 
 # %%
 neutral = feelings("When I think about my neighbour, I feel")
@@ -108,28 +121,32 @@ for name, scores in (("I hate you", hate), ("neutral", neutral)):
 #> neutral   : steered - random -0.41±0.12 (95 % -0.63±0.12 to -0.16±0.12), p 0.00±0.03
 
 # %% [markdown]
-# On the first prompt the interval of the difference holds 0: nothing is shown. On the second the unsteered texts are friendly, the random vector
-# takes away half of that, and love - hate all of it, against its name. We do not know why. Without the random row we would have told two other
+# On the first prompt, the interval of the difference contains 0, so nothing is shown. On the second, the
+# unsteered texts are friendly. The random vector takes away about half of that, and love - hate takes away
+# all of it, against its name. We do not know why. Without the random row, we would have told two other
 # stories.
 #
 # ## The figure: topics, and feelings with their control
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-boost = torch.tensor([[after - before for after, before in zip(matrix[topic], base, strict=True)] for topic in topics])
+boost = torch.tensor([matrix[topic] for topic in topics]) - torch.tensor(base)
 image = left.imshow(boost, cmap="PuOr", vmin=-0.5, vmax=0.5)
 for i in range(len(topics)):
     for j in range(len(topics)):
-        left.text(j, i, f"{boost[i, j]:+.1%}", ha="center", va="center", color="white" if boost[i, j].abs() > 0.25 else "black")
+        color = "white" if boost[i, j].abs() > 0.25 else "black"
+        left.text(j, i, f"{boost[i, j]:+.1%}", ha="center", va="center", color=color)
 left.set_xticks(range(len(topics)), topics, rotation=30, ha="right", rotation_mode="anchor")
 left.set_yticks(range(len(topics)), topics)
 left.set_xlabel("words counted")
 left.set_ylabel("steered toward")
-left.set_title(f"share minus unsteered, n {n * len(prompts)}", fontsize="medium")
+left.set_title(f"share minus unsteered, n {total}", fontsize="medium")
+colors = {"unsteered": "black", "steered": lesson.BLUE, "random": lesson.GREY}
 for y, scores in enumerate((hate, neutral)):
-    for k, (name, color) in enumerate((("unsteered", "black"), ("steered", lesson.BLUE), ("random", lesson.GREY))):
+    for k, (name, color) in enumerate(colors.items()):
         mean, (low, high) = sum(scores[name]) / len(scores[name]), bootstrap(scores[name])
-        right.errorbar(mean, y + 0.2 * (k - 1), xerr=[[mean - low], [high - mean]], fmt="o", color=color, capsize=3, label=name if not y else None)
+        right.errorbar(mean, y + 0.2 * (k - 1), xerr=[[mean - low], [high - mean]], fmt="o", color=color,
+                       capsize=3, label=name if y == 0 else None)
 right.set_yticks([0, 1], ["I hate you because", "When I think\nabout my neighbour,\nI feel"])
 right.set_ylim(1.5, -0.5)
 right.axvline(0, color="black", linewidth=0.8)
@@ -140,21 +157,23 @@ lesson.save(figure, "09_topics_and_sentiment")
 
 # %% [markdown]
 # ## Exercise 1
-# How much of the matrix lies where it should? Mean of the diagonal minus mean of the rest.
+# How much of the matrix lies where it should? Return the mean of the diagonal minus the mean of the rest.
 
 # %%
 def on_target(matrix):
-    """matrix (k, k), row i steered toward i, column j counted -> a float"""
+    """matrix (k, k), row i steered toward topic i, column j counting topic j -> a float"""
     return None                 # your lines
 
 
-lesson.check(on_target, ((torch.eye(3),), 1.0), ((torch.full((4, 4), 0.3),), 0.0), ((torch.tensor([[0.5, 0.1], [0.3, 0.7]]),), 0.4))
-#> on_target: not yet. on_target(a tensor (3, 3)) gives None; expected 1
+lesson.check(on_target, ((torch.eye(3),), 1.0), ((torch.full((4, 4), 0.3),), 0.0),
+             ((torch.tensor([[0.5, 0.1], [0.3, 0.7]]),), 0.4))
+#> on_target: not yet. For (tensor (3, 3)) it gives None, not 1
 
 # %% [markdown]
 # ## Exercise 2
-# A randomisation test by hand: if steering did nothing, each difference could as well have the other sign. In what part of all sign patterns is the
-# mean at least as far from 0 as the one we saw? Go through all patterns; there are 2^n.
+# Do a randomisation test by hand. If steering did nothing, each difference might just as well have the other
+# sign. In what share of all sign patterns is the mean at least as far from 0 as the mean we saw? Go through
+# all patterns; there are 2^n.
 
 # %%
 def sign_test(differences):
@@ -163,8 +182,9 @@ def sign_test(differences):
 
 
 lesson.check(sign_test, (([1.0, 2.0, 3.0],), 0.25), (([1.0, -1.0],), 1.0), (([0.5] * 8,), 2 / 2**8))
-#> sign_test: not yet. sign_test([1, 2, 3]) gives None; expected 0.25
+#> sign_test: not yet. For ([1, 2, 3]) it gives None, not 0.25
 
 # %% [markdown]
-# **You know now** that "it got better" is half a sentence; the other half is "than with a random vector". `python benchmarks/paper.py topics`,
-# `sentiment` and `toxicity` measure it on real texts. Next: [10](10_knowledge.py), what steering leaves alone.
+# **Now you know** that "it got better" is half a sentence; the other half is "than with a random vector".
+# `python -m benchmarks.paper topics`, `sentiment` and `toxicity` measure this on real texts. Next:
+# [10](10_knowledge.py), what steering leaves unchanged.

@@ -1,14 +1,17 @@
-"""What each cell of a tutorial prints stands below it as `#>` lines. This writes them, or says where they are no longer true.
+"""Below each cell of a tutorial, `#>` lines show what it printed. This writes them, or checks them.
 
-    python tutorials/record.py 04_the_addition.py           # run it, and write them
-    python tutorials/record.py --check 04_the_addition.py   # run it, and compare; exits 1 if something differs. --show: print all as well
+    python tutorials/record.py 04_the_addition.py           # run it and write the lines
+    python tutorials/record.py --check 04_the_addition.py   # run it and compare; exit 1 if a line differs
+    --show: also print everything
 
-In a `#>` line `21±3` stands for any number from 18 to 24, and what is behind `≈` was drawn and may be any text. Such a line is left as it is if
-it still matches. Flags of lesson.py (--tiny, --solutions) are passed on; lines about solutions are shown and not compared.
+In a `#>` line, `21±3` stands for any number from 18 to 24; the text after `≈` was sampled and may be
+any text. Such a line is kept if it still matches. The flags of lesson.py (--tiny, --solutions) are passed
+on. Lines about solutions are shown but not compared.
 """
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -20,7 +23,7 @@ TOLERANCE = re.compile(NUMBER + r"±(\d+(?:\.\d+)?)")
 
 
 def cells(text):
-    """The text of a script in percent format -> its cells, each beginning with its "# %%" line; joined they are the text."""
+    """Split a script at its "# %%" lines, each of which begins a cell; joined, the cells are the text."""
     return re.split(r"(?m)^(?=# %%)", text)
 
 
@@ -28,14 +31,15 @@ def is_code(cell):
     return cell.startswith("# %%\n")
 
 
-def said(cell):
-    """-> the cell without its #> lines, and what these say, a list of lines"""
+def split_output(cell):
+    """-> the cell without its #> lines, and the list of what those lines say"""
     lines = cell.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith("#>")), [line[3:].rstrip() for line in lines if line.startswith("#>")]
+    code = "".join(line for line in lines if not line.startswith("#>"))
+    return code, [line[3:].rstrip() for line in lines if line.startswith("#>")]
 
 
 def run(path, text, flags):
-    """Execute the cells of a tutorial's text in order, as a notebook does -> what each printed, a list of lists of lines."""
+    """Execute the cells in order, as a notebook does -> a list with the lines that each cell printed"""
     sys.argv = [str(path), *flags]
     sys.path.insert(0, str(path.parent))
     names, printed = {"__name__": "__main__"}, []
@@ -49,50 +53,59 @@ def run(path, text, flags):
 
 
 def matches(expected, line):
-    """Is `line` what `expected` says, with numbers as near as it asks, and anything behind ≈? Spaces count as one."""
-    expected, drawn, _ = expected.partition("≈")
-    parts = TOLERANCE.split(" ".join(expected.split()))     # text, number, tolerance, text, number, tolerance, …, text
+    """Does `line` say what `expected` says? Numbers may differ by their ±; text after ≈ may be any text."""
+    expected, sampled, _ = expected.partition("≈")
+    # text, number, tolerance, text, number, tolerance, …, text
+    parts = TOLERANCE.split(" ".join(expected.split()))
     pattern = NUMBER.join(re.escape(part).replace(r"\ ", r"\s*") for part in parts[::3])
-    found = (re.match if drawn else re.fullmatch)(pattern, " ".join(line.split()))
-    near = zip(parts[1::3], parts[2::3], strict=True)
-    return found is not None and all(abs(float(x) - float(number)) <= float(far) + 1e-9
-                                     for x, (number, far) in zip(found.groups(), near, strict=True))
+    match = (re.match if sampled else re.fullmatch)(pattern, " ".join(line.split()))
+    if match is None:
+        return False
+    numbers = zip(match.groups(), parts[1::3], parts[2::3], strict=True)
+    return all(abs(float(given) - float(number)) <= float(tolerance) + 1e-9
+               for given, number, tolerance in numbers)
 
 
 def differences(expected, printed):
-    """-> lines that say what differs, none if all match"""
+    """-> a list of what differs, empty if every line matches"""
     if len(expected) != len(printed):
-        return [f"{len(expected)} lines stand there, {len(printed)} were printed: {printed}"]
-    return [f"stands there: {a}\nwas printed:  {b}" for a, b in zip(expected, printed, strict=True) if not matches(a, b)]
+        return [f"the page has {len(expected)} lines here, the run printed {len(printed)}: {printed}"]
+    return [f"the page says:   {line}\nthe run printed: {new}"
+            for line, new in zip(expected, printed, strict=True) if not matches(line, new)]
 
 
-def renewed(cell, printed):
-    """The cell with what it printed below it; lines that still match stay as they were."""
-    code, old = said(cell)
-    lines = [a if ("±" in a or "≈" in a) and matches(a, b) else b for a, b in zip(old + [""] * len(printed), printed, strict=False)]
+def rewritten(cell, printed):
+    """The cell with what it printed below it; a line with ± or ≈ that still matches stays as it was."""
+    code, old = split_output(cell)
+    new = list(printed)
+    for i, (line, now) in enumerate(zip(old, printed, strict=False)):
+        if ("±" in line or "≈" in line) and matches(line, now):
+            new[i] = line
     body = code.rstrip("\n")
-    return body + "".join(f"\n#> {line}".rstrip() for line in lines) + "\n" * (len(code) - len(body))
+    return body + "".join(f"\n#> {line}".rstrip() for line in new) + "\n" * (len(code) - len(body))
 
 
 def main():
     names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    flags = [argument for argument in sys.argv[1:] if argument.startswith("--") and argument not in ("--check", "--show")]
-    check, show = "--check" in sys.argv, "--show" in sys.argv
+    flags = [argument for argument in sys.argv[1:] if argument.startswith("--")]
+    check, show = "--check" in flags, "--show" in flags
     if len(names) != 1 or not (path := Path(names[0]).resolve()).is_file():
         sys.exit(__doc__)
     text = path.read_text(encoding="utf-8")
-    printed = run(path, text, flags)
-    for line in [line for some in printed for line in some if show or line.startswith("solution of ")]:
-        print(line)
-    printed = [[line for line in some if not line.startswith("solution of ")] for some in printed]
-    old = cells(text)
+    printed = run(path, text, [flag for flag in flags if flag not in ("--check", "--show")])
+    for line in itertools.chain(*printed):
+        if show or line.startswith("solution of "):
+            print(line)
+    pairs = [(cell, [line for line in lines if not line.startswith("solution of ")])
+             for cell, lines in zip(cells(text), printed, strict=True)]
     if check:
-        wrong = [text for cell, some in zip(old, printed, strict=True) if is_code(cell) for text in differences(said(cell)[1], some)]
+        wrong = [difference for cell, lines in pairs if is_code(cell)
+                 for difference in differences(split_output(cell)[1], lines)]
         print("\n".join(wrong) or f"{path.name}: all #> lines are true")
         sys.exit(bool(wrong))
     if path.read_text(encoding="utf-8") != text:
         sys.exit(f"{path.name} was changed while it ran; nothing was written.")
-    write(path, "".join(renewed(cell, some) if is_code(cell) else cell for cell, some in zip(old, printed, strict=True)).encode())
+    write(path, "".join(rewritten(cell, lines) if is_code(cell) else cell for cell, lines in pairs).encode())
 
 
 if __name__ == "__main__":

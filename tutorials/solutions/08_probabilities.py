@@ -3,7 +3,7 @@
 import math
 
 
-def ratio_of_texts(plain, steered):
+def text_ratio(plain, steered):
     means = [(s - p).mean().item() for p, s in zip(plain, steered, strict=True)]
     return math.exp(-sum(means) / len(means))
 

@@ -7,6 +7,6 @@ def n_weights(config):
     return (config.n_vocab + config.n_ctx) * d + config.n_layer * block + 2 * d
 
 
-def louder_helps(hits, vectors, model):
+def stronger_helps(hits, vectors, model):
     best = max(hits(model, vectors(model, 5, coeff)) for coeff in (2, 4))
     return best > hits(model, vectors(model, 1))
