@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config, items):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
-    items.sort(key=lambda item: (not item.get_closest_marker("long"), "that_grew" in item.name))
+    items.sort(key=lambda item: (not item.get_closest_marker("long"), "trained_gpt2" in item.name))
 
 
 def tiny_tokenizer(bos="<|endoftext|>"):

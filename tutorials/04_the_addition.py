@@ -36,16 +36,17 @@ print("row 1, the words: norm", round(difference[1].norm().item(), 1))
 # therefore row 1, and it belongs at position 1.
 #
 # ## How is it added?
-# Stop before block 1, add the vector, and run the rest. `model.run(x, pos, first, stop)` runs blocks first …
-# stop − 1 and returns the streams along the way. The last of them, `[-1]`, is what block `stop` would read.
+# Stop before block 1, add the vector, and run the rest. `model.run` runs the blocks from `first_layer` up to
+# the one before `stop_layer`, and returns the streams along the way. The last of them, `[-1]`, is what block
+# `stop_layer` would read.
 
 # %%
 ids = torch.tensor([tokenizer.encode(prompt)])
 pos = torch.arange(ids.shape[1])
-x = model.run(model.embed(ids, pos), pos, stop=layer)[-1]
+x = model.run(model.embed(ids, pos), pos, stop_layer=layer)[-1]
 changed = x.clone()
 changed[0, 1] += coeff * difference[1]                           # activation addition
-by_hand = model.unembed(model.run(changed, pos, first=layer)[-1])
+by_hand = model.unembed(model.run(changed, pos, first_layer=layer)[-1])
 
 # %% [markdown]
 # ## And with the library?

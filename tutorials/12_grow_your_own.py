@@ -270,7 +270,7 @@ def by_hand(model, ids, steer, hide=()):
     for l, block in enumerate(model.blocks):
         if l == steer.layer:
             x = x + steer.delta(pos)
-        q, k, v = block.attn.heads(block.ln_1(x))
+        q, k, v = block.attn.qkv(block.ln_1(x))
         seen = torch.ones(len(pos), len(pos), dtype=torch.bool).tril()
         seen[2:, 1] = l not in hide
         pattern = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf).softmax(dim=-1)

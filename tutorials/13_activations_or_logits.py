@@ -38,7 +38,7 @@ weddings = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=1
 random_vector = random_like(weddings, seed=0)
 act_add = {f"c {c:g}": baselines.act_add(c * weddings) for c in (0.5, 1, 2)}
 control = {f"c {c:g}": baselines.act_add(c * random_vector) for c in (1, 2)}
-print(len(act_add["c 1"].streams), "reading:", act_add["c 1"].streams[0].steer)
+print(len(act_add["c 1"].branches), "reading:", act_add["c 1"].branches[0].steer)
 #> 1 reading: (<Steer ' weddings' - ' ': coeff 1.0 on 1 positions from 1 before block 1, d_model 576>,)
 
 # %% [markdown]
@@ -178,7 +178,7 @@ for name in ("ActAdd", "prompted", "PreADD", "FUDGE"):
 # %%
 for name in ("ActAdd", "PreADD", "FUDGE"):
     method = next(iter(methods[name].values()))
-    print(f"{name:8} readings of the text for each token: {len(method.streams)}")
+    print(f"{name:8} readings of the text for each token: {len(method.branches)}")
 fast, slow = results["ActAdd"]["c 1"][2], results["PreADD"]["s 2"][2]
 print("PreADD takes less than 2.5 times as long as ActAdd:", slow < 2.5 * fast)
 #> ActAdd   readings of the text for each token: 1
@@ -230,11 +230,11 @@ lesson.check(lma, ((p, q, 0.0), p), ((p, q, 9.0), baselines.lma("", 9.0).combine
 # %% [markdown]
 # ## Exercise 2
 # `method.steered(steer)` is the same method with ActAdd in its first reading. Ask for the goal *and* add the
-# vector: what is then the first of its `.streams`? (It has a `.prefix` and a tuple `.steer`.)
+# vector: what is then the first of its `.branches`? (It has a `.prefix` and a tuple `.steer`.)
 
 # %%
 def both(request, steer):
-    """-> the prefix of the first stream, and the layer and coeff of its Steer"""
+    """-> the prefix of the first branch, and the layer and coeff of its Steer"""
     return None                 # your lines
 
 

@@ -35,7 +35,8 @@ def load(fast=True):
     """
     if TINY:
         return tiny()
-    model, tokenizer = ministeer.load(weights() / "smollm2-135m")
+    folder = weights() / "smollm2-135m"
+    model, tokenizer = ministeer.load(folder if folder.exists() else folder.name)
     return ministeer.fast(model) if fast else model, tokenizer
 
 

@@ -8,5 +8,5 @@ def lma(p, q, s):
 
 
 def both(request, steer):
-    first = baselines.prompted(request).steered(steer).streams[0]
+    first = baselines.prompted(request).steered(steer).branches[0]
     return first.prefix, first.steer[0].layer, first.steer[0].coeff
