@@ -173,9 +173,9 @@ def start(env, tmp_path):
 
 
 def outcome(process, timeout=120):
-    """-> (exit status, what it printed, what it printed on stderr)"""
+    """-> (exit status, what it printed, the lines on stderr)"""
     out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err
+    return process.returncode, out, err.splitlines()
 
 
 @pytest.fixture
@@ -192,12 +192,9 @@ def succeed(start):
 def fail(start, shelf):
     """fail(name, variables) -> the line with which `ministeer fetch name` exits with 2, leaving nothing."""
     def fail(name, **more):
-        code, out, err = outcome(start(name, **more))
-        assert (code, out) == (2, ""), err
-        *before, last = err.splitlines()
-        assert last.startswith("ministeer: ")
+        code, out, (*before, last) = outcome(start(name, **more))
+        assert (code, out, left_in(shelf), last[:11]) == (2, "", [], "ministeer: ")
         assert all(line.startswith("fetching ") for line in before)
-        assert left_in(shelf) == []
         return last
     return fail
 
@@ -317,7 +314,7 @@ def test_says_that_there_is_no_such_repository(fail):
     ({"config.json": {"model_type": "gptj"}},
      r"config.json: model_type is 'gptj'; ministeer has 'gpt2' and 'llama'\.$", "model.safetensors"),
     ({"config.json": {"quantization_config": {"bits": 4}}}, "checkpoint is quantised", "model.safetensors"),
-    ({"model.safetensors": b"<html>404</html>"}, r"used: model.safetensors \(16 bytes\) is dam", "README"),
+    ({"model.safetensors": b"<html>404</html>"}, r"model.safetensors \(16 bytes\) is damaged", "README.md"),
     ({"tokenizer.json": b"{}"}, "used: tokenizer.json is not a tokenizer", "README.md"),
 ])
 def test_refuses_a_repository_and_fetches_no_more_of_it(hub, tiny_repo, fail, changes, says, untouched):
@@ -393,7 +390,7 @@ def test_stopping_leaves_nothing_that_loads(hub, whole, tiny_repo, start, succee
     *result, err = outcome(process, timeout=8)      # the client would give up a silent connection after 10
     assert result == [code, ""]
     if sign == "SIGINT":
-        assert err == "ministeer: interrupted\n"
+        assert err == ["ministeer: interrupted"]
         assert left_in(shelf) == []
     with pytest.raises(FileNotFoundError, match="ministeer fetch"):
         load(shelf / tiny_repo)
@@ -679,7 +676,7 @@ def test_ctrl_c_while_pip_downloads(hub, start, shelf, tmp_path):
     assert hub.held.wait(60)
     process.send_signal(signal.SIGINT)
     code, out, err = outcome(process, timeout=20)
-    assert (code, out, err.splitlines()[1:]) == (130, "", ["ministeer: interrupted"])
+    assert (code, out, err[1:]) == (130, "", ["ministeer: interrupted"])
     assert left_in(shelf) == []
 
 

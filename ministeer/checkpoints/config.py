@@ -49,7 +49,7 @@ class Config:
         if self.family == "gpt2" and self.n_head * self.d_head != self.d_model:
             raise ValueError(f"a width of {self.d_model} cannot be divided evenly among {self.n_head} heads.")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} query heads: no multiple of {self.n_kv_head} key/value heads.")
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}.")
         if self.rope and self.d_head % 2:
             raise ValueError(f"rotary embedding turns pairs of numbers, but a head is {self.d_head} wide.")
         for i in (self.bos_id, *self.eos_ids):
@@ -123,7 +123,7 @@ def _llama(keys):
     d_model = keys.size("hidden_size")
     n_head = keys.size("num_attention_heads", most=1_000)
     if keys.raw.get("head_dim") is None and d_model % n_head:
-        raise ValueError(f"there is no head_dim, and hidden_size {d_model} is no multiple of {n_head} heads.")
+        raise ValueError(f"hidden_size {d_model} is not a multiple of {n_head} heads; head_dim is missing.")
     return Config(
         family="llama", n_layer=keys.size("num_hidden_layers", most=1_000), n_head=n_head,
         n_kv_head=keys.size("num_key_value_heads", default=n_head),
