@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:       # for editors; when the program runs, __getattr__ imports what is asked for
     from .attention import KVCache
-    from .checkpoints.weights import load
+    from .checkpoints.loading import load
     from .faster import fast
     from .generation import generate
     from .steering import Steer, steering_vector
@@ -18,7 +18,7 @@ __version__ = "0.2.0"
 __all__ = ["KVCache", "Steer", "fast", "generate", "load", "steering_vector"]
 
 _HOME = {"KVCache": "attention", "Steer": "steering", "fast": "faster", "generate": "generation",
-         "load": "checkpoints.weights", "steering_vector": "steering"}
+         "load": "checkpoints.loading", "steering_vector": "steering"}
 
 
 def __getattr__(name: str):

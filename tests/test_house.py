@@ -17,8 +17,8 @@ import ministeer
 PACKAGE = ROOT / "ministeer"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Floors from the ground up: a file imports from floors below its own, or from its own room.
-FLOORS = [["utils", "checkpoints.config", "checkpoints.tokenizer"], ["attention"], ["model"], ["gpt2", "llama"],
-          ["checkpoints.convert", "checkpoints.fetch", "checkpoints.weights"], ["steering", "faster"], ["generation"],
+FLOORS = [["utils", "checkpoints.config", "checkpoints.convert", "checkpoints.tokenizer"], ["attention"], ["model"], ["gpt2", "llama"],
+          ["checkpoints.weights", "checkpoints.fetch", "checkpoints.loading"], ["steering", "faster"], ["generation"],
           ["evaluation.stats", "evaluation.judges", "evaluation.measure", "methods.many_pairs", "methods.inside_blocks",
            "baselines.classifier", "baselines.logits"], ["cli"], ["__main__"]]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,4 +1,4 @@
 """From a name or a folder to (model, tokenizer): config.json, weights, tokenizer, fetching, converting.
 
-Read first: weights.py, whose `load` uses the others.
+Read first: loading.py, whose `load` puts them together.
 """

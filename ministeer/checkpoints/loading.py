@@ -1,0 +1,49 @@
+"""load: a name or a folder -> (model, tokenizer).
+
+Read next: config.py, weights.py and tokenizer.py, which it puts together, then fetch.py.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from ..model import LM
+from .config import read_config
+from .fetch import fetch as fetch_checkpoint
+from .fetch import roots
+from .tokenizer import Tokenizer
+from .weights import load_model
+
+
+def load(name_or_folder: str | Path, dtype: torch.dtype | str = torch.float32,
+         device: torch.device | str = "cpu", fetch: bool = False) -> tuple[LM, Tokenizer]:
+    """-> (model, tokenizer), ready to run.
+
+    name_or_folder: a folder that holds config.json, model.safetensors (or shards and their index) and
+        tokenizer.json; or a name (`ministeer models` lists the known ones), looked up in $MINISTEER_WEIGHTS,
+        then in ./weights, then in the user's cache
+    dtype: torch.float32, bfloat16 or float16, or its name; the file's numbers are converted to it
+    device: as in torch
+    fetch: True fetches a name that is not here, as `ministeer fetch` does
+    Raises FileNotFoundError for what is not here, ValueError for what cannot be run exactly as the checkpoint
+    says, FetchError for what cannot be fetched.
+    """
+    folder = find(name_or_folder, fetch)
+    config = read_config(folder / "config.json")
+    tokenizer = Tokenizer.load(folder, config)          # first, because it is small
+    return load_model(folder, dtype, device, config), tokenizer
+
+
+def find(name_or_folder: str | Path, fetch: bool = False) -> Path:
+    """-> the folder of a checkpoint. One that is not here is fetched, or FileNotFoundError says how to."""
+    name = os.fspath(name_or_folder)
+    places = [Path(name), *(root / name for root in roots())]
+    for folder in places:
+        if (folder / "config.json").is_file():
+            return folder
+    if fetch:
+        return fetch_checkpoint(name)
+    raise FileNotFoundError(
+        f"no model {name!r} here: there is no config.json in {' or '.join(map(str, places))}. To get it, run "
+        f"`ministeer fetch {name}` in a shell, or load({name!r}, fetch=True) in Python.")
