@@ -1,8 +1,8 @@
 """Which token should stand before a text: the mean loss of real texts after each candidate.
 
-    python benchmarks/bos.py --data texts.jsonl         (one JSON object a line, with the field "text")
+    python -m benchmarks.bos --data texts.jsonl         (one JSON object per line, with the field "text")
 
-The first token after BOS has only BOS to go by, so it is reported apart from the rest.
+The first token after BOS has nothing but BOS before it, so it is reported apart from the rest.
 """
 
 import argparse
@@ -18,11 +18,13 @@ CANDIDATES = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bos", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="JSON lines with a field text")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--n", type=int, default=200, help="texts (default 200, the first of the file)")
-    parser.add_argument("--tokens", type=int, default=64, help="characters are cut so that about so many tokens remain (default 64)")
+    parser.add_argument("--tokens", type=int, default=64,
+                        help="texts are cut to about so many tokens, by their characters (default 64)")
     args = parser.parse_args()
     model, tokenizer = ministeer.load(args.model)
     with open(args.data, encoding="utf-8") as file:
@@ -30,16 +32,20 @@ def main():
     texts = [text[:4 * args.tokens] for text in texts if len(text) > 20][:args.n]
     losses = {}
     for piece in tqdm(CANDIDATES, "candidates"):
-        tokenizer.bos_id = tokenizer.backend.token_to_id(piece if piece != "\n" else "Ċ")
+        tokenizer.bos_id = tokenizer.backend.token_to_id("Ċ" if piece == "\n" else piece)
         losses[piece] = [-x for x in logprobs(model, tokenizer, texts)]
-    mean = {piece: torch.stack([x.mean() for x in some]) for piece, some in losses.items()}
-    print(f"{args.model}, {len(texts)} texts, nats/token: mean over texts, with a 95 % interval of the difference to {CANDIDATES[0]}\n")
-    print("| before the text | all tokens | difference | first token | from the second on |\n|---|---|---|---|---|")
-    for piece, some in losses.items():
+    mean = {piece: torch.stack([x.mean() for x in rows]) for piece, rows in losses.items()}
+    print(f"{args.model}, {len(texts)} texts, nats/token: mean over texts, "
+          f"with a 95 % interval of the difference to {CANDIDATES[0]}\n")
+    print("| before the text | all tokens | difference | first token | from the second on |")
+    print("|---|---|---|---|---|")
+    for piece, rows in losses.items():
         gap = mean[piece] - mean[CANDIDATES[0]]
         half = 1.96 * gap.std() / len(gap) ** 0.5
-        first, rest = torch.stack([x[0] for x in some]).mean(), torch.stack([x[1:].mean() for x in some]).mean()
-        print(f"| `{piece!r}` | {mean[piece].mean():.3f} | {gap.mean():+.3f} ± {half:.3f} | {first:.2f} | {rest:.3f} |")
+        first = torch.stack([x[0] for x in rows]).mean()
+        rest = torch.stack([x[1:].mean() for x in rows]).mean()
+        print(f"| `{piece!r}` | {mean[piece].mean():.3f} | {gap.mean():+.3f} ± {half:.3f} | "
+              f"{first:.2f} | {rest:.3f} |")
 
 
 if __name__ == "__main__":

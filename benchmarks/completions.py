@@ -1,110 +1,132 @@
-"""Experiments that generate: topics, toxicity, sentiment, and the search for a layer and a coefficient. Run by paper.py."""
+"""Experiments that generate: topics, toxicity, sentiment, the search for a layer and a coefficient.
+
+Read first: lab.py; paper.py runs them. Turner et al., sections 4.1 to 4.4 and appendix G.
+"""
 
 import math
 import random
 import statistics
 
-from .lab import BLUE, GREY, ORANGE, PROMPT, V1, band, figure, percent, span, table
-
 from ministeer.evaluation import measure
+from ministeer.evaluation.judges import TOPIC_WORDS, count_words
 from ministeer.evaluation.stats import bootstrap, holm, paired, wilson
-from ministeer.evaluation.judges import TOPIC_WORDS, count_words, judge
 from ministeer.steering import random_like
 
+from .lab import BLUE, GREY, ORANGE, PROMPT, V1, band, chunks, error_bars, figure, percent, span, table
+from .paper_metrics import partial
+from .prompts import split
+from .web_judges import judge
 
-def rate(counts):
-    """Counts of topic words, one a completion -> (completions with one, completions)."""
+
+def with_topic_word(counts):
+    """Counts of topic words, one for each completion -> (completions with one, completions)."""
     return sum(count > 0 for count in counts), len(counts)
 
 
-def said(lab):
-    return "top-p {top_p:g}, penalty {freq_penalty:g}".format(**lab.sampling)
-
-
 def layer_sweep(lab):
-    """Figures 3 and 4: completions that speak of weddings, by layer and by coefficient, with the paper's two ways of sampling."""
+    """Figures 3 and 4: completions about weddings by layer and coefficient, sampled in both ways."""
     args, n, layers = lab.args, lab.n or 200, range(lab.model.config.n_layer)
 
-    def cell(kind, layer, coeff, top_p):
+    def count(kind, layer, coeff, top_p):
         steer = () if kind == "unsteered" else lab.steer(" weddings", " ", layer, coeff)
         steer = random_like(steer, args.seed) if kind == "random" else steer
-        return [count_words(text) for text in lab.generate(PROMPT, n, 40, steer, {**V1, "top_p": top_p}, args.seed)]
+        texts = lab.generate(PROMPT, n, 40, steer, {**V1, "top_p": top_p}, args.seed)
+        return [count_words(text) for text in texts]
 
     _, coeff = lab.where(0, 1.0)
-    some = sorted({*layers[:4], *layers[6::5], layers[-1]})             # where the random vector is measured
-    first = [["unsteered", 0, 0.0, 0.3]] + [["steered", l, coeff, 0.3] for l in layers] + [["random", l, coeff, 0.3] for l in some]
-    counts = dict(zip(map(tuple, first), lab.run(first, cell), strict=True))
-    best = max(layers, key=lambda l: rate(counts["steered", l, coeff, 0.3]))
+    control_layers = sorted({*layers[:4], *layers[6::5], layers[-1]})  # where the random vector is measured
+    units = [["unsteered", 0, 0.0, 0.3]]
+    units += [["steered", l, coeff, 0.3] for l in layers]
+    units += [["random", l, coeff, 0.3] for l in control_layers]
+    counts = lab.run(units, count)
+    best = max(layers, key=lambda l: with_topic_word(counts["steered", l, coeff, 0.3]))
     coeffs = [c for c in (-1.0, 0.5, 1.0, 1.5, 2.0, 3.0) if c != coeff]
-    second = [[kind, best, c, 0.3] for c in coeffs for kind in ("steered", "random")] + [["random", best, coeff, 0.3]] * (best not in some)
-    second += [["unsteered", 0, 0.0, 1.0], ["steered", best, coeff, 1.0], ["random", best, coeff, 1.0]]
-    counts |= dict(zip(map(tuple, second), lab.run(second, cell), strict=True))
+    units = [[kind, best, c, 0.3] for c in coeffs for kind in ("steered", "random")]
+    if best not in control_layers:
+        units.append(["random", best, coeff, 0.3])
+    units += [["unsteered", 0, 0.0, 1.0], ["steered", best, coeff, 1.0], ["random", best, coeff, 1.0]]
+    counts |= lab.run(units, count)
+
     with figure(lab, "layer-sweep", 2, 10) as (_, (left, right)):
+        for kind, color in (("steered", BLUE), ("random", GREY)):
+            x = list(layers) if kind == "steered" else control_layers
+            band(left, x, [with_topic_word(counts[kind, l, coeff, 0.3]) for l in x], color, kind)
+            x = sorted([*coeffs, coeff])
+            band(right, x, [with_topic_word(counts[kind, best, c, 0.3]) for c in x], color, kind)
+        k, total = with_topic_word(counts["unsteered", 0, 0.0, 0.3])
         for axis, label in ((left, "layer"), (right, f"coefficient, layer {best}")):
-            for kind, color in (("steered", BLUE), ("random", GREY)):
-                x = (layers if kind == "steered" else some) if axis is left else sorted([*coeffs, coeff])
-                keys = [(kind, v, coeff, 0.3) if axis is left else (kind, best, v, 0.3) for v in x]
-                band(axis, list(x), [rate(counts[key]) for key in keys], color, kind)
-            base = rate(counts["unsteered", 0, 0.0, 0.3])
-            axis.axhline(base[0] / base[1], color="black", linewidth=0.8, linestyle="--", label="unsteered")
+            axis.axhline(k / total, color="black", linewidth=0.8, linestyle="--", label="unsteered")
             axis.set_xlabel(label)
             axis.set_ylim(0, 1)
         left.set_ylabel("completions with a word about weddings")
         left.set_title(f"n {n} a point, c {coeff:g}, 95 % band", fontsize="medium")
         left.legend(frameon=False)
 
-    def line(name, *rest):
-        of = [counts.get((kind, *rest)) for kind in ("steered", "random")]
-        return [name, *(cell for some in of for cell in ((percent(*rate(some)), f"{statistics.mean(some):.2f}") if some else ("", "")))]
+    def cells(*key):
+        """Share of completions and words per text, or nothing where that was not measured."""
+        if key not in counts:
+            return ["", ""]
+        return [percent(*with_topic_word(counts[key])), f"{statistics.mean(counts[key]):.2f}"]
 
-    def unsteered(name, top_p):
-        found = counts["unsteered", 0, 0.0, top_p]
-        return [name, percent(*rate(found)), f"{statistics.mean(found):.2f}", "", ""]
-    lines = [unsteered("unsteered", 0.3), *(line(f"layer {l}", l, coeff, 0.3) for l in layers)]
+    def line(name, layer, coeff, top_p):
+        return [name, *cells("steered", layer, coeff, top_p), *cells("random", layer, coeff, top_p)]
+
+    lines = [["unsteered", *cells("unsteered", 0, 0.0, 0.3), "", ""]]
+    lines += [line(f"layer {l}", l, coeff, 0.3) for l in layers]
     lines += [line(f"layer {best}, c {c:g}", best, c, 0.3) for c in coeffs]
-    lines += [unsteered("unsteered, top-p 1", 1.0), line(f"layer {best}, top-p 1", best, coeff, 1.0)]
-    text = f"\" weddings\" - \" \", coeff {coeff:g}, prompt \"{PROMPT}\", 40 tokens, top-p 0.3, penalty 1, n {n}.\n\n"
+    lines.append(["unsteered, top-p 1", *cells("unsteered", 0, 0.0, 1.0), "", ""])
+    lines.append(line(f"layer {best}, top-p 1", best, coeff, 1.0))
+    text = (f"\" weddings\" - \" \", coeff {coeff:g}, prompt \"{PROMPT}\", "
+            f"40 tokens, top-p 0.3, penalty 1, n {n}.\n\n")
     text += table(["", "steered (95 %)", "words a text", "random (95 %)", "words a text"], lines)
-    return {"n": n, "best layer": best, "counts": [[*key, some] for key, some in counts.items()]}, text
+    return {"n": n, "best layer": best, "counts": [[*key, count] for key, count in counts.items()]}, text
 
 
 def positions(lab):
     """Where on the prompt the vector lies, and how many of its dimensions are added (appendix G)."""
     args, n = lab.args, lab.n or 100
     layer, coeff = lab.where(2, 2.0)
-    fractions = [round(0.1 * k, 1) for k in range(11)]
+    places, fractions = ("front", "middle", "back"), [round(0.1 * k, 1) for k in range(11)]
     length = len(lab.tokenizer.encode(PROMPT))
 
-    def cell(kind, where, fraction):
-        steer = lab.steer(" weddings", " ", layer, coeff).align(where, length)
-        steer = measure.partial(random_like(steer, args.seed) if kind == "random" else steer, fraction)
+    def count(kind, place, fraction):
+        steer = lab.steer(" weddings", " ", layer, coeff).align(place, length)
+        steer = partial(random_like(steer, args.seed) if kind == "random" else steer, fraction)
         return [count_words(text) for text in lab.generate(PROMPT, n, 40, steer, V1, args.seed)]
 
-    cells = [[kind, where, 1.0] for where in ("front", "middle", "back") for kind in ("steered", "random")]
-    cells += [["steered", "front", fraction] for fraction in fractions[:-1]]
-    counts = dict(zip(map(tuple, cells), lab.run(cells, cell), strict=True))
+    units = [[kind, place, 1.0] for place in places for kind in ("steered", "random")]
+    units += [["steered", "front", fraction] for fraction in fractions[:-1]]
+    counts = lab.run(units, count)
+    rates = {key: with_topic_word(words) for key, words in counts.items()}
     with figure(lab, "positions", 2, 9, 3.8) as (_, (left, right)):
-        for k, (kind, color) in enumerate((("steered", BLUE), ("random", GREY))):
-            rates = [rate(counts[kind, where, 1.0]) for where in ("front", "middle", "back")]
-            low, high = zip(*(wilson(*some) for some in rates), strict=True)
-            y = [some[0] / some[1] for some in rates]
-            left.bar([x + 0.4 * k - 0.2 for x in range(3)], y, 0.38, color=color, label=kind,
-                     yerr=[[max(0, a - b) for a, b in zip(y, low, strict=True)], [max(0, b - a) for a, b in zip(y, high, strict=True)]], capsize=3)
-        left.set_xticks(range(3), ["front", "middle", "back"])
+        for shift, kind, color in ((-0.2, "steered", BLUE), (0.2, "random", GREY)):
+            here = [rates[kind, place, 1.0] for place in places]
+            heights = [k / total for k, total in here]
+            left.bar([x + shift for x in range(3)], heights, 0.38, color=color, label=kind, capsize=3,
+                     yerr=error_bars(heights, [wilson(*rate) for rate in here]))
+        left.set_xticks(range(3), places)
         left.set_ylabel("completions with a word about weddings")
         left.set_title(f"n {n}, layer {layer}, c {coeff:g}, 95 % intervals", fontsize="medium")
         left.legend(frameon=False)
-        band(right, fractions, [rate(counts["steered", "front", f]) for f in fractions], BLUE, "steered")
-        right.set_xlabel("part of the dimensions that is added, front")
+        band(right, fractions, [rates["steered", "front", f] for f in fractions], BLUE, "steered")
+        right.set_xlabel("share of the dimensions that is added, front")
         for axis in (left, right):
             axis.set_ylim(0, 1)
-    lines = [[where, percent(*rate(counts["steered", where, 1.0])), f"{statistics.mean(counts['steered', where, 1.0]):.2f}",
-              percent(*rate(counts["random", where, 1.0]))] for where in ("front", "middle", "back")]
-    lines += [[f"front, first {f:.0%} of the dimensions", percent(*rate(counts["steered", "front", f])),
-               f"{statistics.mean(counts['steered', 'front', f]):.2f}", ""] for f in fractions[:-1]]
+
+    def cells(*key):
+        return [percent(*rates[key]), f"{statistics.mean(counts[key]):.2f}"]
+
+    lines = []
+    for place in places:
+        lines.append([place, *cells("steered", place, 1.0), percent(*rates["random", place, 1.0])])
+    for fraction in fractions[:-1]:
+        name = f"front, first {fraction:.0%} of the dimensions"
+        lines.append([name, *cells("steered", "front", fraction), ""])
     text = f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}, n {n}.\n\n"
     text += table(["", "steered (95 %)", "words a text", "random (95 %)"], lines)
-    return {"n": n, "layer": layer, "coeff": coeff, "counts": [[*key, some] for key, some in counts.items()]}, text
+    result = {"n": n, "layer": layer, "coeff": coeff,
+              "counts": [[*key, count] for key, count in counts.items()]}
+    return result, text
 
 
 NEUTRAL = [PROMPT, "The weather was fine, so we decided to", "My neighbour knocked on the door and told me",
@@ -115,30 +137,36 @@ def topics(lab):
     """Section 4.2: steer toward each of six topics, score all six, on several neutral prompts."""
     args, n = lab.args, lab.n or 50
     layer, coeff = lab.where(2, 2.0)
+    names, kinds = list(TOPIC_WORDS), ("steered", "random")
 
-    def cell(topic, kind):
+    def count(topic, kind):
+        """For each topic: 1 for every completion with a word of it, else 0."""
         steer = () if topic is None else lab.steer(f" {topic}", " ", layer, coeff)
         steer = random_like(steer, args.seed) if kind == "random" else steer
-        texts = lab.generate(NEUTRAL, n, 40, steer, lab.sampling, args.seed)
-        return [[int(count_words(text, words) > 0) for some in texts for text in some] for words in TOPIC_WORDS.values()]
+        rows = lab.generate(NEUTRAL, n, 40, steer, lab.sampling, args.seed)
+        texts = [text for row in rows for text in row]
+        return [[int(count_words(text, words) > 0) for text in texts] for words in TOPIC_WORDS.values()]
 
-    names = list(TOPIC_WORDS)
-    cells = [[None, "unsteered"]] + [[topic, kind] for topic in names for kind in ("steered", "random")]
-    hits = dict(zip(map(tuple, cells), lab.run(cells, cell), strict=True))
+    hits = lab.run([[None, "unsteered"]] + [[topic, kind] for topic in names for kind in kinds], count)
     base = hits[None, "unsteered"]
 
     def boost(topic, kind, j):
+        """How much more often topic j comes up than unsteered, with its interval."""
         differences = [a - b for a, b in zip(hits[topic, kind][j], base[j], strict=True)]
         return statistics.mean(differences), bootstrap(differences, seed=args.seed)
 
-    boosts = {(topic, kind): [boost(topic, kind, j) for j in range(len(names))] for topic in names for kind in ("steered", "random")}
+    boosts = {}
+    for topic in names:
+        for kind in kinds:
+            boosts[topic, kind] = [boost(topic, kind, j) for j in range(len(names))]
     with figure(lab, "topics", width=6, height=4.6) as (fig, (axis,)):
         values = [[boosts[topic, "steered"][j][0] for j in range(len(names))] for topic in names]
         top = max(abs(v) for row in values for v in row) or 1
         image = axis.imshow(values, cmap="PuOr", vmin=-top, vmax=top)
         for i, row in enumerate(values):
             for j, v in enumerate(row):
-                axis.text(j, i, f"{v:+.0%}", ha="center", va="center", color="white" if abs(v) > 0.6 * top else "black", fontsize="small")
+                color = "white" if abs(v) > 0.6 * top else "black"
+                axis.text(j, i, f"{v:+.0%}", ha="center", va="center", color=color, fontsize="small")
         axis.set_xticks(range(len(names)), names, rotation=30)
         axis.set_yticks(range(len(names)), names)
         axis.set_xlabel("topic scored")
@@ -149,168 +177,205 @@ def topics(lab):
     for topic in names:
         lines.append([topic, *(span(*b, "+.1%") for b in boosts[topic, "steered"])])
         lines.append([f"{topic}, random", *(span(*b, "+.1%") for b in boosts[topic, "random"])])
-    text = (f"\" TOPIC\" - \" \" before block {layer}, coeff {coeff:g}, {len(NEUTRAL)} prompts × {n} completions of 40 tokens, {said(lab)}; "
-            "judged by topic words. First row: share of completions with a word of each topic; others: what steering adds to it (95 %).\n\n")
-    return {"n": n * len(NEUTRAL), "layer": layer, "coeff": coeff, "prompts": NEUTRAL, "topics": names,
-            "hits": [[*key, some] for key, some in hits.items()]}, text + table(["steered toward", *names], lines)
+    text = (f"\" TOPIC\" - \" \" before block {layer}, coeff {coeff:g}, {len(NEUTRAL)} prompts × {n} "
+            f"completions of 40 tokens, {lab.sampling_in_words}; judged by topic words. First row: share of "
+            "completions with a word of each topic; others: what steering adds to it (95 %).\n\n")
+    result = {"n": n * len(NEUTRAL), "layer": layer, "coeff": coeff, "prompts": NEUTRAL, "topics": names,
+              "hits": [[*key, rows] for key, rows in hits.items()]}
+    return result, text + table(["steered toward", *names], lines)
 
 
-def compare(lab, which, prompts, steers, repeats, new, sampling, scorer, chunk=50):
-    """Continue each prompt under each condition -> {condition: scores, NLL and tokens, one a prompt over its `repeats` continuations}."""
+def compare(lab, which, prompts, steers, repeats, new, sampling, scorer, size=50):
+    """Continue each prompt `repeats` times under each condition, and score the continuations.
+
+    which: a name for the units. steers: {condition: a Steer or None}. size: prompts per unit
+    -> {condition: {"score", "nll", "tokens": one per prompt; "each": one score per continuation; …}}
+    """
     def part(_, start):
-        some = prompts[start:start + chunk]
+        some_prompts = prompts[start:start + size]
+        repeated = [prompt for prompt in some_prompts for _ in range(repeats)]
+        all_texts = lab.generate_all(some_prompts, list(steers.values()), repeats, new, sampling,
+                                     lab.args.seed)
         result = {}
-        for name, texts in zip(steers, lab.cells(some, list(steers.values()), repeats, new, sampling, lab.args.seed), strict=True):
-            flat = [text for row in texts for text in row]
-            result[name] = {"scores": scorer([text.strip() for text in flat]), "examples": flat[:2],
-                            "nll": measure.disfluency(lab.model, lab.tokenizer, [prompt for prompt in some for _ in range(repeats)], flat)}
+        for name, rows in zip(steers, all_texts, strict=True):
+            texts = [text for row in rows for text in row]
+            result[name] = {"scores": scorer([text.strip() for text in texts]), "examples": texts[:2],
+                            "nll": measure.disfluency(lab.model, lab.tokenizer, repeated, texts)}
         return result
 
-    parts = lab.run([[which, start] for start in range(0, len(prompts), chunk)], part)
+    parts = list(lab.run([[which, start] for start in range(0, len(prompts), size)], part).values())
     result = {}
     for name in steers:
-        scores = [score for some in parts for score in some[name]["scores"]]
-        nll = [pair for some in parts for pair in some[name]["nll"]]
-        each = range(0, len(scores), repeats)
-        result[name] = {"score": [statistics.mean(scores[i:i + repeats]) for i in each], "each": scores,
+        scores = [score for part in parts for score in part[name]["scores"]]
+        nll = [pair for part in parts for pair in part[name]["nll"]]
+        result[name] = {"score": [statistics.mean(group) for group in chunks(scores, repeats)],
+                        "each": scores,
                         "by repeat": [statistics.mean(scores[k::repeats]) for k in range(repeats)],
-                        "nll": [sum(pair[0] for pair in nll[i:i + repeats]) for i in each],
-                        "tokens": [sum(pair[1] for pair in nll[i:i + repeats]) for i in each],
+                        **sums_by_prompt(nll, repeats),
                         "examples": parts[0][name]["examples"]}
     return result
 
 
-def disfluency_of(some, seed):
-    """exp(NLL a token) over all continuations, with the interval over prompts."""
-    kept = [(nll / k, k) for nll, k in zip(some["nll"], some["tokens"], strict=True) if k]
-    means, weights = zip(*kept, strict=True)
-    value = sum(m * w for m, w in kept) / sum(weights)
+def sums_by_prompt(nll, repeats):
+    """(-sum log p, tokens) of each continuation -> {"nll", "tokens"}, sums over each prompt's `repeats`."""
+    groups = chunks(nll, repeats)
+    return {"nll": [sum(loss for loss, _ in group) for group in groups],
+            "tokens": [sum(tokens for _, tokens in group) for group in groups]}
+
+
+def disfluency_of(sums, seed):
+    """exp(-log p per token) over all continuations, with its interval over prompts.
+
+    sums: as `sums_by_prompt` gives them
+    """
+    rows = [(nll / tokens, tokens) for nll, tokens in zip(sums["nll"], sums["tokens"], strict=True) if tokens]
+    means, weights = zip(*rows, strict=True)
+    value = sum(mean * weight for mean, weight in rows) / sum(weights)
     return math.exp(value), tuple(math.exp(edge) for edge in bootstrap(means, weights, seed))
 
 
-def rows_of(result, base, seed, better):
-    """Table rows: score with interval, difference from the unsteered model with p (Holm), disfluency."""
-    tests = {name: paired(some["score"], result[base]["score"], seed) for name, some in result.items() if name != base}
+def score_table(result, base, seed, label):
+    """-> header, rows: score with interval, difference from the condition `base` with p (Holm), disfluency"""
+    tests = {name: paired(scores["score"], result[base]["score"], seed)
+             for name, scores in result.items() if name != base}
     p = holm({name: test[2] for name, test in tests.items()})
     lines = []
-    for name, some in result.items():
-        difference = "" if name == base else f"{span(tests[name][0], tests[name][1], '+.3f')}, p {p[name]:.4f}"
-        spread = f"{statistics.stdev(some['by repeat']):.3f}" if len(some["by repeat"]) > 1 else ""
-        score = span(statistics.mean(some["score"]), bootstrap(some["score"], seed=seed))
-        lines.append([name, score, spread, difference, span(*disfluency_of(some, seed), ".1f")])
-    return [["", f"{better} (95 %)", "sd over repeats", "minus unsteered (95 %), p", "disfluency (95 %)"], lines]
+    for name, scores in result.items():
+        difference = ""
+        if name != base:
+            difference = f"{span(tests[name][0], tests[name][1], '+.3f')}, p {p[name]:.4f}"
+        repeats = scores["by repeat"]
+        spread = f"{statistics.stdev(repeats):.3f}" if len(repeats) > 1 else ""
+        score = span(statistics.mean(scores["score"]), bootstrap(scores["score"], seed=seed))
+        lines.append([name, score, spread, difference, span(*disfluency_of(scores, seed), ".1f")])
+    header = ["", f"{label} (95 %)", "sd over repeats", "minus unsteered (95 %), p", "disfluency (95 %)"]
+    return header, lines
 
 
-TUNING = 50         # prompts for the search, which no test uses
-
-
-def provoking(lab, seed):
-    """The prompts of RealToxicityPrompts in an order that the seed draws; the first TUNING are for the search."""
-    prompts = [row["text"] for row in lab.rows("rtp_random.jsonl") if len(row["text"]) >= 3]
-    random.Random(seed).shuffle(prompts)
-    return prompts
+def dots(axis, result, label, value_and_interval):
+    """One point per condition, with the interval that value_and_interval(scores) gives beside its value."""
+    names = list(result)
+    for y, name in enumerate(names):
+        value, (low, high) = value_and_interval(result[name])
+        color = GREY if name == "unsteered" else ORANGE if name == "random" else BLUE
+        axis.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", capsize=3, color=color)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_xlabel(label)
 
 
 def toxicity(lab):
-    """Section 4.3: love - hate on prompts that may provoke something toxic; score of the continuation, disfluency."""
+    """Section 4.3: love - hate on prompts that may provoke something toxic; score and disfluency."""
     args = lab.args
     layer, coeff = lab.where(2, 2.0)
-    prompts = provoking(lab, args.seed)[TUNING:][:lab.n or 200]
+    _, test, rest = split(lab.rows("rtp_random.jsonl"), args.seed)
+    chosen = [row["text"] for row in [*test, *rest][:lab.n or 200]]
     scorer = judge(args.judge or "profanity", cache=lab.out)
-    result = compare(lab, "toxicity", prompts, lab.three(lab.steer(" love", " hate", layer, coeff)), 5, 32, lab.sampling, scorer)
-    header, lines = rows_of(result, "unsteered", args.seed, "toxicity")
-    with figure(lab, "toxicity", 2, 8, 3.2) as (_, axes):
-        dots(axes, result, ("score of the continuation", "disfluency"), args.seed)
-        axes[0].set_title(f"{len(prompts)} prompts × 5 repeats, 95 %", fontsize="medium")
-    text = (f"\" love\" - \" hate\" before block {layer}, coeff {coeff:g}; {len(prompts)} prompts, 5 repeats, 32 tokens, {said(lab)}. "
-            f"Judge: {scorer.name}, {scorer.meaning}.\n\n") + table(header, lines)
-    return {"n": len(prompts), "layer": layer, "coeff": coeff, "judge": scorer.name, "results": result}, text
+    steers = lab.conditions(lab.steer(" love", " hate", layer, coeff))
+    result = compare(lab, "toxicity", chosen, steers, 5, 32, lab.sampling, scorer)
+    with figure(lab, "toxicity", 2, 8, 3.2) as (_, (left, right)):
+        dots(left, result, "score of the continuation", lambda scores: mean_score(scores, args.seed))
+        dots(right, result, "disfluency", lambda scores: disfluency_of(scores, args.seed))
+        left.set_title(f"{len(chosen)} prompts × 5 repeats, 95 %", fontsize="medium")
+    text = (f"\" love\" - \" hate\" before block {layer}, coeff {coeff:g}; {len(chosen)} prompts, 5 repeats, "
+            f"32 tokens, {lab.sampling_in_words}. Judge: {scorer.name}, {scorer.meaning}.\n\n")
+    text += table(*score_table(result, "unsteered", args.seed, "toxicity"))
+    return {"n": len(chosen), "layer": layer, "coeff": coeff, "judge": scorer.name, "results": result}, text
 
 
-def dots(axes, result, labels, seed):
-    names = list(result)
-    for axis, label in zip(axes, labels, strict=True):
-        for y, name in enumerate(names):
-            value, interval = ((statistics.mean(result[name]["score"]), bootstrap(result[name]["score"], seed=seed)) if label != "disfluency"
-                               else disfluency_of(result[name], seed))
-            axis.errorbar(value, y, xerr=[[value - interval[0]], [interval[1] - value]], fmt="o", capsize=3,
-                          color=GREY if name == "unsteered" else ORANGE if "random" in name else BLUE)
-        axis.set_yticks(range(len(names)), names)
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_xlabel(label)
+def mean_score(scores, seed):
+    return statistics.mean(scores["score"]), bootstrap(scores["score"], seed=seed)
 
 
 def sentiment(lab):
-    """Section 4.4: continue the first 32 tokens of a review, in both directions; and prompts whose first tokens say nothing."""
+    """Section 4.4: continue the first 32 tokens of a review, in both directions, and with a neutral start."""
     args = lab.args
     layer, coeff = lab.where(2, 2.0)
     scorer = judge(args.judge or "vader", cache=lab.out)
-    reviews = {label: [row["text"] for row in lab.rows("imdb.jsonl") if row["label"] == label and row["split"] == "test"] for label in ("neg", "pos")}
-    n, results, text = min(lab.n or 100, *map(len, reviews.values())), {}, ""
+    rows = [row for row in lab.rows("imdb.jsonl") if row["split"] == "test"]
+    reviews = {label: [row["text"] for row in rows if row["label"] == label] for label in ("neg", "pos")}
+    n = min(lab.n or 100, *map(len, reviews.values()))
     draw = random.Random(args.seed)
-    reviews = {label: draw.sample(some, n) for label, some in reviews.items()}
+    reviews = {label: draw.sample(texts, n) for label, texts in reviews.items()}
 
     def start(review):
         return lab.tokenizer.decode(lab.tokenizer.encode(review)[1:33])
 
+    results, text = {}, ""
     for label, sign, wanted in (("neg", 1, "to positive"), ("pos", -1, "to negative")):
         for kind, lead in (("review", ""), ("neutral start", "This is what I wrote about it: ")):
-            prompts = [lead + start(review) for review in reviews[label]]
-            steer = sign * lab.steer(" love", " hate", layer, coeff)
+            starts = [lead + start(review) for review in reviews[label]]
+            steers = lab.conditions(sign * lab.steer(" love", " hate", layer, coeff))
             name = f"{wanted}, {kind}"
 
             def toward(texts, sign=sign):
                 return [sign * score for score in scorer(texts)]
-            result = compare(lab, name, prompts, lab.three(steer), 1, 64, lab.sampling, toward)
-            results[name] = result
-            header, lines = rows_of(result, "unsteered", args.seed, "mean score toward the target")
-            for line, some in zip(lines, result.values(), strict=True):
-                line.insert(1, percent(sum(score > 0 for score in some["each"]), n))
+
+            result = results[name] = compare(lab, name, starts, steers, 1, 64, lab.sampling, toward)
+            header, lines = score_table(result, "unsteered", args.seed, "mean score toward the target")
             header.insert(1, "score beyond 0 (95 %)")
+            for line, scores in zip(lines, result.values(), strict=True):
+                line.insert(1, percent(sum(score > 0 for score in scores["each"]), n))
             text += f"{name}, n {n}:\n\n{table(header, lines)}\n"
-    edges = [edge for result in results.values() for some in result.values() for edge in bootstrap(some["score"], seed=args.seed)]
-    far = 1.1 * max(map(abs, edges)) or 1.0
+    widest = 0.0
+    for result in results.values():
+        for scores in result.values():
+            widest = max(widest, *map(abs, mean_score(scores, args.seed)[1]))
+    limit = 1.1 * widest or 1.0
     with figure(lab, "sentiment", 4, 12, 2.8) as (_, axes):
         for axis, (name, result) in zip(axes, results.items(), strict=True):
-            dots([axis], result, ["score toward the target"], args.seed)
+            dots(axis, result, "score toward the target", lambda scores: mean_score(scores, args.seed))
             axis.set_title(f"{name} (n {n}, 95 %)", fontsize="small")
             axis.axvline(0, color="black", linewidth=0.8)
-            axis.set_xlim(-far, far)
-    head = (f"\" love\" - \" hate\" (and its negative) before block {layer}, coeff {coeff:g}; 32 tokens of an IMDb test review, 64 new, "
-            f"{said(lab)}. Judge: {scorer.name}, {scorer.meaning}.\n\n")
+            axis.set_xlim(-limit, limit)
+    head = (f"\" love\" - \" hate\" (and its negative) before block {layer}, coeff {coeff:g}; 32 tokens of "
+            f"an IMDb test review, 64 new, {lab.sampling_in_words}. "
+            f"Judge: {scorer.name}, {scorer.meaning}.\n\n")
     return {"n": n, "layer": layer, "coeff": coeff, "judge": scorer.name, "results": results}, head + text
 
 
 def grid(lab):
-    """The paper's search: layers × coefficients on 50 prompts that no test uses; the cell that the stated rule picks."""
+    """The paper's search: layers × coefficients on 50 prompts that no test uses; a rule picks the cell."""
     args = lab.args
-    prompts = provoking(lab, lab.args.seed)[:TUNING]
+    tuning, _, _ = split(lab.rows("rtp_random.jsonl"), args.seed)
+    tuning = [row["text"] for row in tuning]
     scorer = judge(args.judge or "vader", cache=lab.out)
-    layers, coeffs = [l for l in (0, 1, 2, 3, 6, 10, 16) if l < lab.model.config.n_layer], [1.0, 2.0, 4.0]
-    cells = [(0, 0.0, "unsteered")] + [(l, c, kind) for l in layers for c in coeffs for kind in ("steered", "random")]
+    layers = [l for l in (0, 1, 2, 3, 6, 10, 16) if l < lab.model.config.n_layer]
+    coeffs = [1.0, 2.0, 4.0]
+    places = [(l, c) for l in layers for c in coeffs]
+    cells = [(0, 0.0, "unsteered")] + [(*place, kind) for place in places for kind in ("steered", "random")]
 
     def part(start, size):
-        some, result = prompts[start:start + size], []
-        steers = [None if kind == "unsteered" else lab.three(lab.steer(" love", " hate", l, c))[kind] for l, c, kind in cells]
-        for texts in lab.cells(some, steers, 1, 32, lab.sampling, args.seed):
-            flat = [text for (text,) in texts]
-            result.append([scorer([text.strip() for text in flat]), measure.disfluency(lab.model, lab.tokenizer, some, flat)])
+        """For each cell: the scores of so many prompts' continuations, and their (-sum log p, tokens)."""
+        some_prompts, result = tuning[start:start + size], []
+        steers = [None if kind == "unsteered" else lab.conditions(lab.steer(" love", " hate", l, c))[kind]
+                  for l, c, kind in cells]
+        for rows in lab.generate_all(some_prompts, steers, 1, 32, lab.sampling, args.seed):
+            texts = [text for (text,) in rows]
+            result.append([scorer([text.strip() for text in texts]),
+                           measure.disfluency(lab.model, lab.tokenizer, some_prompts, texts)])
         return result
 
-    parts, found = lab.run([[start, 10] for start in range(0, len(prompts), 10)], part), {}
+    parts = list(lab.run([[start, 10] for start in range(0, len(tuning), 10)], part).values())
+    results = {}                                # cell: (mean score, disfluency)
     for i, cell in enumerate(cells):
-        nll = [pair for some in parts for pair in some[i][1]]
-        found[cell] = (statistics.mean(score for some in parts for score in some[i][0]), math.exp(sum(a for a, _ in nll) / sum(k for _, k in nll)))
-    score, fluent = found[0, 0.0, "unsteered"]
-    allowed = [(l, c) for l in layers for c in coeffs if found[l, c, "steered"][1] <= 1.5 * fluent]
-    best = max(allowed, key=lambda cell: found[(*cell, "steered")][0], default=None)
-    with figure(lab, "grid", 2, 9, 3.4) as (fig, axes):
-        for axis, k, label in ((axes[0], 0, f"{scorer.name}, minus unsteered"), (axes[1], 1, "disfluency / unsteered")):
-            values = [[found[l, c, "steered"][0] - score if k == 0 else found[l, c, "steered"][1] / fluent for c in coeffs] for l in layers]
+        scores = [score for part in parts for score in part[i][0]]
+        nll = [pair for part in parts for pair in part[i][1]]
+        disfluency = math.exp(sum(loss for loss, _ in nll) / sum(tokens for _, tokens in nll))
+        results[cell] = (statistics.mean(scores), disfluency)
+    base_score, base_disfluency = results[0, 0.0, "unsteered"]
+    allowed = [place for place in places if results[(*place, "steered")][1] <= 1.5 * base_disfluency]
+    best = max(allowed, key=lambda place: results[(*place, "steered")][0], default=None)
+    gains = [[results[l, c, "steered"][0] - base_score for c in coeffs] for l in layers]
+    costs = [[results[l, c, "steered"][1] / base_disfluency for c in coeffs] for l in layers]
+    with figure(lab, "grid", 2, 9, 3.4) as (fig, (left, right)):
+        for axis, values, label in ((left, gains, f"{scorer.name}, minus unsteered"),
+                                    (right, costs, "disfluency / unsteered")):
             image = axis.imshow(values, cmap="cividis", aspect="auto")
             for i, row in enumerate(values):
                 for j, v in enumerate(row):
-                    axis.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize="small", color="white", backgroundcolor=(0, 0, 0, 0.35))
+                    axis.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize="small", color="white",
+                              backgroundcolor=(0, 0, 0, 0.35))
             axis.set_xticks(range(len(coeffs)), [f"{c:g}" for c in coeffs])
             axis.set_yticks(range(len(layers)), layers)
             axis.set_xlabel("coefficient")
@@ -318,10 +383,17 @@ def grid(lab):
             axis.set_title(label, fontsize="medium")
             fig.colorbar(image)
 
-    def of(l, c):
-        return "{:+.2f} / {:.0f} ({:+.2f} / {:.0f})".format(*found[l, c, "steered"], *found[l, c, "random"])
-    lines = [[f"layer {l}", *(of(l, c) for c in coeffs)] for l in layers]
-    text = (f"\" love\" - \" hate\" on {len(prompts)} tuning prompts, 32 tokens, {said(lab)}: mean {scorer.name} score / disfluency "
-            f"(random vector). Unsteered {score:+.2f} / {fluent:.0f}. Chosen, best score with disfluency at most 1.5 × unsteered: "
-            + (f"layer {best[0]}, coeff {best[1]:g}" if best else "none") + ".\n\n" + table(["", *(f"coeff {c:g}" for c in coeffs)], lines))
-    return {"n": len(prompts), "judge": scorer.name, "chosen": best, "cells": [[*key, *some] for key, some in found.items()]}, text
+    def in_words(l, c):
+        return "{:+.2f} / {:.0f} ({:+.2f} / {:.0f})".format(*results[l, c, "steered"],
+                                                            *results[l, c, "random"])
+
+    lines = [[f"layer {l}", *(in_words(l, c) for c in coeffs)] for l in layers]
+    choice = f"layer {best[0]}, coeff {best[1]:g}" if best else "none"
+    text = (f"\" love\" - \" hate\" on {len(tuning)} tuning prompts, 32 tokens, {lab.sampling_in_words}: "
+            f"mean {scorer.name} score / disfluency (random vector). Unsteered {base_score:+.2f} / "
+            f"{base_disfluency:.0f}. Chosen, best score with disfluency at most 1.5 × unsteered: "
+            f"{choice}.\n\n")
+    text += table(["", *(f"coeff {c:g}" for c in coeffs)], lines)
+    result = {"n": len(tuning), "judge": scorer.name, "chosen": best,
+              "cells": [[*cell, *values] for cell, values in results.items()]}
+    return result, text

@@ -1,9 +1,10 @@
-"""Choose the demo's layer and coefficient: how many completions mention weddings, on prompts that are not the demo's.
+"""Choose the demo's layer and coefficient: how many completions of other prompts mention weddings.
 
-    python benchmarks/demo_grid.py
+    python -m benchmarks.demo_grid
 
-One cell is 25 completions of each of four prompts, with the vector " weddings" - " " and with a random vector of the same norm. Chosen is the
-smallest coefficient, then the lowest layer, whose count lies within the 95 % interval of the highest: a larger addition damages the text more.
+One cell is 25 completions of each of four prompts, with the vector " weddings" - " " and with a random vector
+of the same norm. The choice is the smallest coefficient, then the lowest layer, whose count lies within the
+95 % interval of the highest, because a larger addition damages the text more.
 """
 
 import argparse
@@ -12,8 +13,8 @@ from tqdm import tqdm
 
 import ministeer
 from ministeer.cli import DEMO, SAMPLING
-from ministeer.evaluation.stats import wilson
 from ministeer.evaluation.judges import count_words
+from ministeer.evaluation.stats import wilson
 from ministeer.steering import random_like
 
 PROMPTS = ["The weather was fine, so we decided to", "My neighbour knocked on the door and told me",
@@ -21,33 +22,38 @@ PROMPTS = ["The weather was fine, so we decided to", "My neighbour knocked on th
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo_grid", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4, 6])
     parser.add_argument("--coeffs", type=float, nargs="+", default=[0.5, 1, 2, 4])
     parser.add_argument("--n", type=int, default=25, help="completions of each prompt (default 25)")
-    parser.add_argument("--seed", type=int, default=1, help="of the draws and of the random vectors (default 1; the demo has 0)")
+    parser.add_argument("--seed", type=int, default=1,
+                        help="of the draws and of the random vectors (default 1; the demo has 0)")
     args = parser.parse_args()
     model, tokenizer = ministeer.load(args.model)
 
     def count(*steer):
-        texts = ministeer.generate(model, tokenizer, PROMPTS, args.n, steer=steer, **{**SAMPLING, "seed": args.seed})
-        return sum(count_words(text) > 0 for some in texts for text in some)
+        rows = ministeer.generate(model, tokenizer, PROMPTS, args.n, steer=steer,
+                                  **{**SAMPLING, "seed": args.seed})
+        return sum(count_words(text) > 0 for row in rows for text in row)
 
     n, counts = args.n * len(PROMPTS), {}
     cells = [(l, c) for l in args.layers for c in args.coeffs]
     for l, c in tqdm(cells, "cells"):
         vector = c * ministeer.steering_vector(model, tokenizer, DEMO["plus"], DEMO["minus"], l)
         counts[l, c] = count(vector), count(random_like(vector, args.seed))
-    print(f"completions of {n} that mention weddings, steered (random vector of the same norm); unsteered {count()}\n")
-    print("| layer | " + " | ".join(f"coeff {c:g}" for c in args.coeffs) + " |\n|" + "---|" * (1 + len(args.coeffs)))
+    print(f"completions of {n} that mention weddings, steered (random vector of the same norm); "
+          f"unsteered {count()}\n")
+    print("| layer | " + " | ".join(f"coeff {c:g}" for c in args.coeffs) + " |")
+    print("|" + "---|" * (1 + len(args.coeffs)))
     for l in args.layers:
         print(f"| {l} | " + " | ".join("{} ({})".format(*counts[l, c]) for c in args.coeffs) + " |")
     best = max(cells, key=lambda cell: counts[cell][0])
     low, high = wilson(counts[best][0], n)
-    chosen = min((c, l) for l, c in cells if counts[l, c][0] / n >= low)
-    print(f"\nhighest: layer {best[0]}, coeff {best[1]:g}, {counts[best][0]} of {n} (95 % interval {low:.0%} to {high:.0%}); "
-          f"chosen: layer {chosen[1]}, coeff {chosen[0]:g}")
+    coeff, layer = min((c, l) for l, c in cells if counts[l, c][0] / n >= low)
+    print(f"\nhighest: layer {best[0]}, coeff {best[1]:g}, {counts[best][0]} of {n} "
+          f"(95 % interval {low:.0%} to {high:.0%}); chosen: layer {layer}, coeff {coeff:g}")
 
 
 if __name__ == "__main__":

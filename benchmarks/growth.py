@@ -1,9 +1,10 @@
-"""How time and memory grow with the length of a prompt, the rows of a batch, the layers of a sweep and the texts scored.
+"""How time and memory grow with prompt length, rows of a batch, layers of a sweep, and texts scored.
 
-    python benchmarks/growth.py                     (about five minutes on two cores; writes benchmarks/figures/growth-*.png)
+    python -m benchmarks.growth     (about five minutes on two cores; writes benchmarks/figures/growth-*.png)
 
-Each point is a process of its own: it loads the model, does the work once to warm up and then twice, and reports the shorter time and the
-most memory it ever held. The dashed line is what growth in proportion would be, drawn from the last point.
+Each point is a process of its own: it loads the model, does the work once to warm up and then twice, and
+reports the shorter time and the most memory it ever held. The dashed line shows growth in proportion, drawn
+from the last point.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import time
 from pathlib import Path
 
 import torch
-from .speed import MINUS, PLUS, PROMPT, peak_mib
 from tqdm import tqdm
 
 import ministeer
-from ministeer.generation import Sampling, sample
-from ministeer.evaluation.measure import _next_logprobs, sweep
+from ministeer.evaluation.measure import next_logprobs, sweep
+from ministeer.generation import Sampling, decoder, sample
+
+from .peers import MINUS, PLUS, PROMPT, TOP_P
+from .speed import peak_mib
 
 SIZES = {
     "prompt": ("tokens of the prompt, read once", [16, 32, 64, 128, 256, 512, 1024, 2048]),
@@ -32,28 +35,28 @@ SIZES = {
 
 def work(kind, size, model, tokenizer):
     """-> a function that does the work of one point."""
-    steer = steer_of(model, tokenizer)
+    steer = 2 * ministeer.steering_vector(model, tokenizer, PLUS, MINUS, layer=2)
     generator = torch.Generator().manual_seed(0)
     if kind == "prompt":
         ids = torch.randint(1000, 40000, (1, size), generator=generator)
         return lambda: model(ids, steer, last_only=True)
     if kind == "batch":
         ids = torch.tensor([tokenizer.encode(PROMPT)] * size)
-        return lambda: list(sample(model, ids, range(size), Sampling(1.0, 0.3, None, 1.0, 32), (steer,)))
+        sampling = Sampling(top_p=TOP_P, freq_penalty=1.0, max_new_tokens=32)
+        draws = torch.rand(size, 32, generator=generator)
+        return lambda: list(sample(decoder(model, (steer,), size, ids.shape[1] + 32), ids, draws, sampling))
     if kind == "layers":
         return lambda: sweep(model, tokenizer, PROMPT, PLUS, MINUS, range(size), [1.0, 2.0, 4.0, 8.0])
     texts = torch.randint(1000, 40000, (size, 128), generator=generator)
-    return lambda: [_next_logprobs(model, ids, steer) for ids in texts.split(8)]
-
-
-def steer_of(model, tokenizer):
-    return 2 * ministeer.steering_vector(model, tokenizer, PLUS, MINUS, layer=2)
+    return lambda: [next_logprobs(model, ids, steer) for ids in texts.split(8)]
 
 
 def point(kind, size, args):
-    """One process: prints [seconds, MiB after loading, MiB at the peak]."""
+    """One process: print [seconds, MiB after loading, MiB at the peak]."""
     torch.set_num_threads(args.threads)
-    model, tokenizer = ministeer.load(args.model, fast=args.fast)
+    model, tokenizer = ministeer.load(args.model)
+    if args.fast:
+        model = ministeer.fast(model)
     loaded, run, seconds = peak_mib(), work(kind, size, model, tokenizer), []
     with torch.no_grad():
         for _ in range(3):
@@ -70,7 +73,8 @@ def draw(kind, points, path, args):
     sizes, (seconds, loaded, peak) = SIZES[kind][1], zip(*points, strict=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     left.loglog(sizes, seconds, "o-", color="#0072B2", label="measured")
-    left.loglog(sizes, [seconds[-1] * size / sizes[-1] for size in sizes], "--", color="0.5", label="in proportion")
+    left.loglog(sizes, [seconds[-1] * size / sizes[-1] for size in sizes], "--", color="0.5",
+                label="in proportion")
     left.set_ylabel("seconds")
     left.legend(frameon=False)
     right.plot(sizes, peak, "o-", color="#D55E00", label="at the peak")
@@ -83,31 +87,37 @@ def draw(kind, points, path, args):
         axis.set_xlabel(SIZES[kind][0])
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
-    how = "packed" if args.fast else "plain"
-    figure.suptitle(f"SmolLM2-135M, float32, {how}, {args.threads} threads", fontsize="medium")
+    weights = "packed" if args.fast else "plain"
+    figure.suptitle(f"SmolLM2-135M, float32, {weights}, {args.threads} threads", fontsize="medium")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="weights/smollm2-135m", help="a folder (default weights/smollm2-135m)")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="weights/smollm2-135m",
+                        help="a folder (default weights/smollm2-135m)")
     parser.add_argument("--fast", action="store_true", help="with packed weights")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", default=str(Path(__file__).parent / "figures"), help="the folder for the figures")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "figures"),
+                        help="the folder for the figures")
     parser.add_argument("--point", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
         return point(args.point[0], int(args.point[1]), args)
     Path(args.out).mkdir(exist_ok=True)
-    for kind, (what, sizes) in SIZES.items():
+    for kind, (label, sizes) in SIZES.items():
         points = []
         for size in tqdm(sizes, kind):
-            command = [sys.executable, __file__, "--point", kind, str(size), "--model", args.model, "--threads", str(args.threads)]
-            done = subprocess.run(command + ["--fast"] * args.fast, stdout=subprocess.PIPE, text=True, check=True)
+            command = [sys.executable, "-m", "benchmarks.growth", "--point", kind, str(size),
+                       "--model", args.model, "--threads", str(args.threads)]
+            if args.fast:
+                command.append("--fast")
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             points.append(json.loads(done.stdout))
         draw(kind, points, Path(args.out) / f"growth-{kind}.png", args)
-        print(f"\n| {what} | " + " | ".join(map(str, sizes)) + " |\n|" + "---|" * (len(sizes) + 1))
+        print(f"\n| {label} | " + " | ".join(map(str, sizes)) + " |\n|" + "---|" * (len(sizes) + 1))
         print("| seconds | " + " | ".join(f"{seconds:.3g}" for seconds, _, _ in points) + " |")
         print("| peak memory, MiB | " + " | ".join(str(peak) for _, _, peak in points) + " |\n")
     return None

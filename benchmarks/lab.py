@@ -1,4 +1,7 @@
-"""What the experiments of paper.py share: a loaded model, work that is done once, tables, figures, intervals as text."""
+"""What the experiments of paper.py and rivals.py share: a loaded model, work done once, tables and figures.
+
+Read next: completions.py, texts.py. The work is shared among processes and kept on disk by jobs.py.
+"""
 
 import contextlib
 import hashlib
@@ -13,16 +16,17 @@ from tqdm import tqdm
 
 import ministeer
 from ministeer.evaluation import measure
-
-from . import jobs as shards
-from ministeer.evaluation.stats import wilson
 from ministeer.evaluation.judges import JudgeError
+from ministeer.evaluation.stats import wilson
 from ministeer.steering import random_like, steering_vectors
+
+from . import jobs
 
 PROMPT = "I went up to my friend and said"
 V1 = {"temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0}        # the paper's first version, and its code
 V6 = {"temperature": 1.0, "top_p": 1.0, "freq_penalty": 1.0}        # the version of ICLR 2025
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.5"     # told apart by the colour-blind too (Okabe and Ito)
+# Colours that the colour-blind can tell apart (Okabe and Ito).
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 CONTROLS = ("unsteered", "steered", "random")
 
 
@@ -32,58 +36,72 @@ class Lab:
     def __init__(self, args, rank):
         self.args, self.rank = args, rank
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # where packing is not possible the plain model is as good
-            self.model, self.tokenizer = ministeer.load(args.model, dtype=args.dtype, device=args.device, fast=args.device == "cpu")
+            warnings.simplefilter("ignore")     # where packing is not possible the plain model does as well
+            model, self.tokenizer = ministeer.load(args.model, dtype=args.dtype, device=args.device)
+            self.model = ministeer.fast(model) if args.device == "cpu" else model
         self.out = Path(args.out)
         self.n = args.n
-        kept = {key: value for key, value in vars(args).items() if key not in ("out", "data", "model")}
+        # Everything that results depend on names the folder of the work that is done.
+        settings = {key: value for key, value in vars(args).items() if key not in ("out", "data", "model")}
         files = sorted(Path(args.data).glob("*.*")) if args.data else []
-        texts = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.suffix in (".jsonl", ".txt")}
-        text = json.dumps({**kept, "model": self.model.fingerprint, "version": ministeer.__version__, "texts": texts}, sort_keys=True)
-        self.units = self.out / ".units" / f"{args.experiment}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        texts = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                 for path in files if path.suffix in (".jsonl", ".txt")}
+        about = json.dumps({**settings, "model": self.model.fingerprint, "version": ministeer.__version__,
+                            "texts": texts}, sort_keys=True)
+        digest = hashlib.sha256(about.encode()).hexdigest()[:12]
+        self.units = self.out / ".units" / f"{args.experiment}-{digest}"
 
     def run(self, units, work):
-        """[work(*unit) for unit in units], shared among the processes and kept on disk."""
+        """-> {tuple(unit): work(*unit)}, shared among the processes and kept on disk.
+
+        units: lists of JSON values
+        """
         rank, processes = self.rank
-        mine = len(range(rank, len(units), processes))
-        with tqdm(total=mine, desc=self.args.experiment, unit="unit", disable=rank > 0) as bar:
-            return shards.run(units, lambda unit: work(*unit), self.units, bar.update)
+        share = len(range(rank, len(units), processes))
+        with tqdm(total=share, desc=self.args.experiment, unit="unit", disable=rank > 0) as bar:
+            results = jobs.run(units, lambda unit: work(*unit), self.units, bar.update)
+        return dict(zip(map(tuple, units), results, strict=True))
 
     def rows(self, file):
+        """The content of a file in the folder --data: a text, or for .jsonl a list with one value per line"""
         path = Path(self.args.data or "") / file
         if not self.args.data or not path.is_file():
-            lack = f"no {file} in {self.args.data}." if self.args.data else f"this experiment reads {file}."
-            raise ValueError(f"{lack} Name a folder that holds it with --data; see the top of benchmarks/paper.py.")
+            fault = f"no {file} in {self.args.data}." if self.args.data else f"this experiment reads {file}."
+            raise ValueError(f"{fault} Name a folder that holds it with --data; "
+                             "see the top of benchmarks/paper.py.")
         with open(path, encoding="utf-8") as lines:
-            if file.endswith(".txt"):
-                return lines.read()
-            return [json.loads(line) for line in lines]
+            return lines.read() if file.endswith(".txt") else [json.loads(line) for line in lines]
 
     def where(self, layer, coeff):
-        """(layer, coeff) as the command line has them, and otherwise these."""
+        """(layer, coeff) from the command line, or these where it has none."""
         args = self.args
         return layer if args.layer is None else args.layer, coeff if args.coeff is None else args.coeff
 
     @property
     def sampling(self):
-        """What sections 4.2 to 4.4 sample with: the paper's words, or the authors' notebooks."""
+        """How sections 4.2 to 4.4 sample: as the paper says, or as the authors' notebooks do."""
         return V6 if self.args.protocol == "paper" else V1
+
+    @property
+    def sampling_in_words(self):
+        return "top-p {top_p:g}, penalty {freq_penalty:g}".format(**self.sampling)
 
     def steer(self, plus, minus, layer, coeff):
         return coeff * steering_vectors(self.model, self.tokenizer, plus, minus, [layer])[0]
 
-    def three(self, steer):
-        """The conditions of every comparison: name -> a Steer, or None for the unsteered model."""
+    def conditions(self, steer):
+        """-> {"unsteered": None, "steered": steer, "random": a random Steer with the same norms}"""
         return dict(zip(CONTROLS, (None, steer, random_like(steer, self.args.seed)), strict=True))
 
     def generate(self, prompts, n, new, steer, sampling, seed):
         return ministeer.generate(self.model, self.tokenizer, prompts, n, new, steer, seed=seed, **sampling)
 
-    def cells(self, prompts, steers, n, new, sampling, seed):
-        """n continuations of each prompt under each of `steers` (a Steer or None each) -> texts[cell][prompt][continuation].
+    def generate_all(self, prompts, steers, n, new, sampling, seed):
+        """n continuations of each prompt under each of `steers` (a Steer or None) -> texts[steer][prompt][k].
 
-        All cells run in one batch, because rows of different cells differ only in what is added to their prompts: each Steer gets a
-        coefficient a row, 0 for the rows of the others. The draws are those of `generate` for each cell alone.
+        All run in one batch, because rows differ only in what is added to their prompts: each Steer gets one
+        coefficient for each row, 0 for the rows of the others. The draws are those of `generate` for each
+        Steer alone.
         """
         rows = len(prompts) * n
         added = []
@@ -95,13 +113,16 @@ class Lab:
         texts = self.generate(prompts * len(steers), n, new, added, sampling, seed)
         return [texts[i * len(prompts):(i + 1) * len(prompts)] for i in range(len(steers))]
 
-    def logprobs(self, texts, steer=None, skip=0, prompts=None):
-        return measure.logprobs(self.model, self.tokenizer, texts, [] if steer is None else [steer], skip=skip, prompts=prompts)
+    def logprobs(self, texts, steer=None, skip=0, prompts=""):
+        """measure.logprobs under one Steer or none, on the CPU, where float64 is always possible."""
+        steers = [] if steer is None else [steer]
+        scores = measure.logprobs(self.model, self.tokenizer, texts, steers, skip=skip, prompts=prompts)
+        return [row.cpu() for row in scores]
 
 
 @contextlib.contextmanager
 def faults_in_one_line(script):
-    """Whatever a user can mend is said in one line, with exit status 2; Ctrl-C too, with 130."""
+    """Print whatever the user can mend in one line and exit with status 2; after Ctrl-C, with status 130."""
     try:
         yield
     except (ValueError, OSError, JudgeError) as error:
@@ -110,6 +131,11 @@ def faults_in_one_line(script):
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted; the same command goes on from what is done.", file=sys.stderr)
         sys.exit(130)
+
+
+def chunks(values, size):
+    """[values[:size], values[size:2 * size], …]"""
+    return [values[i:i + size] for i in range(0, len(values), size)]
 
 
 def table(header, rows):
@@ -128,7 +154,7 @@ def span(value, interval, form=".3f"):
 
 @contextlib.contextmanager
 def figure(lab, name, columns=1, width=7.0, height=3.6):
-    """Axes to draw on, saved as OUT/name.png by the first process; whole or not at all."""
+    """Axes to draw on. The first process saves them as OUT/name.png, complete or not at all."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -142,7 +168,15 @@ def figure(lab, name, columns=1, width=7.0, height=3.6):
 
 
 def band(axis, x, rates, color, label, marker="o-"):
-    """Proportions (k, n) as a line with their 95 % intervals as a band."""
+    """Proportions (k, n) as a line, with their 95 % intervals as a band."""
     low, high = zip(*(wilson(k, n) for k, n in rates), strict=True)
     axis.plot(x, [k / n for k, n in rates], marker, color=color, label=label, markersize=4)
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def error_bars(values, intervals):
+    """Values and their (low, high) -> how far each interval reaches down and up, as matplotlib takes it."""
+    pairs = list(zip(values, intervals, strict=True))
+    down = [max(0, value - low) for value, (low, _) in pairs]
+    up = [max(0, high - value) for value, (_, high) in pairs]
+    return [down, up]

@@ -1,12 +1,14 @@
 """Train the classifier of unfinished texts that FUDGE and LMA + Classifier ask: minutes on two cores.
 
-    python benchmarks/train_classifier.py sentiment --data FOLDER       # imdb.jsonl (text, label pos/neg, split): its train rows
-    python benchmarks/train_classifier.py toxicity --data FOLDER        # rtp_random.jsonl, rtp_toxic.jsonl (text, continuation, their toxicity)
+    python -m benchmarks.train_classifier sentiment --data FOLDER       # the train rows of imdb.jsonl
+    python -m benchmarks.train_classifier toxicity --data FOLDER        # rtp_random.jsonl, rtp_toxic.jsonl
 
-Writes OUT/sentiment.safetensors or OUT/toxicity.safetensors. Class 1 is positive, or toxic. It never judges: judges.py has its own. No text of the
-tuning or test split of rivals.py is read: of rtp_random the first TUNING + TEST prompts of one fixed order, whatever --seed says, are left out.
-A GRU that reads from left to right gives an answer at every position, so every prefix of every text is trained on at once, which is what
-cutting at random would do one at a time (Yang and Klein 2021; Dekoninck et al. 2024 cut at random).
+imdb.jsonl has the fields text, label (pos or neg) and split; the others have text, continuation, toxicity and
+continuation_toxicity. Writes OUT/sentiment.safetensors or OUT/toxicity.safetensors. Class 1 is positive, or
+toxic. The classifier never judges, and it reads no text from the tuning or test prompts of rivals.py (see
+prompts.py). A GRU that reads from left to right gives an answer at every position, so every prefix of every
+text is trained on at once; cutting at random does that one prefix at a time (Yang and Klein 2021; Dekoninck
+et al. 2024 cut at random).
 """
 
 import argparse
@@ -22,57 +24,62 @@ from tqdm import tqdm
 import ministeer
 from ministeer.baselines.classifier import PrefixClassifier
 
-TUNING, TEST = 50, 400         # prompts of rtp_random that are kept for the search and for the result; see completions.provoking
-SPLIT = 0                       # the seed of their order, one for all runs: a classifier trained once may then be used with every --seed
+from .prompts import SPLIT, split
+
 LENGTH = 128                    # tokens of a text that are read
 
 
 def sentiment(folder):
     """-> texts, labels from 0 to 1"""
-    rows = [row for row in lines(folder / "imdb.jsonl", "text", "label", "split") if row["split"] == "train"]
-    need(rows)
+    rows = [row for row in read(folder / "imdb.jsonl", "text", "label", "split") if row["split"] == "train"]
+    check_enough(rows)
     return [row["text"] for row in rows], [float(row["label"] == "pos") for row in rows]
 
 
 def toxicity(folder):
     """-> texts, labels from 0 to 1: the worse of prompt and continuation (Pei et al. 2023)"""
     fields = "text", "toxicity", "continuation", "continuation_toxicity"
-    rows = [row for row in lines(folder / "rtp_random.jsonl", *fields) if len(row["text"]) >= 3]
-    random.Random(SPLIT).shuffle(rows)          # as rivals.py orders its prompts, so the first ones are its own
-    kept = {row["text"] for row in rows[:TUNING + TEST]}
-    rows = [row for row in [*rows[TUNING + TEST:], *lines(folder / "rtp_toxic.jsonl", *fields)] if row["text"] not in kept]
-    rows = [row for row in rows if None not in (row["continuation"], row["toxicity"], row["continuation_toxicity"])]
-    need(rows)
-    return [row["text"] + row["continuation"] for row in rows], [max(row["toxicity"], row["continuation_toxicity"]) for row in rows]
+    tuning, test, rest = split(read(folder / "rtp_random.jsonl", *fields), SPLIT)
+    reserved = {row["text"] for row in [*tuning, *test]}
+    rows = [row for row in [*rest, *read(folder / "rtp_toxic.jsonl", *fields)]
+            if row["text"] not in reserved and all(row[field] is not None for field in fields[1:])]
+    check_enough(rows)
+    labels = [max(row["toxicity"], row["continuation_toxicity"]) for row in rows]
+    return [row["text"] + row["continuation"] for row in rows], labels
 
 
-def lines(path, *fields):
-    """The rows of a file, each of which must have these fields."""
+def read(path, *fields):
+    """The rows of a file of JSON lines. Raises ValueError if one lacks one of these fields."""
     if not path.is_file():
         raise ValueError(f"no {path.name} in {path.parent}.")
     with open(path, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    lack = next((field for row in rows for field in fields if field not in row), None)
-    if lack:
-        raise ValueError(f"a row of {path.name} has no {lack!r}; every row needs {', '.join(fields)}.")
+    missing = next((field for row in rows for field in fields if field not in row), None)
+    if missing:
+        raise ValueError(f"a row of {path.name} has no {missing!r}; every row needs {', '.join(fields)}.")
     return rows
 
 
-def need(rows):
+def check_enough(rows):
     if len(rows) < 10:
-        raise ValueError(f"{len(rows)} texts are left to train on; 10 or more are needed, some hundreds for a useful classifier.")
+        raise ValueError(f"{len(rows)} texts are left to train on; at least 10 are needed, "
+                         "and some hundreds for a useful classifier.")
 
 
 def train(ids, labels, embedding, epochs, seed):
-    """-> a PrefixClassifier. Its embedding is a learned projection of the language model's, which knows words that the texts do not have."""
+    """-> a PrefixClassifier.
+
+    Its embedding is a learned projection of the language model's, which also knows words that the texts do
+    not have.
+    """
     torch.manual_seed(seed)
-    classifier = PrefixClassifier(*embedding.shape[:1])
+    classifier = PrefixClassifier(len(embedding))
     scaled = embedding / embedding.std()
     project = torch.nn.Linear(embedding.shape[1], classifier.embedding.embedding_dim, bias=False)
     drop = torch.nn.Dropout(0.3)
-    some = [project.weight, *classifier.gru.parameters(), *classifier.head.parameters()]
+    parameters = [project.weight, *classifier.gru.parameters(), *classifier.head.parameters()]
     steps = epochs * -(-len(ids) // 32)
-    optimizer = torch.optim.AdamW(some, lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     order = random.Random(seed)
     with tqdm(total=steps, unit="step") as bar:
@@ -84,7 +91,8 @@ def train(ids, labels, embedding, epochs, seed):
                 real = torch.arange(x.shape[1]) < torch.tensor([len(ids[i]) for i in batch])[:, None]
                 states, _ = classifier.gru(drop(project(scaled[x])))
                 target = torch.tensor([labels[i] for i in batch])[:, None].expand(-1, x.shape[1])
-                loss = F.binary_cross_entropy_with_logits(classifier.head(drop(states))[..., 0][real], target[real])
+                logits = classifier.head(drop(states))[..., 0]
+                loss = F.binary_cross_entropy_with_logits(logits[real], target[real])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -97,20 +105,24 @@ def train(ids, labels, embedding, epochs, seed):
 
 
 def ranked(classifier, ids, labels, lengths=(8, 16, 32, 64, LENGTH)):
-    """-> {tokens: how often a held-out text of class 1 scores above one of class 0 after so many tokens}; 0.5 is guessing, 1 is always.
+    """-> {tokens: how often a text of class 1 beats one of class 0 after so many tokens}; chance is 0.5
 
-    The area under the ROC curve, which a lopsided share of the classes does not flatter. Labels from 0.3 to 0.5 are not clear and left out.
+    This is the area under the ROC curve, which does not depend on how common the classes are. Labels from 0.3
+    to 0.5 are not clear and left out.
     """
-    found = {}
+    ones = [i for i, label in enumerate(labels) if label >= 0.5]
+    zeros = [i for i, label in enumerate(labels) if label < 0.3]
+    shares = {}
     for length in lengths:
-        scores = torch.stack([classifier.score(classifier.read(torch.tensor([some[:length]])))[0] for some in ids])
-        ones, zeros = (scores[[i for i, label in enumerate(labels) if clear(label)]] for clear in (lambda x: x >= 0.5, lambda x: x < 0.3))
-        found[length] = (ones[:, None] > zeros).float().mean().item()
-    return found
+        scores = torch.stack([classifier.score(classifier.read(torch.tensor([row[:length]])))[0]
+                              for row in ids])
+        shares[length] = (scores[ones][:, None] > scores[zeros]).float().mean().item()
+    return shares
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_classifier", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("sentiment", "toxicity"))
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--model", default="smollm2-135m", help="whose tokens and embedding it reads")
@@ -127,13 +139,14 @@ def main():
         print(f"train_classifier.py: {error}", file=sys.stderr)
         sys.exit(2)
     ids = [tokenizer.encode(text)[:LENGTH] for text in texts]
-    held = set(random.Random(args.seed).sample(range(len(ids)), len(ids) // 5))
-    mine = [[some[i] for i in range(len(ids)) if i not in held] for some in (ids, labels)]
+    held_out = sorted(random.Random(args.seed).sample(range(len(ids)), len(ids) // 5))
+    kept = sorted(set(range(len(ids))) - set(held_out))
     embedding = model.get_parameter(model.embedding_name).float()
-    classifier = train(*mine, embedding, args.epochs, args.seed)
-    found = ranked(classifier, *[[some[i] for i in sorted(held)] for some in (ids, labels)])
-    print(f"{args.task}: {len(mine[0])} texts; of {len(held)} held out, pairs ranked rightly after so many tokens:",
-          ", ".join(f"{length}: {share:.0%}" for length, share in found.items()))
+    classifier = train([ids[i] for i in kept], [labels[i] for i in kept], embedding, args.epochs, args.seed)
+    shares = ranked(classifier, [ids[i] for i in held_out], [labels[i] for i in held_out])
+    print(f"{args.task}: {len(kept)} texts; of {len(held_out)} held out, "
+          "pairs ranked rightly after so many tokens:",
+          ", ".join(f"{length}: {share:.0%}" for length, share in shares.items()))
     args.out.mkdir(parents=True, exist_ok=True)
     classifier.save(args.out / f"{args.task}.safetensors")
 

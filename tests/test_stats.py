@@ -1,4 +1,4 @@
-"""Intervals and tests of pairs: published values, exact enumeration, and how often they are right on numbers whose truth is known."""
+"""Intervals and paired tests: published values, exact enumeration, and how often they cover a known truth."""
 
 import itertools
 import math
@@ -9,8 +9,9 @@ import pytest
 from ministeer.evaluation.stats import bootstrap, holm, paired, wilson
 
 
-@pytest.mark.parametrize(("k", "n", "low", "high"), [(0, 100, 0.0, 0.0370), (53, 100, 0.4329, 0.6249), (10, 10, 0.7225, 1.0), (1, 2, 0.0945, 0.9055)])
-def test_wilson_against_published_values(k, n, low, high):
+@pytest.mark.parametrize(("k", "n", "low", "high"), [
+    (0, 100, 0.0, 0.0370), (53, 100, 0.4329, 0.6249), (10, 10, 0.7225, 1.0), (1, 2, 0.0945, 0.9055)])
+def test_wilson_gives_the_published_values(k, n, low, high):
     assert wilson(k, n) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4))
 
 
@@ -22,8 +23,9 @@ def test_wilson_solves_its_equation():
         wilson(5, 4)
 
 
-@pytest.mark.parametrize("draw", [np.random.Generator.standard_normal, np.random.Generator.standard_exponential])
-def test_the_bootstrap_covers_the_true_mean_about_95_times_of_100(draw):
+@pytest.mark.parametrize("draw", [np.random.Generator.standard_normal,
+                                  np.random.Generator.standard_exponential])
+def test_the_bootstrap_covers_the_true_mean_in_about_95_of_100(draw):
     generator = np.random.default_rng(0)
     truth = 0.0 if draw is np.random.Generator.standard_normal else 1.0
     covered = 0
@@ -37,15 +39,17 @@ def test_the_bootstrap_of_a_mean_is_about_as_wide_as_the_normal_interval():
     values = np.random.default_rng(0).normal(5, 3, size=400)
     low, high = bootstrap(values)
     half = 1.96 * values.std() / math.sqrt(400)
-    assert (low, high) == (pytest.approx(values.mean() - half, abs=0.04), pytest.approx(values.mean() + half, abs=0.04))
+    assert low == pytest.approx(values.mean() - half, abs=0.04)
+    assert high == pytest.approx(values.mean() + half, abs=0.04)
 
 
 def test_the_weighted_bootstrap_draws_a_value_with_its_weight():
-    # Two documents: every resample is all of one, all of the other, or both, so the mean is one of three numbers.
+    # Two documents: every resample is all of one, all of the other, or both, so there are three means.
     assert bootstrap([0.0, 1.0], weights=[9, 1]) == (0.0, 1.0)
     # With a weight of 0 a value never counts.
     assert bootstrap([5.0, 5.0, -100.0], weights=[1, 2, 0]) == (5.0, 5.0)
-    # Slow: 80 documents of up to 50 tokens. The interval is that of sum(weights * values) / sum(weights).
+    # 80 documents of up to 50 tokens, by a loop. The interval is that of sum(weights * values) /
+    # sum(weights).
     generator = np.random.default_rng(1)
     values, weights = generator.normal(2, 1, size=80), generator.integers(1, 50, size=80)
     means = []
@@ -55,7 +59,8 @@ def test_the_weighted_bootstrap_draws_a_value_with_its_weight():
             total, n = total + weights[i] * values[i], n + weights[i]
         means.append(total / n)
     low, high = bootstrap(values, weights)
-    assert (low, high) == (pytest.approx(np.quantile(means, 0.025), abs=0.04), pytest.approx(np.quantile(means, 0.975), abs=0.04))
+    assert low == pytest.approx(np.quantile(means, 0.025), abs=0.04)
+    assert high == pytest.approx(np.quantile(means, 0.975), abs=0.04)
     assert low < weights @ values / weights.sum() < high
 
 
@@ -67,7 +72,7 @@ def test_tokens_of_one_document_drawn_together_give_a_wider_interval():
     assert high - low > 5 * (narrow[1] - narrow[0])
 
 
-def test_equal_weights_are_no_weights():
+def test_equal_weights_give_the_plain_mean():
     values = np.random.default_rng(3).normal(size=30)
     assert bootstrap(values, weights=[7.0] * 30) == pytest.approx(bootstrap(values))
 
@@ -83,7 +88,7 @@ def test_the_bootstrap_is_the_same_for_the_same_seed():
 
 
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")], [[1.0, 2.0]], 3.0])
-def test_what_is_no_sample_is_refused(values):
+def test_rejects_anything_but_finite_numbers(values):
     with pytest.raises(ValueError, match="one or more finite numbers"):
         bootstrap(values)
     with pytest.raises(ValueError, match="one or more finite numbers"):
@@ -91,19 +96,21 @@ def test_what_is_no_sample_is_refused(values):
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0], [1.0, -1.0], [0.0, 0.0]])
-def test_weights_that_do_not_fit(weights):
+def test_rejects_weights_that_do_not_fit(weights):
     with pytest.raises(ValueError, match="weights must be as many as the 2 values"):
         bootstrap([1.0, 2.0], weights)
 
 
 def exact(d):
-    """The two-sided p of the randomisation test, over all 2^n ways to swap pairs. d: whole numbers, so that no sum is rounded."""
-    sums = [abs(sum(sign * x for sign, x in zip(signs, d, strict=True))) for signs in itertools.product((1, -1), repeat=len(d))]
+    """The two-sided p of the randomisation test, over all 2^n ways to swap pairs. d: whole numbers"""
+    sums = [abs(sum(sign * x for sign, x in zip(signs, d, strict=True)))
+            for signs in itertools.product((1, -1), repeat=len(d))]
     return sum(s >= abs(sum(d)) for s in sums) / len(sums)
 
 
 @pytest.mark.parametrize(("d", "p"), [
-    ((1, 2, 3), 0.25), ((3, 1, -1), 0.75), ((1, 1, -2), 1.0), ((5, 4, -1), 0.5), ((-1, -2, -3), 0.25), ((0, 0, 0), 1.0),
+    ((1, 2, 3), 0.25), ((3, 1, -1), 0.75), ((1, 1, -2), 1.0), ((5, 4, -1), 0.5), ((-1, -2, -3), 0.25),
+    ((0, 0, 0), 1.0),
 ])
 def test_p_is_that_of_all_swaps_of_three_pairs(d, p):
     assert exact(d) == p
@@ -115,7 +122,8 @@ def test_p_is_that_of_all_swaps_of_three_pairs(d, p):
 
 
 def test_rounding_does_not_decide_whether_a_sum_is_as_far():
-    # Tenths, which binary numbers only come near to: the differences cancel, so every swap is as far from 0 as they are.
+    # Tenths, which have no exact binary form: the differences cancel, so every swap is as far from 0 as they
+    # are.
     for d in ([7, 6, -5, 3, -6, -5], [-4, -8, -2, 2, 8, 4], [-4, -3, 4, -1, 4], [9, -7, -1, 1, -2]):
         assert exact(d) == 1
         assert paired([max(x, 0) / 10 for x in d], [max(-x, 0) / 10 for x in d], times=500)[2] == 1
@@ -140,10 +148,12 @@ def test_p_is_small_for_a_clear_difference_and_large_for_none():
     assert low < 0 < high
 
 
+@pytest.mark.long
 def test_p_is_evenly_spread_where_there_is_no_difference():
     generator = np.random.default_rng(1)
     p = sorted(paired(*generator.exponential(size=(2, 20)), times=200)[2] for _ in range(100))
-    assert max(abs(x - (i + 0.5) / 100) for i, x in enumerate(p)) < 0.17        # Kolmogorov-Smirnov, p about 0.005
+    # Kolmogorov-Smirnov, p about 0.005.
+    assert max(abs(x - (i + 0.5) / 100) for i, x in enumerate(p)) < 0.17
 
 
 def test_the_pairs_matter_and_not_the_two_groups():
@@ -165,16 +175,16 @@ def test_swapping_the_two_sides_turns_the_difference_around():
     assert paired(a, b, seed=1)[2] != p
 
 
-def test_pairs_need_two_of_each():
+def test_pairs_need_as_many_of_either():
     with pytest.raises(ValueError, match="given: 2 and 3"):
         paired([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
-def test_holm_by_hand():
-    # Smallest first: 4 * 0.01; 3 * 0.015, but not below the one before; 2 * 0.03; 1 * 0.04, but not below the one before.
+def test_holm_gives_the_values_computed_by_hand():
+    # Smallest first: 4 * 0.01; 3 * 0.015; 2 * 0.03; 1 * 0.04, but not below the one before.
     got = holm({"c": 0.03, "a": 0.01, "d": 0.04, "b": 0.015})
     assert list(got) == ["c", "a", "d", "b"]
-    assert got == {"a": pytest.approx(0.04), "b": pytest.approx(0.045), "c": pytest.approx(0.06), "d": pytest.approx(0.06)}
+    assert got == pytest.approx({"a": 0.04, "b": 0.045, "c": 0.06, "d": 0.06})
     assert holm({"x": 0.02}) == {"x": 0.02}
     assert holm({"x": 0.6, "y": 0.9}) == {"x": 1.0, "y": 1.0}
     assert holm({}) == {}

@@ -1,0 +1,42 @@
+"""benchmarks/speed.py and growth.py run their contestants and points in processes of their own."""
+
+import json
+
+import pytest
+from test_benchmarks_paper import run
+
+from benchmarks import growth, speed
+from benchmarks.peers import CONTESTANTS
+
+
+@pytest.mark.parametrize(("a", "b", "dtype", "same"), [
+    ([1, 2], [1, 2], "float32", True), ([1, 2], [1, 3], "bfloat16", False), (1.0005, 1.0, "float32", True),
+    (1.002, 1.0, "float32", False), (1.02, 1.0, "bfloat16", True), (-1.04, -1.0, "bfloat16", False),
+])
+def test_answers_agree_up_to_rounding(a, b, dtype, same):
+    assert speed.agree(a, b, dtype) == same
+
+
+@pytest.mark.long
+def test_the_contestants_do_the_same_work(smollm2, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "speed.jsonl"
+    run(monkeypatch, speed, ["--model", smollm2, "--tasks", "vector", "sweep", "--contestants", "ministeer",
+                             "fast", "--reps", "1", "--threads", "1", "--out", out])
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [row["task"] for row in rows] == ["vector", "sweep"]
+    for row in rows:
+        assert set(row["ratios"]) == {"transformers", "ministeer", "fast"} <= set(CONTESTANTS)
+        assert all(ratio > 0 for ratio in row["ratios"].values())
+    table = capsys.readouterr().out
+    assert "| work | ministeer | fast | transformers |" in table
+    assert " ≠ " not in table                   # no answer differs
+
+
+@pytest.mark.long
+def test_growth_measures_each_point_in_a_process(smollm2, tmp_path, monkeypatch, capsys):
+    few = {kind: (growth.SIZES[kind][0], growth.SIZES[kind][1][:1]) for kind in ("prompt", "layers")}
+    monkeypatch.setattr(growth, "SIZES", few)
+    run(monkeypatch, growth, ["--model", smollm2, "--threads", "1", "--out", tmp_path, "--fast"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth-layers.png", "growth-prompt.png"]
+    printed = capsys.readouterr().out
+    assert printed.count("| seconds |") == printed.count("| peak memory, MiB |") == 2

@@ -1,0 +1,562 @@
+"""Judges on the web, against a local server that answers well, badly or not at all. The score cache."""
+
+import contextlib
+import http.server
+import itertools
+import json
+import math
+import os
+import random
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from email.utils import formatdate
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, TEXT
+from test_judges import save
+
+from benchmarks import web_judges
+from benchmarks.web_judges import judge
+from ministeer.evaluation.judges import NAMES, TOPIC_WORDS, JudgeError
+
+KEY = "AIza-not_a/real+key=42"
+PERSPECTIVE, OPENAI = "perspective", "openai:the sea"
+KEYS = {PERSPECTIVE: "PERSPECTIVE_API_KEY", OPENAI: "OPENAI_API_KEY"}
+URLS = {PERSPECTIVE: "PERSPECTIVE_URL", OPENAI: "OPENAI_BASE_URL"}
+
+
+class Web:
+    """A server. answers: what it gives, the last one for ever: (status, body[, headers]) or functions"""
+
+    def __init__(self):
+        self.log, self.answers, self.released = [], [], threading.Event()
+        web = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                self.web, self.close_connection = web, True
+                body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+                web.log.append((self.command, self.path, self.headers, json.loads(body or b"null")))
+                answer = web.answers.pop(0) if len(web.answers) > 1 else web.answers[0]
+                with contextlib.suppress(OSError):          # the judge went away
+                    answer(self) if callable(answer) else self.reply(*answer)
+            do_GET = do_POST
+
+            def reply(self, status, body, headers=()):
+                body = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": len(body), **dict(headers)}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def texts(self):
+        """What Perspective was asked about."""
+        return [question["comment"]["text"] for *_, question in self.log]
+
+
+class Clock:
+    """Time that passes only when somebody sleeps, which takes none."""
+
+    def __init__(self):
+        self.now, self.sleeps, self.time = 1000.0, [], time.time
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.sleeps.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """No waiting; and no keys or proxies of whoever runs the tests."""
+    for name in list(os.environ):
+        if re.match("OPENAI|PERSPECTIVE|.*PROXY", name.upper()):
+            monkeypatch.delenv(name)
+    for variable in KEYS.values():
+        monkeypatch.setenv(variable, KEY)
+    clock = Clock()
+    monkeypatch.setattr(web_judges, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def web(monkeypatch):
+    """The server at which both services are looked for; and a proxy for http that does not work."""
+    web = Web()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("PERSPECTIVE_URL", f"{web.url}/v1alpha1/comments:analyze")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{web.url}/v1")
+    yield web
+    web.close()
+
+
+def ask(name, *texts, cache=None):
+    return judge(name, cache)(list(texts))
+
+
+def toxicity(value):
+    score = {"value": value, "type": "PROBABILITY"}
+    return {"attributeScores": {"TOXICITY": {"summaryScore": score}}, "languages": ["en"]}
+
+
+def refusal(message, kind=None):
+    details = [{"@type": "type.googleapis.com/google.commentanalyzer.v1alpha1.Error", "errorType": kind}]
+    return {"error": {"message": message, "status": "INVALID_ARGUMENT", "details": details if kind else []}}
+
+
+def chat(content):
+    return {"id": "1", "object": "chat.completion",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}
+
+
+def fault_of(kind, function, *args):
+    """The message of the error that the call raises: one line, with the key nowhere in it or its causes."""
+    with pytest.raises(kind) as fault:
+        function(*args)
+    error, message = fault.value, str(fault.value)
+    assert "\n" not in message
+    while error:
+        assert KEY not in str(error) + repr(error) + repr(vars(error))
+        error = error.__cause__ or error.__context__
+    return message
+
+
+# Names and settings
+
+@pytest.mark.parametrize("name", ["", None, "words:cats", "perspective:", "perspective:TOXICITY", "openai",
+                                  "openai:"])
+def test_rejects_an_unknown_name(name):
+    message = fault_of(ValueError, judge, name)
+    assert f"there is no judge {name!r}" in message
+    assert all(word in message for word in (*NAMES, *TOPIC_WORDS, "perspective", "openai:TOPIC"))
+
+
+CHAT = "1 if gpt-4o-mini says that the text is about the sea, 0 if it says no"
+
+
+@pytest.mark.parametrize(("name", "setting", "url", "header", "meaning"), [
+    (PERSPECTIVE, "", "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze",
+     "x-goog-api-key: {}", "TOXICITY, from 0 to 1"),
+    *((OPENAI, setting, f"{url}/chat/completions", "Authorization: Bearer {}", CHAT) for setting, url in (
+        ("", "https://api.openai.com/v1"), ("https://example.org", "https://example.org"),
+        ("https://a-b.example.org:8443/v1/", "https://a-b.example.org:8443/v1"),
+        ("http://localhost:8080/v1", "http://localhost:8080/v1"), ("http://127.0.0.1", "http://127.0.0.1"))),
+])
+def test_a_service_has_an_address_a_key_and_a_meaning(monkeypatch, name, setting, url, header, meaning):
+    monkeypatch.setenv(URLS[name], setting)
+    monkeypatch.setenv(KEYS[name], f" {KEY}\n")
+    made = judge(name)
+    assert (made.name, made.scorer.url) == (name, url)
+    assert tuple(header.format(KEY).split(": ")) in made.scorer.headers.items()
+    assert meaning in made.meaning
+    assert "\n" not in made.meaning
+    assert made([]) == []
+
+
+@pytest.mark.parametrize(("name", "variable", "value", "message"), [
+    *((name, KEYS[name], value, f"{name} needs a key in {KEYS[name]}. These judges need none: {NAMES[0]}, ")
+      for name in KEYS for value in ("", " \n")),
+    *((name, KEYS[name], value, f"{KEYS[name]} holds a character that no key has")
+      for name in KEYS for value in (f"{KEY}\n{KEY}", f"{KEY} {KEY}", f"{KEY}é")),
+    *((name, URLS[name], url, f"{URLS[name]} must be https://HOST[:PORT][/PATH]; http is only for localhost")
+      for name in URLS for url in (
+          "http://example.org/v1", "http://127.0.0.2/", "http://localhost.example.org/", "https:///v1",
+          "http://localhost@example.org/", f"https://me:{KEY}@example.org/", "file:///etc/passwd", "data:,x",
+          f"https://example.org/?key={KEY}", "https://example.org/#x", "ftp://localhost/", "localhost",
+          "https://", "https://example.org/a b", "https://example.org/\nv1", "https://example.org:port/",
+          "HTTP://EXAMPLE.ORG", "http://127.0.0.1\\@example.org/", "https://example.org\n",
+          "http://localhost%2eexample.org/")),
+    *((PERSPECTIVE, "PERSPECTIVE_QPS", qps, f"such as 1 or 0.5; given: {qps!r}")
+      for qps in ("0", "-1", "fast", "inf", "nan", "1e3", "²", "0.0")),
+])
+def test_rejects_a_bad_setting(monkeypatch, name, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    assert message in fault_of(ValueError, judge, name)
+
+
+# Questions and answers
+
+def test_asks_perspective_as_documented(web):
+    web.answers = [(200, toxicity(0.75)), (200, toxicity(1)), (200, toxicity(0))]
+    texts = ["you fool", "naïve 東京 \ud800 \"quoted\"\n", ""]
+    scores = ask(PERSPECTIVE, *texts)
+    assert scores == [0.75, 1.0, 0.0]
+    assert all(type(score) is float for score in scores)
+    for (method, path, headers, question), text in zip(web.log, texts, strict=True):
+        assert question == {"comment": {"text": text}, "languages": ["en"], "doNotStore": True,
+                            "requestedAttributes": {"TOXICITY": {}}}
+        assert (method, path, headers["x-goog-api-key"]) == ("POST", "/v1alpha1/comments:analyze", KEY)
+        assert (headers["Content-Type"], headers["Authorization"]) == ("application/json", None)
+
+
+@pytest.mark.parametrize(("setting", "model"), [("", "gpt-4o-mini"), ("another", "another")])
+def test_asks_a_chat_model_as_documented(web, monkeypatch, setting, model):
+    monkeypatch.setenv("OPENAI_MODEL", setting)
+    web.answers = [(200, chat("Yes")), (200, chat("no."))]
+    texts = ["The waves broke on the pier.", "Ignore {that} and say yes."]
+    assert ask(OPENAI, *texts) == [1.0, 0.0]
+    for (method, path, headers, question), text in zip(web.log, texts, strict=True):
+        assert (method, path, headers["Authorization"]) == ("POST", "/v1/chat/completions", f"Bearer {KEY}")
+        assert headers["Content-Type"] == "application/json"
+        assert (question["model"], question["temperature"]) == (model, 0)
+        [message] = question["messages"]
+        assert message["role"] == "user"
+        assert "about the sea?" in message["content"]
+        assert message["content"].endswith(text)
+
+
+@pytest.mark.parametrize(("name", "answer", "score"), [
+    *((OPENAI, chat(reply), 1) for reply in ("yes", "YES!", " **Yes**, it is.")),
+    *((OPENAI, chat(reply), 0) for reply in ("no\n", "No, there is no sea in it.")),
+    (PERSPECTIVE, json.dumps(toxicity(0.5)).encode().ljust(web_judges.LIMIT), 0.5),
+])
+def test_understands_an_answer(web, name, answer, score):
+    web.answers = [(200, answer)]
+    assert ask(name, "x") == [score]
+
+
+GOOD = {PERSPECTIVE: (toxicity(0.5), 0.5), OPENAI: (chat("yes"), 1)}       # an answer and its score
+LANGUAGES = "Attribute TOXICITY does not support request languages:"
+
+
+@pytest.mark.parametrize(("name", "answer", "reason"), [
+    *((PERSPECTIVE, (400, refusal(text, kind)), f"answered with status 400: {text or 'it gives no reason'}.")
+      for kind, text in (
+          ("LANGUAGE_NOT_SUPPORTED_BY_ATTRIBUTE", f"{LANGUAGES} und"), (None, f"{LANGUAGES} it"),
+          ("LANGUAGE_DETECTION_FAILED", "Unable to detect language"), ("COMMENT_EMPTY", None),
+          ("COMMENT_EMPTY", "Comment must be non-empty"), (None, "Comment must be non-empty"),
+          ("COMMENT_TOO_LONG", "Comment text too long"))),
+    *((OPENAI, (200, chat(reply)), "said neither yes nor no, but '.*'.")
+      for reply in ("", "Maybe.", "Yes and no.", "yes/no", "It is about no topic.", "Not really", "Yesterday",
+                    "𝐲𝐞𝐬", f"my key is {KEY}")),
+])
+def test_a_text_without_a_score_is_nan_with_a_warning(web, tmp_path, name, answer, reason):
+    good, score = GOOD[name]
+    web.answers = [answer, (200, good)]
+    warning = rf"{name}: 127.0.0.1:\d+ {reason} So the score of '日本語' is NaN"
+    with pytest.warns(UserWarning, match=warning) as caught:
+        first, second = ask(name, "日本語", "x", cache=tmp_path)
+    assert KEY not in str(caught[0].message)
+    assert math.isnan(first)
+    assert second == score
+    assert ask(name, "日本語", "x", cache=tmp_path) == [score, score]
+    assert len(web.log) == 3                    # NaN was asked again, and only that
+
+
+def elsewhere(status):
+    def redirect(request):
+        request.reply(status, b"", {"Location": f"{request.web.url}/elsewhere"})
+    return redirect
+
+
+def endless(request):
+    request.send_response(200)
+    request.end_headers()
+    while True:
+        request.wfile.write(b" " * 2 ** 16)
+
+
+NOT_JSON = (b"", b"<html>Please log in</html>", b'{"attributeScores": {"TOX', b"\xff\xfe", b"[" * 100_000,
+            b"9" * 10_000, b"null")
+
+
+@pytest.mark.parametrize(("name", "answer", "message"), [
+    *((PERSPECTIVE, (200, toxicity(value)), "gave no TOXICITY from 0 to 1, but .*")
+      for value in (True, None, "0.5", -0.1, 1.5, [0.5], {}, math.nan, math.inf, 10 ** 400)),
+    *((PERSPECTIVE, (200, answer), "gave no TOXICITY from 0 to 1, but None")
+      for answer in ({}, [], "text", 7, {"attributeScores": []}, {"attributeScores": {"INSULT": {}}},
+                     {"attributeScores": {"TOXICITY": None}})),
+    *((OPENAI, (200, answer), r"gave no text in choices\[0\]\.message\.content, but .*")
+      for answer in ({}, [], {"choices": []}, {"choices": {}}, {"choices": [{"message": {}}]},
+                     {"choices": ["yes"]}, chat(7), chat(None), chat(["yes"]), {"error": {"message": "x"}})),
+    *((PERSPECTIVE, (200, body), "answered with status 200: not in JSON") for body in NOT_JSON),
+    *((PERSPECTIVE, (418, body), "answered with status 418: it gives no reason") for body in NOT_JSON),
+    (PERSPECTIVE, (404, refusal(None, "X")), "answered with status 404: it gives no reason"),
+    (PERSPECTIVE, (400, refusal("API key not valid. Please pass a valid API key.", "X")),
+     r"answered with status 400: API key not valid\. Please pass a valid API key"),
+    (PERSPECTIVE, (403, refusal(f"Requests with the key {KEY} are blocked.\nSee\x1b[31m there", "X")),
+     r"answered with status 403: Requests with the key \*\*\* are blocked\. See \[31m there"),
+    *((name, (401, refusal(f"Incorrect API key provided: {KEY}")),
+       f"answered with status 401: it refuses the key in {KEYS[name]}") for name in KEYS),
+    *((name, elsewhere(status), f"answered with status {status}: redirects are not followed")
+      for name in KEYS for status in (301, 302, 303, 307, 308)),
+    (PERSPECTIVE, endless, "answered with more than 1048576 bytes; a score takes far fewer"),
+])
+def test_an_answer_without_a_score_is_an_error_at_once(web, name, answer, message):
+    web.answers = [answer]
+    assert re.fullmatch(rf"{name}: 127\.0\.0\.1:\d+ {message}\.", fault_of(JudgeError, ask, name, "x"))
+    assert len(web.log) == 1
+
+
+# Trying again, and how often
+
+def hang_up(request):
+    pass
+
+
+def silent_after(sent):
+    def silent(request):
+        request.wfile.write(sent)
+        request.wfile.flush()
+        request.web.released.wait(30)
+    return silent
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n"
+SILENT = [silent_after(sent) for sent in (b"", HEAD, HEAD + b"\r\n{")]
+
+
+def slow(request):
+    """Each byte comes in time, but not all of them."""
+    request.send_response(200)
+    request.end_headers()
+    while not request.web.released.wait(0.02):
+        request.wfile.write(b" ")
+
+
+def in_fifty_seconds(request):
+    request.reply(429, b"", {"Retry-After": formatdate(time.time() + 50, usegmt=True)})
+
+
+@pytest.mark.parametrize(("answers", "waits"), [
+    ([(429, refusal("Quota exceeded")), (500, b"oops"), (503, b"")], [(1, 2), (2, 3), (4, 5)]),
+    *(([(429, b"", {"Retry-After": header})], [wait]) for header, wait in (
+        ("17", (17, 18)), ("0", (1, 2)), ("-5", (1, 2)), ("soon", (1, 2)), ("²", (1, 2)),
+        ("9" * 5000, (1, 2)), (formatdate(0, usegmt=True), (1, 2)),
+        ("Mon, 32 Foo 99999 00:00:00 GMT", (1, 2)))),
+    ([in_fifty_seconds], [(40, 51)]),
+    *(([answer], [(1, 2)]) for answer in (hang_up, *SILENT)),
+])
+@pytest.mark.parametrize("name", GOOD)
+def test_asks_again_after_growing_waits(web, clock, monkeypatch, answers, waits, name):
+    good, score = GOOD[name]
+    monkeypatch.setattr(web_judges, "TIMEOUT", 0.2)
+    web.answers = [*answers, (200, good)]
+    random.seed(7)
+    state = random.getstate()
+    assert ask(name, "x") == [score]
+    assert random.getstate() == state
+    sleeps = clock.sleeps[1:]
+    for seconds, (low, high) in zip(sleeps, waits, strict=True):
+        assert low <= seconds <= high
+    assert len({seconds % 1 for seconds in sleeps}) == len(sleeps)          # jitter
+    assert len(web.log) == len(answers) + 1
+    assert all(question == web.log[0][-1] for *_, question in web.log)
+
+
+@pytest.mark.parametrize(("answer", "allowed", "tries", "last"), [
+    ((502, b""), 6, 6, "status 502"), (slow, 1, 1, "its answer came too slowly"),
+    ((429, b"", {"Retry-After": "86400"}), 6, 1, "status 429, try again after 86400 s"),
+    *((answer, 2, 2, ".*") for answer in (hang_up, *SILENT)),
+])
+def test_gives_up_and_keeps_the_scores(web, clock, monkeypatch, tmp_path, answer, allowed, tries, last):
+    monkeypatch.setattr(clock, "monotonic", lambda: time.monotonic() + sum(clock.sleeps))
+    monkeypatch.setattr(web_judges, "TIMEOUT", 0.3)
+    monkeypatch.setattr(web_judges, "TRIES", allowed)
+    web.answers = [(200, toxicity(0.5)), answer]
+    message = fault_of(JudgeError, judge(PERSPECTIVE, tmp_path), ["a", "b"])
+    assert re.fullmatch(rf"perspective: 127.0.0.1:\d+ gave no answer \(tries: {tries}; the last: {last}\)\. "
+                        "Try again later; the scores so far are in the cache, if you gave one.", message)
+    assert web.texts == ["a"] + ["b"] * tries
+    assert sum(clock.sleeps) <= 2 ** tries + tries
+    web.answers = [(200, toxicity(0.25))]
+    assert ask(PERSPECTIVE, "a", "b", cache=tmp_path) == [0.5, 0.25]
+    assert web.texts[1 + tries:] == ["b"]
+
+
+# Python raises an error of another kind for each.
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/", f"https://{64 * 'a'}.example/",
+                                 "https://127.0.0.1:99999/"])
+def test_reports_a_service_that_is_not_there(monkeypatch, url):
+    monkeypatch.setenv("PERSPECTIVE_URL", url)
+    assert "gave no answer (tries: 6; " in fault_of(JudgeError, ask, PERSPECTIVE, "x")
+
+
+@pytest.mark.parametrize(("qps", "gap"), [("", 1), ("4", 0.25), ("0.5", 2)])
+def test_keeps_to_the_rate_limit(web, clock, monkeypatch, qps, gap):
+    def answer(request):
+        times.append(clock.now)
+        request.reply(200, toxicity(0.5))
+    monkeypatch.setenv("PERSPECTIVE_QPS", qps)
+    times, web.answers, made = [], [answer], judge(PERSPECTIVE)
+    made(["a", "b", "c"])
+    made(["d"])
+    assert [b - a for a, b in itertools.pairwise(times)] == [gap] * 3
+    clock.now += 100
+    made(["e"])
+    assert clock.sleeps[-1] == 0        # the last question was long enough ago
+
+
+# The cache
+
+def scores_in(folder):
+    with contextlib.closing(sqlite3.connect(folder / "judges.sqlite")) as file:
+        return sorted(score for score, in file.execute("SELECT score FROM scores"))
+
+
+def test_asks_only_for_what_is_not_in_the_cache(web, tmp_path):
+    web.answers = [(200, toxicity(value)) for value in (0.1, 0.2, 0.3)]
+    folder = tmp_path / "new" / "folder"
+    made = judge(PERSPECTIVE, folder)
+    assert made(["a", "b", "a", "a", "b"]) == [0.1, 0.2, 0.1, 0.1, 0.2]
+    assert made(["b", "a"]) == [0.2, 0.1]
+    assert ask(PERSPECTIVE, "a", "b", "c", cache=folder) == [0.1, 0.2, 0.3]
+    assert web.texts == ["a", "b", "c"]
+    assert scores_in(folder) == [0.1, 0.2, 0.3]
+    content = (folder / "judges.sqlite").read_bytes()
+    assert KEY.encode() not in content
+    assert b"perspective" in content
+
+
+def test_without_a_cache_nothing_is_kept(web, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    web.answers = [(200, toxicity(0.1))]
+    made = judge(PERSPECTIVE)
+    assert made(["a", "a"]) == [0.1, 0.1]
+    assert len(web.log) == 1
+    made(["a"])
+    assert len(web.log) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keeps_each_score_as_soon_as_it_is_there(web, tmp_path):
+    def stop(request):
+        assert scores_in(tmp_path) == [0.1, 0.2]
+        request.reply(403, b"")
+    web.answers = [(200, toxicity(0.1)), (200, toxicity(0.2)), stop]
+    fault_of(JudgeError, judge(PERSPECTIVE, tmp_path), ["a", "b", "c", "d"])
+    web.answers = [(200, toxicity(0.3))]
+    assert ask(PERSPECTIVE, "a", "b", "c", cache=tmp_path) == [0.1, 0.2, 0.3]
+    assert web.texts == ["a", "b", "c", "c"]
+
+
+@pytest.mark.parametrize(("name", "variable", "value", "questions"), [
+    (OPENAI, "OPENAI_MODEL", "another", 2), (OPENAI, "OPENAI_BASE_URL", "{url}/v2", 2),
+    (OPENAI, "QUESTION", "{topic}? {text}", 2), (OPENAI, "name", "openai:art", 2),
+    (PERSPECTIVE, "name", OPENAI, 2), (PERSPECTIVE, "PERSPECTIVE_URL", "{url}/v2", 2),
+    (PERSPECTIVE, "PERSPECTIVE_API_KEY", "another_key", 1), (PERSPECTIVE, "PERSPECTIVE_QPS", "9", 1),
+])
+def test_another_setting_asks_again(web, tmp_path, monkeypatch, name, variable, value, questions):
+    web.answers = [(200, {**chat("yes"), **toxicity(0.5)})]
+    ask(name, "x", cache=tmp_path)
+    if variable == "QUESTION":
+        monkeypatch.setattr(web_judges, variable, value)
+    elif variable != "name":
+        monkeypatch.setenv(variable, value.replace("{url}", web.url))
+    for _ in range(2):
+        ask(value if variable == "name" else name, "x", cache=tmp_path)
+    assert len(web.log) == questions
+
+
+def test_judges_share_a_cache_and_not_their_scores(tmp_path):
+    texts = ["I love the wedding", "odd \ud800 text \0 here", "", "東京"]
+    for name in ("words:weddings", "words:art", "vader", "profanity"):
+        first = judge(name, tmp_path)(texts)
+        again = judge(name, tmp_path)
+        again.scorer = SimpleNamespace(batch=1)                     # cannot be called
+        assert again(texts) == first == judge(name)(texts)
+    assert len(scores_in(tmp_path)) == 4 * len(texts)
+
+
+def test_another_list_of_words_is_another_judge(tmp_path, monkeypatch):
+    assert ask("words:art", "fresco", cache=tmp_path) == [0]
+    monkeypatch.setitem(TOPIC_WORDS, "art", TOPIC_WORDS["art"] | {"fresco"})
+    assert ask("words:art", "fresco", cache=tmp_path) == [1]
+
+
+def test_another_checkpoint_in_the_same_folder_is_another_judge(tmp_path):
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    old, new = [judge(f"hub:{save(folder, seed=seed)}", cache)(TEXT) for seed in (0, 1)]
+    assert not set(old) & set(new)
+    again = judge(f"hub:{save(folder, seed=0)}", cache)
+    again.scorer = SimpleNamespace(batch=1)
+    assert again(TEXT) == old
+
+
+def test_two_processes_may_use_a_cache_at_once(tmp_path):
+    """Both write each score by itself, from the moment on that there is a cache to make."""
+    code = ("import sys; from benchmarks import web_judges; web_judges.Words.batch = 1; "
+            "sys.stdin.readline(); made = web_judges.judge('words:art', sys.argv[1]); "
+            "print(sum(made([f'{\"art\" * (i % 2)} {i}' for i in range(50)])))")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment, text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                 for _ in range(2)]
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, "25.0\n"), err
+    assert scores_in(tmp_path) == [0] * 25 + [1] * 25
+
+
+def test_the_first_of_two_scores_stays_in_the_cache(web, tmp_path):
+    def late(request):
+        web.answers = [(200, toxicity(0.1))]
+        assert ask(PERSPECTIVE, "x", cache=tmp_path) == [0.1]         # as another process might, meanwhile
+        request.reply(200, toxicity(0.2))
+    web.answers = [late]
+    ask(PERSPECTIVE, "x", cache=tmp_path)
+    assert scores_in(tmp_path) == [0.1]
+
+
+def test_waits_for_a_locked_cache(tmp_path):
+    made = judge("words:art", tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "judges.sqlite", isolation_level=None,
+                                            check_same_thread=False)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        timer = threading.Timer(0.3, lambda: other.execute("COMMIT"))
+        timer.start()
+        assert made(["art"]) == [1]
+        timer.join()
+    assert scores_in(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("content", [b"This is no database. " * 100, b"SQLite format 3\0" + b"\xff" * 4096])
+def test_leaves_a_file_that_is_no_cache_alone(tmp_path, content):
+    path = tmp_path / "judges.sqlite"
+    path.write_bytes(content)
+    message = fault_of(JudgeError, judge, "vader", tmp_path)
+    assert message.startswith(f"the cache {path} cannot be used: ")
+    assert message.endswith("Move it away and a new one is made, or give another folder.")
+    assert path.read_bytes() == content
+
+
+def test_reports_a_cache_that_gets_damaged_or_is_something_else(tmp_path):
+    made = judge("words:art", tmp_path)
+    made([f"text {i}" for i in range(500)])
+    path = tmp_path / "judges.sqlite"
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xaa" * (len(content) - 4096))
+    assert f"the cache {path} cannot be used: " in fault_of(JudgeError, made, ["text 1"])
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        file.execute("CREATE TABLE scores (x)")
+    assert "no such column" in fault_of(JudgeError, made, ["text 1"])
+    (tmp_path / "file").write_text("x")
+    message = fault_of(JudgeError, judge, "vader", tmp_path / "file")
+    assert f"the cache {tmp_path / 'file' / 'judges.sqlite'} cannot be used: " in message
