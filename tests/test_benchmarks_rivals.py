@@ -102,15 +102,15 @@ def test_every_method_aims_the_same_way(task, sign, toward, base, away):
     assert sizes.pop("Prompted", None) == (1 if base else None)
     assert set(sizes.values()) == {6}
     for method in methods["ActAdd"].values():
-        assert sign * method.streams[0].steer[0].coeff > 0
-        assert method.streams[0].prefix == ""
+        assert sign * method.branches[0].steer[0].coeff > 0
+        assert method.branches[0].prefix == ""
     for name in ("PreADD", "LMA", "SelfDebias", "LMA + Classifier"):
         for method in methods[name].values():
-            assert [stream.prefix for stream in method.streams] == [base, away]
+            assert [stream.prefix for stream in method.branches] == [base, away]
     for name in ("FUDGE", "LMA + Classifier"):
         for method in methods[name].values():
             assert method.guide.toward == toward
-            assert method.streams[0].prefix == base
+            assert method.branches[0].prefix == base
 
 
 @pytest.mark.parametrize(("limit", "chosen"), [(4, None), (5, "1"), (6, "2"), (7, "3")])

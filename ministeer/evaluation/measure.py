@@ -170,7 +170,7 @@ def sweep(model: LM, tokenizer: Tokenizer, prompt: str, plus: str, minus: str, l
     for s in steers:
         x = model.run(x, pos, swept, first_layer=layer, stop_layer=s.layer)[-1]
         old, layer = len(x), s.layer
-        x = torch.cat([x, x[:1].expand(len(coeffs), -1, -1)])       # steered by the loop, before block s.layer
+        x = torch.cat([x, x[:1].expand(len(coeffs), -1, -1)])       # the loop will steer them
         swept = [s.scaled(torch.cat([torch.zeros(old), coeffs]))]
     x = model.run(x, pos, swept, first_layer=layer)[-1]
     logits = model.unembed(x[1:, -1:])[:, 0].unflatten(0, (len(layers), len(coeffs)))
