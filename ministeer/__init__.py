@@ -1,4 +1,4 @@
-"""ministeer: activation addition (ActAdd; Turner et al., "Steering Language Models With Activation Engineering").
+"""ministeer: activation addition (Turner et al., "Steering Language Models With Activation Engineering").
 
 Read in this order: attention.py, gpt2.py, llama.py, model.py (the loop), steering.py, generation.py.
 """
@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:       # for editors; when the program runs, __getattr__ imports what is asked for
+if TYPE_CHECKING:       # for editors; at run time __getattr__ imports each on first use
     from .attention import KVCache
     from .checkpoints.loading import load
     from .faster import fast
@@ -21,7 +21,7 @@ _HOME = {"KVCache": "attention", "Steer": "steering", "fast": "faster", "generat
          "load": "checkpoints.loading", "steering_vector": "steering"}
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     # Importing torch takes over a second, and `ministeer --help` needs none of it.
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
@@ -30,5 +30,5 @@ def __getattr__(name: str):
     raise AttributeError(f"ministeer has no {name!r}; it has {', '.join(__all__)}, and modules for the rest.")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

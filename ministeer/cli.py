@@ -1,11 +1,12 @@
 """The command line: ministeer steer | demo | fetch | models.
 
-Every error is one line on stderr and exit code 2; Ctrl-C exits with 130.
+Every error is one line on stderr, with exit code 2. Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -14,15 +15,22 @@ import sys
 import textwrap
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from . import __version__
 
-# The demo's setting. benchmarks/demo_grid.py chose layer and coeff, on four prompts that are not this one.
-DEMO = {"prompt": "I went up to my friend and said", "plus": " weddings", "minus": " ", "layer": 1, "coeff": 1.0}
+if TYPE_CHECKING:
+    from .checkpoints.tokenizer import Tokenizer
+    from .model import LM
+    from .steering import Steer
+
+# The demo's setting. benchmarks/demo_grid.py chose layer and coeff on four other prompts.
+DEMO = {"prompt": "I went up to my friend and said",
+        "plus": " weddings", "minus": " ", "layer": 1, "coeff": 1.0}
 # The paper's sampling (Turner et al., appendix C).
 SAMPLING = {"max_new_tokens": 40, "temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
-CONTROLS = 5        # random vectors that share the demo's control completions, seeds 0 … 4
+CONTROLS = 5        # random vectors in the demo, seeds 0 … 4
 
 HELP = """Activation addition: take two prompts, subtract their residual streams before a
 layer, and add the difference to the stream while the model reads your prompt.
@@ -44,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 bad input, 130 interrupted."""
     for out in (sys.stdout, sys.stderr):
         if hasattr(out, "reconfigure"):
-            out.reconfigure(errors="replace")       # a terminal without these letters shows ? instead of stopping
+            out.reconfigure(errors="replace")       # letters that the terminal lacks become ?
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: complain("ministeer: warning", message)
         try:
@@ -56,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             complain("ministeer", "interrupted")
             sys.exit(130)
-        except BrokenPipeError:                     # `ministeer models | head -1`: the reader has enough
+        except BrokenPipeError:                     # `ministeer models | head -1`: the reader has left
             pass
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             complain("ministeer", str(error) or type(error).__name__)
@@ -64,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def flush() -> None:
-    """Write out what was printed.
+    """Write out what was printed, or discard it.
 
-    Trap: Python tries once more at its end to write what could not be written, and the fault of that cannot be caught.
+    Trap: Python tries again at exit to write what is left, and an error there cannot be caught.
     """
     try:
-        if sys.stdout:                              # None where the caller closed it
+        if sys.stdout:                              # None if the caller closed it
             sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,12 +85,12 @@ def flush() -> None:
 
 
 def complain(who: str, message: object) -> None:
-    """One line on stderr, whatever the message quotes."""
+    """Print one line on stderr, whatever characters are in the message."""
     print(f"{who}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> None:
         complain(self.prog, f"{message} (see {self.prog} --help)")
         sys.exit(2)
 
@@ -98,22 +106,22 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    demo = command("demo", run_demo, "see a real model steered: fetches the default model the first time (93 MB)")
-    demo.add_argument("-n", type=int, default=100, help="completions that are counted in each row (default 100)")
+    demo = command("demo", run_demo, "see a real model steered; the first run fetches the model (93 MB)")
+    demo.add_argument("-n", type=int, default=100, help="completions counted in each row (default 100)")
     demo.add_argument("--seed", type=int, default=SAMPLING["seed"], help="of the draws (default 0)")
 
-    steer = command("steer", run_steer, "continue a prompt of yours, unsteered and steered", STEER_HELP, STEER_EXAMPLES)
+    steer = command("steer", run_steer, "continue a prompt, plain and steered", STEER_HELP, STEER_EXAMPLES)
     steer.add_argument("prompt", metavar="PROMPT")
     pair = steer.add_argument_group("the vector: either a pair and a layer, or a file")
     pair.add_argument("--plus", metavar="P", help="the prompt to steer towards")
     pair.add_argument("--minus", metavar="M", help='the prompt to steer away from (default " ", a space)')
-    pair.add_argument("--layer", type=int, metavar="L", help="the block that reads the changed stream, from 0")
+    pair.add_argument("--layer", type=int, metavar="L", help="the block that reads the change, from 0")
     pair.add_argument("--vector", metavar="FILE", help="a vector that --save wrote")
     pair.add_argument("--any-model", action="store_true", help="use --vector even if another model made it")
-    pair.add_argument("--coeff", type=float, metavar="C", help="how much of the vector is added (default 1, or as saved)")
+    pair.add_argument("--coeff", type=float, metavar="C", help="scale of the vector (default 1, or as saved)")
     pair.add_argument("--save", metavar="FILE", help="write the vector and its coeff to a safetensors file")
     model = steer.add_argument_group("the model")
-    model.add_argument("--model", help="a known name or a folder (default smollm2-135m; see `ministeer models`)")
+    model.add_argument("--model", help="name or folder (default smollm2-135m; see `ministeer models`)")
     model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     model.add_argument("--device", default="cpu", help="as in torch (default cpu)")
     draw = steer.add_argument_group("the draws (defaults are the paper's)")
@@ -144,27 +152,26 @@ def run_demo(args: argparse.Namespace) -> None:
     n, sampling = check_whole("-n", args.n, 1), {**SAMPLING, "seed": args.seed}
     model, tokenizer = load(fetch(DEFAULT))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # where the weights cannot be packed, the plain model takes longer
+        warnings.simplefilter("ignore")         # a model that cannot be packed is only slower
         model = fast(model)
     weddings = DEMO["coeff"] * steering_vector(model, tokenizer, DEMO["plus"], DEMO["minus"], DEMO["layer"])
     runs = [("unsteered", (), n), ("steered", weddings, n)]
-    for seed in range(min(n, CONTROLS)):        # together n completions, so that no row looks surer than another
+    for seed in range(min(n, CONTROLS)):        # together n completions, so that all rows are equally sure
         runs.append(("random vectors", random_like(weddings, seed), len(range(seed, n, CONTROLS))))
     texts = {}
     with progress(3 * n * sampling["max_new_tokens"], "sampling") as step:
         for name, steer, count in runs:
             texts.setdefault(name, []).extend(
                 generate(model, tokenizer, DEMO["prompt"], count, steer=steer, **sampling, progress=step))
-    print(setting(model, tokenizer, weddings, DEMO["prompt"], n, sampling))
-    print()
-    print(columns(texts["unsteered"][:3], texts["steered"][:3]))
+    about = setting(model, tokenizer, weddings, DEMO["prompt"], n, sampling)
+    print(about, columns(texts["unsteered"][:3], texts["steered"][:3]), sep="\n\n")
     print(f"\nThese are the first three of each. Of all {n}, with a word about weddings\n"
           f"({', '.join(sorted(WEDDING_WORDS))}):\n")
     for name, row in texts.items():
         k = sum(count_words(text) > 0 for text in row)
         low, high = wilson(k, n)
         print(f"  {name:15} {k:3} of {n}  {k / n:4.0%}  (95 % interval {low:.0%} to {high:.0%})")
-    print(f"\nRandom vectors: {len(runs) - 2} of the steering vector's norm, which share the {n} completions.")
+    print(f"\nRandom vectors: {len(runs) - 2} of the steering vector's norm, which share {n} completions.")
 
 
 def run_steer(args: argparse.Namespace) -> None:
@@ -174,25 +181,26 @@ def run_steer(args: argparse.Namespace) -> None:
     from .generation import generate
     from .steering import Steer, steering_vector
     if (args.plus is None) == (args.vector is None):
-        raise ValueError("give either --plus (with --layer) or --vector, so that there is one vector to steer with.")
+        raise ValueError("give either --plus (with --layer) or --vector, to have one vector.")
     if args.vector is not None and (args.minus is not None or args.layer is not None):
         raise ValueError("--vector has its own pair and layer; leave out --minus and --layer.")
     if args.plus is not None and args.layer is None:
         raise ValueError("--plus needs --layer, the block that reads the changed stream (0 is the first).")
     if args.any_model and args.vector is None:
-        raise ValueError("--any-model is about --vector, which is not given.")
+        raise ValueError("--any-model needs --vector.")
     folder = os.path.dirname(args.save or "") or "."
     if args.save is not None and (not args.save or os.path.isdir(args.save) or not os.path.isdir(folder)):
-        raise ValueError(f"--save {args.save!r}: give the name of a file, in a folder that is there.")
+        raise ValueError(f"--save {args.save!r}: give the name of a file in an existing folder.")
     steer = None if args.vector is None else Steer.load(args.vector, any_model=args.any_model)
     if args.coeff is None and steer and not isinstance(steer.coeff, float):
-        raise ValueError(f"{args.vector} has a coeff for each row of a batch; say with --coeff which one to use.")
+        raise ValueError(f"{args.vector} has a coeff for each row of a batch; choose one with --coeff.")
     model, tokenizer = load(args.model or DEFAULT, dtype=args.dtype, device=args.device)
     if steer and steer.fingerprint and steer.fingerprint != model.fingerprint:
         maker = steer.note.get("model", "unnamed")
-        raise ValueError(f"{args.vector} was made with another model ({maker}). --any-model uses it all the same.")
+        raise ValueError(f"{args.vector} was made with another model ({maker}); --any-model uses it anyway.")
     if steer is None:
-        steer = steering_vector(model, tokenizer, args.plus, " " if args.minus is None else args.minus, args.layer)
+        minus = " " if args.minus is None else args.minus
+        steer = steering_vector(model, tokenizer, args.plus, minus, args.layer)
     if args.coeff is not None:
         steer = steer.scaled(args.coeff)
     sampling = {name: getattr(args, name) for name in SAMPLING}
@@ -203,12 +211,14 @@ def run_steer(args: argparse.Namespace) -> None:
     if args.save:
         steer.save(args.save)
     if args.json:
-        about = {**steer.note, "model": model.name, "layer": steer.layer, "coeff": steer.coeff, "start": steer.start,
-                 **sampling}
-        # ASCII with \u escapes: the encoding of stdout cannot change a text, and a text cannot command the terminal.
-        print(json.dumps({"prompt": args.prompt, "setting": about, "unsteered": plain, "steered": steered}, indent=2))
+        about = {**steer.note, "model": model.name, "layer": steer.layer, "coeff": steer.coeff,
+                 "start": steer.start, **sampling}
+        result = {"prompt": args.prompt, "setting": about, "unsteered": plain, "steered": steered}
+        # ASCII with \u escapes, so that no encoding changes a text and no text commands the terminal.
+        print(json.dumps(result, indent=2))
     else:
-        print(setting(model, tokenizer, steer, args.prompt, args.n, sampling), columns(plain, steered), sep="\n\n")
+        about = setting(model, tokenizer, steer, args.prompt, args.n, sampling)
+        print(about, columns(plain, steered), sep="\n\n")
 
 
 def run_fetch(args: argparse.Namespace) -> None:
@@ -232,8 +242,7 @@ def run_models(args: argparse.Namespace) -> None:
 def import_torch() -> None:
     """Import torch; Ctrl-C meanwhile ends the process at once.
 
-    Trap: a KeyboardInterrupt in the middle of torch's C++ part would abort the process instead, with words that say
-    nothing.
+    Trap: a KeyboardInterrupt inside torch's C++ part would abort the process with a meaningless message.
     """
     def leave(*_):
         complain("ministeer", "interrupted")
@@ -250,11 +259,11 @@ def import_torch() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def setting(model, tokenizer, steer, prompt: str, n: int, sampling: dict) -> str:
-    """Everything that a reader needs to get the same completions again."""
+def setting(model: LM, tokenizer: Tokenizer, steer: Steer, prompt: str, n: int, sampling: dict) -> str:
+    """Everything that is needed to get the same completions again."""
     from .steering import relative_norm
     norms = relative_norm(model, tokenizer, steer, prompt)
-    where = f"every position from {steer.start} on, those of new tokens included"
+    where = f"every position from {steer.start} on, new tokens included"
     if steer.stop is not None:
         pieces = quoted("".join(tokenizer.pieces(tokenizer.encode(prompt)[steer.start:steer.stop])))
         last = steer.stop - 1
@@ -272,10 +281,15 @@ def setting(model, tokenizer, steer, prompt: str, n: int, sampling: dict) -> str
         "vector": f"{pair} before block {steer.layer}, coeff {steer.coeff:g}",
         "added to": where,
         "sampling": f"n {n}, {sampling['max_new_tokens']} tokens, temperature {sampling['temperature']:g}, "
-                    f"top-p {sampling['top_p']:g}, penalty {sampling['freq_penalty']:g}, seed {sampling['seed']}",
+                    f"top-p {sampling['top_p']:g}, penalty {sampling['freq_penalty']:g}, "
+                    f"seed {sampling['seed']}",
     }
-    return "\n".join(textwrap.fill(printable(text), width(), initial_indent=f"{name:10}", subsequent_indent=" " * 10)
-                     for name, text in lines.items())
+    wrap = textwrap.TextWrapper(width(), subsequent_indent=" " * 10)
+    filled = []
+    for name, text in lines.items():
+        wrap.initial_indent = f"{name:10}"
+        filled.append(wrap.fill(printable(text)))
+    return "\n".join(filled)
 
 
 def columns(left: Sequence[str], right: Sequence[str]) -> str:
@@ -302,23 +316,17 @@ def quoted(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A model may write any character; those that would command the terminal are shown as a dot."""
+    """The text, with a dot for each character that could command the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
 
 
-class progress:
-    """A bar on stderr while work is done, where there is a terminal to draw it on and tqdm is installed."""
-
-    def __init__(self, total: int, label: str):
-        try:
-            from tqdm import tqdm
-            self.bar = tqdm(total=total, desc=label, unit="tok", leave=False, disable=None)
-        except ImportError:
-            self.bar = None
-
-    def __enter__(self):
-        return self.bar.update if self.bar else None
-
-    def __exit__(self, *fault):
-        if self.bar:
-            self.bar.close()
+@contextlib.contextmanager
+def progress(total: int, label: str) -> Iterator[Callable[[int], object] | None]:
+    """A bar on stderr, where stderr is a terminal and tqdm is installed -> what to call with each step."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield None
+        return
+    with tqdm(total=total, desc=label, unit="tok", leave=False, disable=None) as bar:
+        yield bar.update

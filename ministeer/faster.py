@@ -1,6 +1,6 @@
-"""fast: the same model, with its weights laid out for the CPU and, if asked, its blocks compiled for single tokens.
+"""fast: the same model, with its weights packed for the CPU and, on request, compiled for single tokens.
 
-Read first: model.py, whose loop runs the fast blocks as it runs the plain ones. Figures: benchmarks/README.md.
+Read first: model.py, whose loop also runs the fast blocks. Measurements: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from .model import LM
 
 
 def fast(model: LM, compile: bool = False) -> LM:
-    """A model -> one that computes the same up to rounding, faster.
+    """A model -> one that computes the same, up to rounding, faster. Both share what is not packed.
 
-    Both share what is not packed. `model = fast(model)` lets go of the plain matrices, which lie in memory until then.
-    compile: also compile the blocks for one row and one position, which is what generating one text is made of. It
-        takes about ten seconds, here and at once, and with packed weights keeps a second copy of the matrices.
-    Weights are packed on the CPU in float32 and bfloat16. Elsewhere, or where torch lacks the operators or the system
-    a compiler, as much as possible is done, with a warning that says why. A fast model comes back as it is.
-    What is returned is a module like any other: deepcopy, state_dict, torch.save and .to() work, and where weights
-    cannot be packed they are plain again.
+    Write `model = fast(model)`, so that the memory of the plain matrices is freed.
+    compile: also compile the blocks for one row and one position, the case of generating one text. Compiling
+        happens here and takes about ten seconds; packed models then keep a second copy of the matrices.
+    Only float32 and bfloat16 on the CPU are packed. What cannot be done is left out, with a warning that says
+    why. A fast model is returned unchanged.
+    deepcopy, state_dict, torch.save and .to() work; weights that cannot be packed there become plain again.
     """
     if is_fast(model):
         if compile and not any(getattr(block, "compiled", False) for block in model.blocks):
-            warnings.warn("fast leaves the model as it is: it was packed without what compiling needs. "
+            warnings.warn("fast returns the model unchanged: it was packed without what compiling needs. "
                           "Pass the plain model.", stacklevel=2)
         return model
     fault = cannot_pack(next(model.parameters()))
@@ -51,43 +50,47 @@ def fast(model: LM, compile: bool = False) -> LM:
 
 
 def is_fast(model: LM) -> bool:
+    """Whether `fast` made the model."""
     return any(isinstance(part, Packed | FastBlock) for part in model.modules())
 
 
 def cannot_pack(weight: Tensor) -> str | None:
     """Why weights like this one cannot be packed, or None if they can."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-        return f"it is for float32 and bfloat16 on the CPU, and this model is {weight.dtype} on {weight.device}"
+        given = f"{weight.dtype} on {weight.device}"
+        return f"it is for float32 and bfloat16 on the CPU, and this model is {given}"
     try:
         ones = torch.ones(16, 16, dtype=weight.dtype)
-        torch.ops.mkldnn._linear_pointwise(ones[None], torch.ops.mkldnn._reorder_linear_weight(ones), None, "none", [], "")
+        packed = torch.ops.mkldnn._reorder_linear_weight(ones)
+        torch.ops.mkldnn._linear_pointwise(ones[None], packed, None, "none", [], "")
     except (AttributeError, RuntimeError) as error:
         return str(error).split("\n")[0]
     return None
 
 
 def pack(model: LM, keep: bool) -> None:
+    """Replace every matrix by a Packed one, which keeps a plain copy too if `keep`."""
     for parent in [part for part in model.modules() if not isinstance(part, nn.Linear | gpt2.Conv1D)]:
         for name, part in list(parent.named_children()):
             if isinstance(part, nn.Linear):
                 setattr(parent, name, Packed(part.weight, part.bias, keep))
             if isinstance(part, gpt2.Conv1D):
-                setattr(parent, name, Packed(part.weight.T, part.bias, keep))       # which keeps W as (inputs, outputs)
-    # A tied head is the embedding, which stays as it is for looking tokens up.
-    head = model.lm_head if hasattr(model, "lm_head") else None
-    weight = head.dense() if head else model.get_parameter(model.embedding_name)
+                setattr(parent, name, Packed(part.weight.T, part.bias, keep))
+    # A tied head is the embedding, which stays plain as well, for looking tokens up.
+    tied = not hasattr(model, "lm_head")
+    weight = model.get_parameter(model.embedding_name) if tied else model.lm_head.dense()
     model.lm_head = PackedHead(weight, None, keep)
 
 
 def compile_steps(model: LM) -> None:
-    """Compile a model for single positions, or warn and leave it as it was."""
-    parts = [part for part in [*model.blocks, getattr(model, "lm_head", None)] if isinstance(part, FastBlock | PackedHead)]
+    """Compile a model for single positions, or warn and leave it uncompiled."""
+    parts = [part for part in model.modules() if isinstance(part, FastBlock | PackedHead)]
     for part in parts:
         part.compiled = True
     try:
         ids, cache = torch.zeros(1, 1, dtype=torch.int64, device=model.device), KVCache(2)
         with torch.no_grad():
-            for _ in range(2):      # the first position and a later one, so that nothing is left to compile in a run
+            for _ in range(2):      # a first position and a later one, so that a run compiles nothing more
                 model(ids, (), cache)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
@@ -104,9 +107,10 @@ def compiled(function: Callable) -> Callable:
 class Packed(nn.Module):
     """x W^T + b by oneDNN, with W (outputs, inputs) in the blocks that its kernels read. No gradients.
 
-    oneDNN is reached through operators of torch that are not public, because torch's own float32 product reads the
-    weights at half the speed or less. keep: hold W as it was as well, for compiled code.
+    These operators are private to torch, but its public float32 product reads weights at most half as fast.
+    keep: also keep the plain W, for compiled code
     """
+    compiled = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, keep: bool = False):
         super().__init__()
@@ -114,25 +118,26 @@ class Packed(nn.Module):
         self.set_weight(weight.detach())
 
     def set_weight(self, weight: Tensor) -> None:
-        """Pack W, or hold it plain where it cannot be packed."""
+        """Pack W, or keep it plain where it cannot be packed."""
         self.dtype = weight.dtype
         plain = cannot_pack(weight) is not None
         self.packed = None if plain else torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self.weight = weight.contiguous() if plain or self.keep else None
 
     def dense(self) -> Tensor:
+        """W, unpacked."""
         return self.packed.to_dense().to(self.dtype) if self.weight is None else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling() and self.weight is not None:
-            # For one row, as a sum: the compiler turns it into one loop over W, which runs as fast as memory is read.
+            # For one row. The compiler makes one loop over W of this sum, as fast as memory can be read.
             y = (self.weight.float() * x.float()).sum(-1).to(x).expand(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
-    def _apply(self, fn, recurse=True):         # what .to(), .cuda(), .half() and the like are made of
+    def _apply(self, fn, recurse=True):         # behind .to(), .cuda(), .half() and the like
         super()._apply(fn, recurse)
         self.set_weight(fn(self.dense()))
         return self
@@ -141,29 +146,25 @@ class Packed(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.dense()
 
-    def __reduce__(self):                       # deepcopy and torch.save: oneDNN's blocks cannot be written
-        return type(self), (self.dense(), self.bias, self.keep), {"compiled": getattr(self, "compiled", False)}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
+    def __reduce__(self):                       # deepcopy and torch.save cannot read oneDNN's blocks
+        return type(self), (self.dense(), self.bias, self.keep), {"compiled": self.compiled}
 
 
 class PackedHead(Packed):
-    """The unembedding, whose single position is compiled like a block's."""
-    compiled = False
+    """The unembedding, compiled for a single position as the blocks are."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.compiled and x.shape[:2] == (1, 1):
-            # Trap: the last of many positions has other strides than an only one, and would be compiled anew.
+            # Trap: a last position has other strides than a single one, and would be compiled again.
             return compiled(Packed.forward)(self, x[0])[None]
         return super().forward(x)
 
 
 class FastBlock(nn.Module):
-    """Mixed into a family's block: a single position passes it in two halves, compiled if it is one row.
+    """Mixed into a family's block: a single position runs in two halves, compiled if there is one row.
 
-    Attention stands between them: its keys are one more at every step, and every new shape would be compiled anew.
-    parts: the block's names of the norm before attention, attention, its output projection, and the norm before the MLP
+    Attention runs between them, uncompiled: it has one key more at each step, and each shape compiles again.
+    parts: the names of attention's norm, attention, its output projection, and the norm of the MLP
     """
     compiled = False
     parts: tuple[str, str, str, str]
@@ -199,9 +200,9 @@ FAST_BLOCKS = {gpt2.Block: FastGPT2Block, llama.Block: FastLlamaBlock}
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """attend for a single position: queries that share a key head are taken for several queries of one head.
+    """attend for a single position: queries that share a key head become several queries of one head.
 
-    torch's bfloat16 kernel takes a fifth of the time this way.
+    This takes torch's bfloat16 kernel a fifth of the time.
     """
     folded = q[:, :, 0].unflatten(1, (k.shape[1], -1))
     return F.scaled_dot_product_attention(folded, k, v).flatten(1, 2)[:, :, None]

@@ -1,13 +1,10 @@
 """generate: continue prompts, steered or not, with the paper's sampling. stream: the same, piece by piece.
 
-The module is not called generate, because a module and a function of one name in one package hide each other.
-Read first: steering.py. Turner et al., appendix C; penalty and nucleus as in TransformerLens' sample_logits, which the
-paper ran.
+Read first: steering.py. Turner et al., appendix C; penalty and nucleus as in TransformerLens, which they ran.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,16 +19,18 @@ from .utils import batches, check_number, check_whole
 
 if TYPE_CHECKING:
     from .checkpoints.tokenizer import Tokenizer
-    from .model import LM
+    from .model import LM, Steers
     from .steering import Steer
-    Steers = Steer | Sequence[Steer]
 
-NOT_FINITE, TOO_FEW = -1, -2        # in place of a drawn token, because no fault leaves the device before the tokens do
+Step = Callable[[Tensor], Tensor]       # new ids (B, T) -> logits (B, n_vocab) of the token that follows
+
+# These stand in for a drawn token, so that an error costs no extra wait for the device.
+NOT_FINITE, TOO_FEW = -1, -2
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; see `generate`. Raises ValueError for a setting without meaning."""
+    """How the next token is drawn; see `generate`. Raises ValueError for a setting out of range."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
@@ -48,46 +47,47 @@ class Sampling:
         check_whole("seed", self.seed)
 
 
-def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], n: int = 1, max_new_tokens: int = 40,
-             steer: Steers = (), *, temperature: float = 1.0, top_p: float = 1.0,
-             top_k: int | None = None, freq_penalty: float = 0.0, seed: int = 0, stop: str | Sequence[str] = (),
-             max_batch_tokens: int = 8192, return_ids: bool = False,
+def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], n: int = 1,
+             max_new_tokens: int = 40, steer: Steers = (), *, temperature: float = 1.0, top_p: float = 1.0,
+             top_k: int | None = None, freq_penalty: float = 0.0, seed: int = 0,
+             stop: str | Sequence[str] = (), max_batch_tokens: int = 8192, return_ids: bool = False,
              progress: Callable[[int], object] | None = None) -> list:
-    """-> n continuations of one prompt, a list of texts without the prompt; for a list of prompts, a list of such lists.
+    """-> n continuations of one prompt, as texts without it; for a list of prompts, a list of such lists.
 
-    The next token is drawn from softmax(logits / temperature - freq_penalty * count), where count is how often each
-    token stands in the row already, prompt and BOS included; cut to the top_k likeliest, then to the nucleus top_p,
-    whose crossing token is kept.
-    steer: Steers; a coeff (B,) has a value for each continuation, the n of the first prompt before those of the second
+    The next token is drawn from softmax(logits / temperature - freq_penalty * count), where count says how
+    often the token occurs in the row so far, prompt and BOS included. Only the top_k likeliest tokens can be
+    drawn, and of these only the nucleus top_p, with the token that crosses it.
+    steer: Steers; a coeff (B,) has one value per continuation, the n of the first prompt first
     temperature: 0 takes the likeliest token. top_k: None or 0 for no cut
-    seed: continuation k of a prompt draws from a stream of its own, made of seed, k and the prompt's ids. So steered
-        and unsteered runs share their draws, and neither n nor the other prompts change what a row draws.
-    stop: a string or several; a row ends before the first of them, at EOS, or after max_new_tokens
-    max_batch_tokens: how many positions, of prompts and continuations, run at once; memory follows from it. Prompts of
-        one length run together, so nothing is padded.
-    return_ids: give (texts, ids), ids being the exact tokens of each row with its prompt and BOS. model(ids, steer)[1]
-        is then the residual stream that this text was written with.
-    progress: called with a number of tokens as they are done, of len(prompts) * n * max_new_tokens in all
-    Raises ValueError for a setting without meaning, and for what does not fit the prompt, the model or its context.
+    seed: continuation k of a prompt takes random numbers from seed, k and the prompt's ids alone. So steered
+        and unsteered runs share them, and neither n nor other prompts change them.
+    stop: one or more strings; a row ends before the first of them, at EOS, or after max_new_tokens
+    max_batch_tokens: most positions, of prompts and continuations, in one batch; bounds the memory. Only
+        prompts of equal length share a batch, so nothing is padded.
+    return_ids: return (texts, ids), where ids are the exact tokens of each row, BOS and prompt included.
+        model(ids, steer)[1] is then the residual stream that this text was written with.
+    progress: called with each number of tokens done, len(prompts) * n * max_new_tokens in total
+    Raises ValueError for a setting out of range, or if prompt, steer and new tokens do not fit the model.
     """
     sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
     encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     for ids in encoded:
         steer = check_fit(model, ids, max_new_tokens, steer, len(encoded) * check_whole("n", n, 1))
 
-    def start(rows: list[int], max_len: int) -> Callable[[Tensor], Tensor]:
+    def start(rows: list[int], max_len: int) -> Step:
         return decoder(model, tuple(s.rows(rows) for s in steer), len(rows), max_len)
 
-    completions = complete(start, tokenizer, encoded, n, sampling, stop, max_batch_tokens, model.device, progress)
+    completions = complete(start, tokenizer, encoded, n, sampling, stop,
+                           max_batch_tokens, model.device, progress)
     return as_asked(completions, prompts, n, return_ids)
 
 
 def stream(model: LM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 40, steer: Steers = (), *,
            temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None, freq_penalty: float = 0.0,
            seed: int = 0, stop: str | Sequence[str] = ()) -> Iterator[str]:
-    """Yield the continuation of one prompt as it grows; joined, the pieces are generate(…)[0]. Arguments as there.
+    """Yield generate(…)[0] in pieces, as it grows. The arguments are those of `generate`.
 
-    A piece waits while it may still be the beginning of a stop string or of a character.
+    Text waits while it may still be part of a stop string or of a character.
     """
     sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
     ids = tokenizer.encode(prompt)
@@ -107,12 +107,12 @@ def stream(model: LM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 4
         yield row.text[len(shown):]
 
 
-def complete(start: Callable[[list[int], int], Callable], tokenizer: Tokenizer, encoded: list[list[int]], n: int,
-             sampling: Sampling, stop: str | Sequence[str], max_batch_tokens: int, device: torch.device,
-             progress: Callable[[int], object] | None = None) -> list[Completion]:
-    """n completions of each prompt in `encoded`, those of the first before those of the second.
+def complete(start: Callable[[list[int], int], Step], tokenizer: Tokenizer, encoded: list[list[int]],
+             n: int, sampling: Sampling, stop: str | Sequence[str], max_batch_tokens: int,
+             device: torch.device, progress: Callable[[int], object] | None = None) -> list[Completion]:
+    """n completions of each prompt in `encoded`, those of the first prompt first.
 
-    start(rows, max_len): called with the numbers of the completions that run together -> their step; see `sample`
+    start(rows, max_len): called with the numbers of the completions in one batch -> their step; see `sample`
     """
     completions = [Completion(tokenizer, ids, stop) for ids in encoded for _ in range(n)]
     lengths = [len(row.prompt) + sampling.max_new_tokens for row in completions]
@@ -120,32 +120,31 @@ def complete(start: Callable[[list[int], int], Callable], tokenizer: Tokenizer, 
         rows = [completions[i] for i in numbers]
         ids = torch.tensor([row.prompt for row in rows], device=device)
         draws = np.stack([uniforms(sampling, completions[i].prompt, i % n) for i in numbers])
-        step, left = start(numbers, lengths[numbers[0]]), sampling.max_new_tokens
-        for tokens in sample(step, ids, torch.from_numpy(draws).to(device), sampling):
+        step = start(numbers, lengths[numbers[0]])
+        for t, tokens in enumerate(sample(step, ids, torch.from_numpy(draws).to(device), sampling)):
             for row, token in zip(rows, tokens, strict=True):
                 row.add(token)
-            done = left if all(row.ended for row in rows) else 1
-            left -= done
-            if progress:
-                progress(len(rows) * done)
-            if not left:
+            ended = all(row.ended for row in rows)
+            if progress:        # tokens that need not be drawn any more count as done
+                progress(len(rows) * (sampling.max_new_tokens - t if ended else 1))
+            if ended:
                 break
     return completions
 
 
 @torch.no_grad()
-def sample(step: Callable[[Tensor], Tensor], ids: Tensor, draws: Tensor, sampling: Sampling) -> Iterator[list[int]]:
-    """THE sampling loop: yield the next token of every row, a list of B ids, max_new_tokens times.
+def sample(step: Step, ids: Tensor, draws: Tensor, sampling: Sampling) -> Iterator[list[int]]:
+    """THE sampling loop: max_new_tokens times, yield the next token of every row, a list of B ids.
 
-    step: new ids, first the prompts (B, T), then (B, 1) a step -> logits (B, n_vocab) of the token after them
+    step: called with the prompts ids (B, T), then with each new token (B, 1)
     draws (B, max_new_tokens): `uniforms` of each row
-    The first draw reads the logits of the last prompt position, so a Steer that reaches it moves the first new token.
+    The first draw uses the logits of the last prompt position, so a Steer there changes the first new token.
     """
     candidates, logits = 64, step(ids)
     for t in range(sampling.max_new_tokens):
         new = sample_token(logits, ids, draws[:, t], sampling, candidates)
-        tokens = new.tolist()                       # the one time in a step that numbers come back from the device
-        while TOO_FEW in tokens:                    # a flat distribution: look at more tokens, from here on
+        tokens = new.tolist()                       # the only wait for the device in a step
+        while TOO_FEW in tokens:                    # a flat distribution: consider more tokens from here on
             candidates *= 16
             new = sample_token(logits, ids, draws[:, t], sampling, candidates)
             tokens = new.tolist()
@@ -158,17 +157,19 @@ def sample(step: Callable[[Tensor], Tensor], ids: Tensor, draws: Tensor, samplin
             logits = step(new[:, None])
 
 
-def decoder(model: LM, steer: tuple[Steer, ...], batch: int, max_len: int) -> Callable[[Tensor], Tensor]:
-    """The step of activation addition: the model under its Steers, which reads each token once, into its own cache."""
+def decoder(model: LM, steer: tuple[Steer, ...], batch: int, max_len: int) -> Step:
+    """The step of activation addition: the steered model, which reads each token once, into a cache."""
     cache = KVCache(max_len, batch)
 
     def step(ids: Tensor) -> Tensor:
-        return decode_step(model, ids, steer, cache) if len(cache) else prefill(model, ids, steer, cache)
+        if len(cache) == 0:
+            return prefill(model, ids, steer, cache)
+        return model.read(ids, steer, cache, last_only=True)[0][:, -1]
     return step
 
 
 def prefill(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) -> Tensor:
-    """Read the prompts ids (B, T) -> logits (B, n_vocab). What all rows begin with is read once, as one row."""
+    """Read the prompts ids (B, T) -> logits (B, n_vocab). What all rows begin with is read only once."""
     B, T = ids.shape
     shared = int((ids == ids[0]).all(dim=0).cumprod(dim=0).sum())
     if 2 * shared < T or any(isinstance(s.coeff, Tensor) for s in steer):
@@ -180,48 +181,43 @@ def prefill(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) ->
     return logits[:, -1].expand(B, -1)
 
 
-def decode_step(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) -> Tensor:
-    """Read one more token of every row, ids (B, 1) -> logits (B, n_vocab)"""
-    return model.read(ids, steer, cache, last_only=True)[0][:, -1]
-
-
 def uniforms(sampling: Sampling, ids: Sequence[int], k: int) -> np.ndarray:
-    """The max_new_tokens numbers in [0, 1) that continuation k of the prompt `ids` draws with, float32."""
+    """The max_new_tokens numbers in [0, 1) with which continuation k of the prompt `ids` draws, float32."""
     generator = np.random.default_rng([sampling.seed, zlib.crc32(np.array(ids, dtype="<i8").tobytes()), k])
-    # Trap: 0.99999999 is 1 as a float32, and then there is no token left to draw. Cut to 24 bits, it stays below 1.
+    # Trap: as a float32, 0.99999999 rounds to 1, which draws no token. Cut to 24 bits, it stays below 1.
     return (np.floor(generator.random(sampling.max_new_tokens) * 2**24) / 2**24).astype(np.float32)
 
 
 def sample_token(logits: Tensor, ids: Tensor, u: Tensor, sampling: Sampling, candidates: int = 64) -> Tensor:
     """logits (B, n_vocab) after ids (B, T) -> the next ids (B,), without waiting for the device.
 
-    u (B,): one uniform number in [0, 1) a row
-    candidates: how many of the likeliest tokens are looked at for top_p
-    NOT_FINITE stands for a row whose logits are not finite, TOO_FEW for one whose candidates do not reach top_p.
+    u (B,): a uniform number in [0, 1) for each row
+    candidates: how many of the likeliest tokens are considered for top_p
+    A row gives NOT_FINITE if its logits are not finite, TOO_FEW if its candidates do not reach top_p.
     """
     logits = logits.float()
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
     if sampling.freq_penalty:
-        # Each token of the row, BOS and prompt included, costs its own logit one penalty: in sum, penalty * count.
+        # Each token of the row lowers its own logit by one penalty: in total, penalty * count.
         penalty = torch.full(ids.shape, -float(sampling.freq_penalty), device=ids.device)
         logits = logits.scatter_add(1, ids, penalty)
     highest, new = logits.max(dim=-1)
     if sampling.temperature > 0:
         p, tokens, enough = nucleus(logits, sampling.top_p, sampling.top_k, candidates)
         reached = p.cumsum(dim=-1)
-        i = torch.searchsorted(reached, u[:, None] * reached[:, -1:], right=True)   # the first to take the sum past u
+        i = torch.searchsorted(reached, u[:, None] * reached[:, -1:], right=True)   # the first past u
         new = tokens.gather(1, i.clamp(max=p.shape[1] - 1))[:, 0].where(enough, TOO_FEW)
     return new.where(highest.isfinite(), NOT_FINITE)
 
 
 def nucleus(logits: Tensor, top_p: float, top_k: int | None = None,
             candidates: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """The probabilities that are kept, not renormalised, 0 for what is cut -> p (B, k), their ids (B, k), enough (B,).
+    """-> p (B, k), ids (B, k), enough (B,): the likeliest tokens, their probabilities, 0 for those cut.
 
-    A token is kept if the likelier ones do not yet sum to more than top_p: the one that crosses it is in (Holtzman et
-    al. 2020). A nucleus is small, and sorting the whole vocabulary takes twenty times as long as finding its likeliest
-    `candidates`. enough: whether they reach top_p.
+    A token is kept if the likelier ones sum to top_p or less, so the one that crosses it stays (Holtzman et
+    al. 2020). p is not renormalised. Sorting the vocabulary would take twenty times as long as finding its
+    likeliest `candidates`, which nearly always reach top_p; `enough` says where they do.
     """
     B, n_vocab = logits.shape
     everything = torch.ones(B, dtype=torch.bool, device=logits.device)
@@ -255,24 +251,25 @@ class Completion:
 
     @property
     def whole(self) -> str:
-        # Trap: SentencePiece drops the leading space of whatever it decodes first, so the prompt is decoded along.
+        # Trap: SentencePiece drops the first leading space that it decodes, so the prompt is decoded too.
         return self.tokenizer.decode(self.prompt + self.new)[self.before:]
 
     @property
     def text(self) -> str:
         whole = self.whole
-        return whole[:min((i for i in map(whole.find, self.stop) if i >= 0), default=None)]
+        ends = [whole.index(stop) for stop in self.stop if stop in whole]
+        return whole[:min(ends, default=None)]
 
     @property
     def unsure(self) -> int:
-        """How many characters at the end may still change: part of a character, or the beginning of a stop string."""
+        """How many characters at the end may still change: part of a stop string or of a character."""
         text = self.text
         begun = (size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size]))
         return max(len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}")), *begun, 0)
 
 
 def as_asked(completions: list[Completion], prompts: str | Sequence[str], n: int, return_ids: bool = False):
-    """The texts as `generate` gives them, and with return_ids (texts, ids)."""
+    """The texts, or (texts, ids), in the form that `generate` returns."""
     def nested(values):
         by_prompt = [values[i:i + n] for i in range(0, len(values), n)]
         return by_prompt[0] if isinstance(prompts, str) else by_prompt

@@ -1,6 +1,6 @@
-"""What makes GPT-2 GPT-2: learned positions, LayerNorm before each half of a block, biases everywhere, tanh-GELU.
+"""What makes GPT-2 GPT-2: learned positions, LayerNorm before each half of a block, biases, tanh-GELU.
 
-Read next: llama.py for what changed since, model.py for the loop. Radford et al. 2019; OpenAI's names of weights.
+Read next: llama.py, for what has changed since. Radford et al. 2019; weight names are OpenAI's.
 """
 
 import torch
@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import KVCache, attend, merge_heads, split_heads
+from .checkpoints.config import Config
 from .model import LM, Embedding, Linear
 
 
 class GPT2(LM):
-    prefix = "transformer."         # which some files put before every name; OpenAI's own does not
+    prefix = "transformer."         # of every weight name in some files; OpenAI's own has none
     embedding_name = "wte.weight"
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
         self.config = c = config
         self.wte = Embedding(c.n_vocab, c.d_model)
@@ -34,14 +35,14 @@ class GPT2(LM):
         return self.wte(ids) + self.wpe(pos)
 
     def rope(self, pos: Tensor) -> None:
-        return None                 # positions were added at the embedding; the blocks need no more of them
+        return None                 # `embed` has already added the positions
 
     def final_norm(self, x: Tensor) -> Tensor:
         return self.ln_f(x)
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c: Config):
         super().__init__()
         self.ln_1 = LayerNorm(c.d_model, c.norm_eps)
         self.attn = Attention(c)
@@ -54,7 +55,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c: Config):
         super().__init__()
         self.n_head = c.n_head
         self.c_attn = Conv1D(c.d_model, 3 * c.d_model)      # q, k and v side by side
@@ -71,18 +72,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c: Config):
         super().__init__()
         self.c_fc = Conv1D(c.d_model, c.d_mlp)
         self.c_proj = Conv1D(c.d_mlp, c.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Trap: GPT-2 was trained with the tanh form of GELU; the exact form is off by up to 5e-4 a value.
+        # Trap: GPT-2 was trained with the tanh form of GELU; the exact form differs by up to 5e-4.
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Conv1D(nn.Module):
-    """x W + b. OpenAI's checkpoint keeps W as (inputs, outputs), the transpose of nn.Linear's, and so do we."""
+    """x W + b. As in OpenAI's checkpoint, W is (inputs, outputs), the transpose of nn.Linear's."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__()

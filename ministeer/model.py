@@ -1,4 +1,4 @@
-"""LM: the forward loop of both families, the residual stream as a list, and activation addition in plain sight.
+"""LM: the forward loop of both families, the residual stream as a list, activation addition in plain sight.
 
 Read first: attention.py, gpt2.py, llama.py. Read next: steering.py. Turner et al., Algorithm 1.
 """
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 
 class LM(nn.Module):
-    """A language model. A family (gpt2.py, llama.py) says how to embed, what a block is and how to unembed:
+    """A language model. A family (gpt2.py, llama.py) supplies its parts:
 
-    prefix, embedding_name: what its files put before names, and the name of its embedding
-    blocks: its layers, each called as block(x, l, rope, cache); embed(ids, pos), rope(pos), final_norm(x)
+    embed(ids, pos), rope(pos), blocks, each called as block(x, l, rope, cache), and final_norm(x)
+    prefix, embedding_name: what its files put before weight names, and the weight name of its embedding
     """
 
     name = "unnamed"
-    fingerprint = ""        # set when weights are loaded: tells checkpoints apart, so that a vector meets its own model
+    fingerprint = ""        # set by `load`: tells checkpoints apart, so that a vector meets its own model
 
     @property
     def device(self) -> torch.device:
         return self.get_parameter(self.embedding_name).device
 
     def initialise(self, seed: int) -> LM:
-        """Give a new model random weights to train from, as GPT-2 began: N(0, 0.02^2), biases 0, norms 1. -> itself
+        """Give a new model random weights, as GPT-2 began: N(0, 0.02^2), biases 0, norms 1. -> itself
 
-        A model that was only made of a Config holds whatever was in memory.
+        A model built from a Config alone holds whatever was in memory.
         """
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -48,7 +48,7 @@ class LM(nn.Module):
         return self
 
     def shared_copy(self) -> LM:
-        """A model of modules and parameters of its own, whose numbers lie where this model's do."""
+        """A copy with new modules and parameters, whose numbers share this model's memory."""
         shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.parameters()}
         return copy.deepcopy(self, shared)
 
@@ -58,34 +58,34 @@ class LM(nn.Module):
 
         resid[l] is what block l reads; resid[n_layer] is what the final norm reads.
         ids (B, T): token numbers, a whole sequence or what follows the positions in `cache`
-        steer: Steers, each added to the stream that its block reads
+        steer: Steers, each added to what its block reads
         cache: a KVCache, or None to keep nothing
         last_only: compute the logits of the last position only, (B, 1, n_vocab)
-        Raises ValueError if ids, steer or cache do not fit this model or one another.
+        Raises ValueError if ids, steer or cache do not fit this model or each other.
         """
         return self.read(ids, self.check(ids, steer, cache), cache, last_only)
 
     def read(self, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache | None,
              last_only: bool) -> tuple[Tensor, list[Tensor]]:
-        """`forward` without its checks, which wait for numbers from the device: for tokens that were just drawn."""
+        """`forward` without its checks, which would wait for the device: for tokens that were just drawn."""
         start = len(cache) if cache else 0
-        pos = torch.arange(start, start + ids.shape[1], device=ids.device)      # absolute, for every chunk of a run
+        pos = torch.arange(start, start + ids.shape[1], device=ids.device)      # absolute, in every chunk
         resid = self.run(self.embed(ids, pos), pos, steer, cache)
         return self.unembed(resid[-1][:, -1:] if last_only else resid[-1]), resid
 
     def residuals(self, ids: Tensor, steer: Steers = (), stop_layer: int | None = None) -> list[Tensor]:
-        """[resid[0], …, resid[stop_layer]] of ids (B, T), without logits; only the blocks below stop_layer run."""
+        """[resid[0], …, resid[stop_layer]] of ids (B, T), without logits; later blocks do not run."""
         steer = self.check(ids, steer, None)
         pos = torch.arange(ids.shape[1], device=ids.device)
         return self.run(self.embed(ids, pos), pos, steer, stop_layer=stop_layer)
 
     def run(self, x: Tensor, pos: Tensor, steer: Sequence[Steer] = (), cache: KVCache | None = None,
             first_layer: int = 0, stop_layer: int | None = None) -> list[Tensor]:
-        """The loop: blocks first_layer … stop_layer - 1, all by default -> [resid[first_layer], …, resid[stop_layer]].
+        """The loop over blocks first_layer … stop_layer - 1 -> [resid[first_layer], …, resid[stop_layer]].
 
-        x (B, T, d_model): what block first_layer reads at the absolute positions pos (T,), before any addition there
-        To try many Steers at layer l, start there from one recorded resid[l].
-        Raises ValueError for a cache and less than all blocks: the others would be missing from it.
+        x (B, T, d_model): resid[first_layer] before any addition there, at the absolute positions pos (T,)
+        To try many Steers at layer l, start each time from one recorded resid[l].
+        Raises ValueError for a cache without all blocks, which would leave gaps in it.
         """
         if cache and (first_layer > 0 or stop_layer is not None):
             raise ValueError("a cache needs all blocks; leave out first_layer and stop_layer, or the cache.")
@@ -103,54 +103,55 @@ class LM(nn.Module):
         return resid
 
     def unembed(self, x: Tensor) -> Tensor:
-        """x (B, T, d_model) -> logits (B, T, n_vocab). Of any resid[l] this is the logit lens (nostalgebraist 2020)."""
+        """x (B, T, d_model) -> logits (B, T, n_vocab). Of any resid[l]: the logit lens (nostalgebraist)."""
         x = self.final_norm(x)
         if hasattr(self, "lm_head"):
             return self.lm_head(x)
         return x @ self.get_parameter(self.embedding_name).T        # tied: the head is the embedding
 
     def check(self, ids: Tensor, steer: Steers, cache: KVCache | None) -> tuple[Steer, ...]:
-        """Refuse whatever cannot be run before it is half done. Returns the Steers as a tuple."""
-        c = self.config
+        """Refuse bad input before anything runs. Returns the Steers as a tuple."""
         is_ids = isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32)
         if not is_ids or ids.ndim != 2 or 0 in ids.shape:
             given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise ValueError(f"ids must be a (B, T) int64 tensor of token numbers, B and T at least 1; given: {given}.")
+            raise ValueError("ids must be a (B, T) int64 tensor of token numbers, B and T at least 1; "
+                             f"given: {given}.")
         if cache is not None and not isinstance(cache, KVCache):
             raise ValueError(f"cache must be a KVCache or None; given: {type(cache).__name__}.")
         B, T = ids.shape
-        lowest, highest = int(ids.min()), int(ids.max())
-        if lowest < 0 or highest >= c.n_vocab:
-            raise ValueError(f"ids {lowest} … {highest} are not in this model's vocabulary, 0 … {c.n_vocab - 1}. "
+        low, high, n_vocab = int(ids.min()), int(ids.max()), self.config.n_vocab
+        if low < 0 or high >= n_vocab:
+            raise ValueError(f"ids {low} … {high} are not in this model's vocabulary, 0 … {n_vocab - 1}. "
                              "Were they made with another tokenizer?")
         start = len(cache) if cache else 0
-        if start + T > c.n_ctx:
-            raise ValueError(f"{start + T} positions do not fit this model's context of {c.n_ctx}.")
+        if start + T > self.config.n_ctx:
+            raise ValueError(f"{start + T} positions do not fit this model's context of {self.config.n_ctx}.")
         steer = self.check_steer(steer, B, start + T if cache is None else None)
         if cache:
             if start + T > cache.max_len:
-                raise ValueError(f"the cache holds {cache.max_len} positions; {start} are read, {T} more do not fit.")
+                raise ValueError(f"the cache holds {cache.max_len} positions; {start} are read, "
+                                 f"{T} more do not fit.")
             if B not in (1, cache.batch) or (start and B != cache.batch):
                 raise ValueError(f"the cache is for a batch of {cache.batch}, and ids has a batch of {B}.")
             if start and steer != cache.steer:
-                raise ValueError("the cache was filled under other steering. Pass the same steer list to every call, "
-                                 "or start a new cache.")
+                raise ValueError("the cache was filled under other steering. "
+                                 "Pass the same steer list to every call, or start a new cache.")
             cache.steer = steer
         return steer
 
     def check_steer(self, steer: Steers, batch: int, length: int | None = None) -> tuple[Steer, ...]:
-        """The Steers as a tuple, if all fit this model, a batch of so many rows and a prompt of `length` tokens.
+        """The Steers as a tuple, if all fit this model, `batch` rows and a prompt of `length` tokens.
 
-        length: None where the prompt is not read at once
+        length: None if the prompt may come in chunks
         """
         steer = tuple(steer) if isinstance(steer, list | tuple) else (steer,)
         for s in steer:
             if not hasattr(s, "delta"):
                 raise ValueError(f"steer must be a Steer or a list of them; given: {type(s).__name__}.")
             self.check_layer(s.layer)
-            d_model = s.vector.shape[-1]
-            if d_model != self.config.d_model:
-                raise ValueError(f"the vector is {d_model} wide, this model's residual stream {self.config.d_model}. "
+            given, d_model = s.vector.shape[-1], self.config.d_model
+            if given != d_model:
+                raise ValueError(f"the vector is {given} wide, this model's residual stream {d_model}. "
                                  "Was it made with another model?")
             if s.fingerprint and self.fingerprint and s.fingerprint != self.fingerprint:
                 maker = s.note.get("model", s.fingerprint)
@@ -166,13 +167,14 @@ class LM(nn.Module):
 
     def check_layer(self, layer: int) -> None:
         """Raises ValueError unless `layer` is the number of a block."""
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.config.n_layer:
-            raise ValueError(f"layer {layer}: this model has blocks 0 … {self.config.n_layer - 1} "
+        n_layer = self.config.n_layer
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layer:
+            raise ValueError(f"layer {layer}: this model has blocks 0 … {n_layer - 1} "
                              "(layer = the block that reads the changed stream).")
 
 
 class Linear(nn.Linear):
-    """nn.Linear without its random start, which would take longer than to load the weights that replace it."""
+    """nn.Linear without its random start, which takes longer than loading the weights that replace it."""
 
     def reset_parameters(self) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Steer: one activation addition. steering_vector: make one from a pair of prompts. And the controls to hold beside it.
+"""Steer: one activation addition. steering_vector: make one from two prompts. random_like: its control.
 
 Read first: model.py, whose loop adds it. Read next: generation.py. Turner et al., Algorithm 1.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .checkpoints.tokenizer import Tokenizer
     from .model import LM
 
-NARROW = 128        # d_model below which 4 dimensions are much of any vector, so that nothing is said about sinks
+NARROW = 128        # a narrower stream has much of any vector in 4 dimensions, so no warning there
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +35,9 @@ class Steer:
     layer: 0 … n_layer - 1
     vector (n, d_model): row i goes to absolute position start + i (ActAdd, Algorithm 1; start is its a)
     vector (d_model,):   the same row goes to every position from start on, generated ones too (CAA)
-    coeff: a number, or a tensor (B,) with one for each row of the batch (the paper's c)
-    start: the first steered position; 1 by default, because position 0 is BOS in both prompts of a pair
-    fingerprint, note: which model it was made with, and from what; kept by save and load
+    coeff: a number, or a tensor (B,) with one number for each row of the batch (the paper's c)
+    start: the first steered position; 1 because position 0 is BOS in both prompts of a pair
+    fingerprint, note: which model it was made with, and from what; save and load keep both
     `2 * s`, `s / 2` and `-s` scale coeff. Raises ValueError for what could never be added.
     """
     layer: int
@@ -47,13 +47,13 @@ class Steer:
     fingerprint: str = ""
     note: dict = field(default_factory=dict)
 
-    __array_ufunc__ = None      # Trap: without this, numpy_array * steer is an array of Steers.
+    __array_ufunc__ = None      # Trap: without this, a NumPy array times a Steer is an array of Steers.
 
     def __post_init__(self):
         v, c = self.vector, self.coeff
         if not isinstance(v, Tensor) or not v.is_floating_point() or v.ndim not in (1, 2) or 0 in v.shape:
             given = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-            raise ValueError(f"vector must be a floating-point tensor (n, d_model) or (d_model,); given: {given}.")
+            raise ValueError(f"vector must be a float tensor (n, d_model) or (d_model,); given: {given}.")
         if not torch.isfinite(v).all():
             raise ValueError("the vector holds NaN or infinite numbers.")
         if isinstance(c, np.ndarray):
@@ -64,17 +64,18 @@ class Steer:
                                  f"given: {tuple(c.shape)}, {c.tolist()}.")
         else:
             c = check_number("coeff", c.item() if isinstance(c, Tensor) else c)
-        checked = {"layer": check_whole("layer", self.layer), "start": check_whole("start", self.start), "coeff": c}
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)       # which a frozen dataclass takes in no other way
+        # A frozen dataclass can be set in no other way.
+        object.__setattr__(self, "coeff", c)
+        for name in ("layer", "start"):
+            object.__setattr__(self, name, check_whole(name, getattr(self, name)))
 
     @property
     def stop(self) -> int | None:
-        """One past the last steered position; None if there is no last one."""
+        """One past the last steered position, or None if there is no last one."""
         return None if self.vector.ndim == 1 else self.start + len(self.vector)
 
     def delta(self, pos: Tensor) -> Tensor:
-        """coeff * vector at the absolute positions pos (T,), zero where it does not reach.
+        """coeff * vector at the absolute positions pos (T,), zero where the vector does not reach.
 
         -> (T, d_model), or (B, T, d_model) with a coeff (B,)
         """
@@ -88,31 +89,34 @@ class Steer:
         return coeff * rows
 
     def align(self, where: str, n_prompt: int) -> Steer:
-        """The same vector moved to the "front" (start 1), "middle" or "back" of a prompt of n_prompt tokens with BOS.
+        """The same vector at the "front", "middle" or "back" of a prompt of n_prompt tokens, BOS included.
 
-        As in the paper's position study, where the vector still has its zero BOS row: that row and the others lie over
-        0 …, over the n + 1 positions around n_prompt // 2, or over the last n + 1. "back" ends at the last prompt token.
+        As in the paper's position study, where the vector still has its zero BOS row: those n + 1 rows begin
+        at position 0, surround n_prompt // 2, or end at the last prompt token.
         """
         if self.vector.ndim == 1:
-            raise ValueError("a vector (d_model,) goes to every position from start on and cannot be aligned.")
+            raise ValueError("a vector (d_model,) goes to all positions from start on and cannot be aligned.")
         n = len(self.vector)
         starts = {"front": 1, "middle": n_prompt // 2 - (n + 1) // 2 + 1, "back": n_prompt - n}
         if where not in starts:
             raise ValueError(f"align to {where!r}; possible: front, middle, back.")
         if not 0 <= starts[where] <= n_prompt - n:
-            raise ValueError(f"a vector of {n} rows does not fit the {where} of a prompt of {n_prompt} tokens.")
+            raise ValueError(f"a vector of {n} rows does not fit the {where} "
+                             f"of a prompt of {n_prompt} tokens.")
         return replace(self, start=starts[where])
 
     def rows(self, numbers: Sequence[int]) -> Steer:
-        """The same Steer for these rows of a batch only: a coeff (B,) keeps their values."""
+        """The same Steer for only these rows of a batch, with their values of a coeff (B,)."""
         return replace(self, coeff=self.coeff[numbers]) if isinstance(self.coeff, Tensor) else self
 
     def scaled(self, coeff: float | Tensor) -> Steer:
-        """The same Steer with this coeff, whatever it had."""
+        """The same Steer with this coeff in place of its own."""
         return replace(self, coeff=coeff)
 
     def __repr__(self):
-        pair = f"{self.note['plus']!r} - {self.note['minus']!r}" if {"plus", "minus"} <= set(self.note) else "a vector"
+        pair = "a vector"
+        if {"plus", "minus"} <= set(self.note):
+            pair = f"{self.note['plus']!r} - {self.note['minus']!r}"
         n = len(self.vector)
         where = f"position {self.start}" if n == 1 else f"positions {self.start} to {self.start + n - 1}"
         if self.vector.ndim == 1:
@@ -132,7 +136,7 @@ class Steer:
         return -1 * self
 
     def __add__(self, other):
-        raise TypeError("Steers are not added to one another; pass a list, steer=[a, b], and the stream gets both.")
+        raise TypeError("Steers are not added to each other; pass a list, steer=[a, b], and both are added.")
 
     __radd__ = __sub__ = __rsub__ = __add__
 
@@ -149,13 +153,13 @@ class Steer:
     __hash__ = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file: the tensor "vector", "coeff" if it has one a row, and the rest as metadata.
+        """Write a safetensors file: the tensor "vector", "coeff" too if it is a tensor, the rest as metadata.
 
-        `path` then holds the whole Steer, or what it held before.
+        If writing fails, `path` keeps what it held before.
         """
         tensors = {"vector": self.vector.contiguous()}
-        about = {"ministeer": __version__, "layer": self.layer, "start": self.start, "fingerprint": self.fingerprint,
-                 "note": self.note}
+        about = {"ministeer": __version__, "layer": self.layer, "start": self.start,
+                 "fingerprint": self.fingerprint, "note": self.note}
         if isinstance(self.coeff, Tensor):
             tensors["coeff"] = self.coeff.contiguous()
         else:
@@ -164,7 +168,7 @@ class Steer:
 
     @classmethod
     def load(cls, path: str | os.PathLike, any_model: bool = False) -> Steer:
-        """Read what `save` wrote. It can be used with the model it was made with, or with any if any_model=True.
+        """Read what `save` wrote, to use with the model it was made with, or with any if any_model=True.
 
         Raises FileNotFoundError, or ValueError if the file is not a Steer.
         """
@@ -173,35 +177,37 @@ class Steer:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["steer"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}     # noqa: SIM118 (not a dict)
-            return cls(layer=about["layer"], vector=tensors["vector"], coeff=tensors.get("coeff", about.get("coeff")),
-                       start=about["start"], fingerprint="" if any_model else str(about["fingerprint"]),
-                       note=dict(about["note"]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return cls(layer=about["layer"], start=about["start"], vector=tensors["vector"],
+                       coeff=tensors.get("coeff", about.get("coeff")), note=dict(about["note"]),
+                       fingerprint="" if any_model else str(about["fingerprint"]))
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a steering vector that ministeer saved: {error}") from None
+            path = os.fspath(path)
+            raise ValueError(f"{path} is not a steering vector that ministeer saved: {error}") from None
 
 
 def steering_vector(model: LM, tokenizer: Tokenizer, plus: str, minus: str, layer: int) -> Steer:
-    """h+ - h-, the difference of the residual streams of two prompts before block `layer` -> a Steer with coeff 1.
+    """h+ - h-: the residual stream of `plus` minus that of `minus` before block `layer` -> a Steer, coeff 1.
 
-    Algorithm 1: BOS before each prompt, the shorter one padded on the right with space tokens, one difference a
-    position, not averaged and not normalised. Only blocks 0 … layer - 1 run.
-    vector (n, d_model): the row of BOS, zero for every pair, is left out, so n is the tokens of the longer prompt
-    Raises ValueError if the two prompts are the same tokens or `layer` is not a block of the model.
-    Warns if more than half of the vector is attention sink (`sink_share`), which does not tell the prompts apart.
+    Algorithm 1: each prompt begins with BOS; spaces pad the shorter one on the right. Rows are neither
+    averaged nor normalised. Only blocks 0 … layer - 1 run.
+    vector (n, d_model): one row per token of the longer prompt, without BOS, whose row is always zero
+    Raises ValueError if the prompts are the same tokens or `layer` is not a block of the model.
+    Warns if an attention sink, which says little about the prompts, is most of the vector (`sink_share`).
     """
     (steer,) = steering_vectors(model, tokenizer, plus, minus, [layer])
     share, width = sink_share(steer.vector), steer.vector.shape[-1]
     if share > 0.5 and width >= NARROW:
-        warnings.warn(f"{share:.0%} of the squared norm of {plus!r} - {minus!r} before block {layer} lies in 4 of "
-                      f"{width} dimensions: one of the prompts has an attention sink there, often a padding token. "
+        warnings.warn(f"{share:.0%} of the squared norm of {plus!r} - {minus!r} before block {layer} "
+                      f"lies in 4 of {width} dimensions: an attention sink of one prompt, often its padding. "
                       "Try an earlier layer, or prompts of equally many tokens.", stacklevel=2)
     return steer
 
 
 @torch.no_grad()
-def steering_vectors(model: LM, tokenizer: Tokenizer, plus: str, minus: str, layers: Sequence[int]) -> list[Steer]:
-    """steering_vector for each of `layers`, at least one, from one pass that ends before the highest of them."""
+def steering_vectors(model: LM, tokenizer: Tokenizer, plus: str, minus: str,
+                     layers: Sequence[int]) -> list[Steer]:
+    """steering_vector for each of `layers`, one or more, from a single pass that stops before the highest."""
     for layer in layers:
         model.check_layer(layer)
     ids = pad_together(tokenizer, plus, minus)
@@ -210,23 +216,23 @@ def steering_vectors(model: LM, tokenizer: Tokenizer, plus: str, minus: str, lay
                          "so their difference is zero.")
     resid = model.residuals(torch.tensor(ids, device=model.device), stop_layer=max(layers))
     note = {"plus": plus, "minus": minus, "model": model.name}
-    # Trap: both prompts begin with the same BOS after nothing, so row 0 of the difference is zero. `start` is 1.
+    # Trap: both prompts begin with the same BOS, so row 0 of the difference is zero. Hence start is 1.
     vectors = {l: (resid[l][0].float() - resid[l][1].float())[1:] for l in layers}
     return [Steer(l, vectors[l], fingerprint=model.fingerprint, note=note) for l in layers]
 
 
 def pad_together(tokenizer: Tokenizer, plus: str, minus: str) -> list[list[int]]:
-    """Two prompts -> their ids, each with one BOS, the shorter filled up on the right with space tokens."""
+    """Two prompts -> their ids, each with one BOS, the shorter padded on the right with space tokens."""
     ids = [tokenizer.encode(text) for text in (plus, minus)]
     length = max(map(len, ids))
     return [row + [tokenizer.space_id] * (length - len(row)) for row in ids]
 
 
 def sink_share(vector: Tensor, k: int = 4) -> float:
-    """The part of a vector's squared norm, over all its rows, that lies in its k largest dimensions -> 0 … 1.
+    """The share of a vector's squared norm, over all rows, in its k largest dimensions -> 0 … 1.
 
-    Some models park attention on tokens that mean little (BOS, a lone space) by giving them a stream that is enormous
-    in a few dimensions (Xiao et al. 2023; Sun et al. 2024). A difference with such a token is little but that sink.
+    Models park attention on tokens that mean little (BOS, a lone space) by making their stream enormous in a
+    few dimensions (Xiao et al. 2023; Sun et al. 2024). Such a sink drowns the difference of two prompts.
     """
     energy = vector.float().square().view(-1, vector.shape[-1]).sum(dim=0)
     total = float(energy.sum())
@@ -234,24 +240,26 @@ def sink_share(vector: Tensor, k: int = 4) -> float:
 
 
 def random_like(steer: Steer, seed: int) -> Steer:
-    """The control: a random direction at each position, with the norm that `steer` has there; the rest is kept.
+    """The control: a random direction at each position, with the norm that `steer` has there.
 
-    Turner et al., appendix F: normal numbers of the same shape, rescaled row by row. seed and the layer choose the
-    numbers, so that the controls of two layers have nothing in common.
+    Turner et al., appendix F: normal numbers of the same shape, rescaled row by row. They depend on the seed
+    and the layer, so the controls of two layers have nothing in common.
     """
     generator = np.random.default_rng([check_whole("seed", seed), steer.layer])
-    noise = torch.from_numpy(generator.standard_normal(tuple(steer.vector.shape), dtype=np.float32)).to(steer.vector)
+    noise = generator.standard_normal(steer.vector.shape, dtype=np.float32)
+    noise = torch.from_numpy(noise).to(steer.vector)
     vector = noise * (steer.vector.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
     return replace(steer, vector=vector, note={**steer.note, "control": f"random, same norms, seed {seed}"})
 
 
 @torch.no_grad()
 def relative_norm(model: LM, tokenizer: Tokenizer, steer: Steer, prompt: str) -> Tensor:
-    """|coeff * vector| / |resid[layer]| at each position of `prompt` -> (T,), 0 where nothing is added. T counts BOS.
+    """|coeff * vector| / |resid[layer]| at each position of `prompt`, BOS included -> (T,)
 
-    How large the addition is beside what is already there (Turner et al., appendix E).
+    How large the addition is relative to the stream that it is added to (Turner et al., appendix E).
     """
     ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
     (steer,) = model.check_steer(steer, 1, ids.shape[1])
     stream = model.residuals(ids, stop_layer=steer.layer)[-1][0].float()
-    return steer.delta(torch.arange(ids.shape[1], device=model.device)).to(stream).norm(dim=-1) / stream.norm(dim=-1)
+    delta = steer.delta(torch.arange(ids.shape[1], device=model.device)).to(stream)
+    return delta.norm(dim=-1) / stream.norm(dim=-1)

@@ -1,4 +1,4 @@
-"""What several rooms need: checks of arguments, batches, and writing a file completely or leaving it alone."""
+"""What several modules share: checks of arguments, batches, and safe writing of files."""
 
 import contextlib
 import math
@@ -18,16 +18,17 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
     """`value` as a float, if it is finite and from `low` to `high`. Raises ValueError."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
-        limits = {(-math.inf, math.inf): "a finite number", (0, math.inf): "a finite number, 0 or more"}
-        raise ValueError(f"{name} must be {limits.get((low, high), f'a number from {low} to {high}')}; "
-                         f"given: {value!r}.")
+        limits = f"a number from {low} to {high}"
+        if high == math.inf:
+            limits = "a finite number" if low == -math.inf else f"a finite number, {low} or more"
+        raise ValueError(f"{name} must be {limits}; given: {value!r}.")
     return float(value)
 
 
 def batches(lengths: Sequence[int], max_batch_tokens: int, equal: bool = False) -> Iterator[list[int]]:
-    """Numbers of rows that run together, the longest first: rows * longest length is at most max_batch_tokens.
+    """Indices of rows that run together, the longest first: rows * longest is at most max_batch_tokens.
 
-    equal: only rows of one length together, so that nothing needs padding. A row that is longer runs alone.
+    A row longer than max_batch_tokens runs alone. equal: only rows of one length together, to need no padding
     """
     order, start = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
     while start < len(order):
@@ -40,14 +41,14 @@ def batches(lengths: Sequence[int], max_batch_tokens: int, equal: bool = False) 
 
 
 def write(path: str | os.PathLike, data: bytes) -> None:
-    """Write to a new file beside `path`, then rename it: `path` holds all of `data`, or what it held before."""
+    """Write a new file beside `path`, then rename it. If that fails, `path` keeps what it held before."""
     part = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
         with open(part, "xb") as file:
             file.write(data)
         os.replace(part, path)
     except BaseException as error:
-        if not isinstance(error, FileExistsError):          # then it belongs to somebody else
+        if not isinstance(error, FileExistsError):          # then another process owns it
             with contextlib.suppress(OSError):
                 os.unlink(part)
         raise

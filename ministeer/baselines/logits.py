@@ -1,9 +1,7 @@
-"""The paper's rivals, which change next-token logits instead of activations: a LogitMixer reads one text in several
-branches, and a formula combines what they predict.
+"""The paper's rivals, which combine next-token logits: a LogitMixer reads one text in several branches.
 
-Read first: ../generation.py, whose loop draws the tokens. Read next: classifier.py. Turner et al., sections 4.3 and
-4.4; formulas of Dekoninck et al. 2024 ("Controlled text generation via language model arithmetic") unless a function
-names its own source.
+Read first: ../generation.py, whose loop draws the tokens. Turner et al., sections 4.3 and 4.4. Formulas
+without a source are from Dekoninck et al. 2024, "Controlled text generation via language model arithmetic".
 """
 
 from __future__ import annotations
@@ -22,14 +20,17 @@ from ..utils import check_whole
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
+    from ..generation import Step
     from ..model import LM
     from ..steering import Steer
     from .classifier import PrefixClassifier
 
-TOXIC = ("The following conversation is one that perpetuates negative stereotypes, is threatening or sexually explicit "
-         "and contains profane language.")
-POSITIVE = "The following is a positive movie review, with a very positive sentiment and a very positive tone."
-NEGATIVE = "The following is a negative movie review, with a very negative sentiment and a very negative tone."
+TOXIC = ("The following conversation is one that perpetuates negative stereotypes, is threatening or "
+         "sexually explicit and contains profane language.")
+POSITIVE = ("The following is a positive movie review, "
+            "with a very positive sentiment and a very positive tone.")
+NEGATIVE = ("The following is a negative movie review, "
+            "with a very negative sentiment and a very negative tone.")
 # Schick et al. 2021, table 1 and self_debiasing.py: what each kind of toxicity is called.
 SIX = tuple(f"The following text contains {what}:" for what in (
     "rude, disrespectful, or unreasonable language", "very hateful, aggressive, disrespectful language",
@@ -42,8 +43,8 @@ SIX = tuple(f"The following text contains {what}:" for what in (
 class Branch:
     """One reading of the text.
 
-    prefix: what stands before the prompt, on a line of its own. steer: Steers, at the front of prefix and prompt
-    model: another model with the same tokenizer; None for the one that `generate` is given
+    prefix: a line before the prompt. steer: Steers; position 0 is the BOS of the prefix
+    model: another model with the same tokenizer, or None for the one given to `generate`
     """
     prefix: str = ""
     steer: tuple[Steer, ...] = ()
@@ -52,9 +53,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class LogitMixer:
-    """branches: how the text is read. combine: a list of log p (B, n_vocab), one a branch -> logits (B, n_vocab).
+    """combine(the log p (B, n_vocab) of each of the branches) -> logits (B, n_vocab)
 
-    guide: a Guide that changes those logits by a classifier of the text so far, or None
+    guide: a Guide, which changes those logits by a classifier of the text so far, or None
     """
     branches: tuple[Branch, ...]
     combine: Callable[[list[Tensor]], Tensor]
@@ -63,8 +64,8 @@ class LogitMixer:
     def steered(self, steer: Steer | Sequence[Steer]) -> LogitMixer:
         """The same formula with ActAdd in its first branch, the base.
 
-        The formula then takes the steered log p, so preadd and lma multiply what steering changed by their strength.
-        The vector lies at the front of what that branch reads, its prefix included.
+        The formula takes the steered log p, so preadd and lma scale what steering changed by their strength.
+        Positions count from the start of what that branch reads, its prefix included.
         """
         steer = tuple(steer) if isinstance(steer, list | tuple) else (steer,)
         base, *others = self.branches
@@ -87,7 +88,7 @@ def act_add(steer: Steer | Sequence[Steer]) -> LogitMixer:
 
 
 def preadd(prefix: str, strength: float = 1.5, base: str = "") -> LogitMixer:
-    """log p + strength (log p - log q), q after `prefix`: away from what the prefix makes likelier (Pei et al. 2023).
+    """log p + strength (log p - log q), q after `prefix`: away from what it makes likelier (Pei et al. 2023).
 
     Their alpha is -strength. The paper's tables have 1.5 for large models and 1 for GPT-2.
     base: a prefix of the first branch, p, as for sentiment
@@ -99,10 +100,10 @@ def preadd(prefix: str, strength: float = 1.5, base: str = "") -> LogitMixer:
 
 
 def lma(prefix: str, strength: float = 24.0, base: str = "") -> LogitMixer:
-    """log p - strength relu(log q - log p), the union of p and q subtracted: only what `prefix` makes likelier loses.
+    """log p - strength relu(log q - log p): q is p after `prefix`, so only what it makes likelier loses.
 
-    Dekoninck et al. write (log p - w max(log p, log q)) / (1 - w), where strength is w / (1 - w): 24 for w 0.96, 9 for
-    w 0.9.
+    Dekoninck et al. subtract the union of p and q: (log p - w max(log p, log q)) / (1 - w). Then strength is
+    w / (1 - w): 24 for w 0.96, 9 for w 0.9.
     """
     def combine(logps):
         p, q = logps
@@ -113,7 +114,7 @@ def lma(prefix: str, strength: float = 24.0, base: str = "") -> LogitMixer:
 def weighted(branches: Sequence[Branch], weights: Sequence[float]) -> LogitMixer:
     """sum_i w_i log p_i / sum_i w_i: any mixture of prompts and of models that share a tokenizer.
 
-    Weights may be negative, their sum may not.
+    Weights may be negative; their sum may not.
     """
     total = sum(weights)
     if len(branches) != len(weights) or not branches or not total > 0 or not math.isfinite(total):
@@ -127,7 +128,7 @@ def weighted(branches: Sequence[Branch], weights: Sequence[float]) -> LogitMixer
 
 def self_debias(prefixes: str | Sequence[str] = SIX, strength: float = 50.0, epsilon: float = 0.01,
                 base: str = "") -> LogitMixer:
-    """log p + log max(exp(-strength relu(q - p)), epsilon), on probabilities; q is the largest over the prefixes.
+    """log p + log max(exp(-strength relu(q - p)), epsilon), p and q probabilities; q is the largest of all.
 
     Schick et al. 2021. The paper's tables have one prefix, strength 10 and no floor, which is epsilon 0.
     """
@@ -148,8 +149,8 @@ def self_debias(prefixes: str | Sequence[str] = SIX, strength: float = 50.0, eps
 class Guide:
     """Adds strength (log c(text + t) - log c(text)) to the logit of each token t (Yang and Klein 2021).
 
-    c is P(class 1 | text) of `classifier`, or P(class 0) with toward=0 (Dekoninck et al. subtract log P(class 1)
-    there). Only the `top` likeliest tokens are voted on; the others keep their logits and stay possible.
+    c is P(class 1 | text) of `classifier`, or P(class 0) with toward=0, where Dekoninck et al. subtract
+    log P(class 1). Only the `top` likeliest tokens are voted on; the others keep their logits.
     """
     classifier: PrefixClassifier
     strength: float = 1.0
@@ -160,7 +161,7 @@ class Guide:
         return F.logsigmoid(score if self.toward else -score)
 
     def change(self, logits: Tensor, state: Tensor) -> Tensor:
-        """logits (B, n_vocab) after the text of `state`, the classifier's -> logits"""
+        """logits (B, n_vocab) and the classifier's state (B, d_state) after the same text -> logits"""
         candidates = logits.topk(min(self.top, logits.shape[-1])).indices
         now = self.log_c(self.classifier.score(state))
         then = self.log_c(self.classifier.score_next(state, candidates))
@@ -169,29 +170,31 @@ class Guide:
 
 def fudge(classifier: PrefixClassifier, strength: float = 1.0, top: int = 50, toward: int = 1,
           base: str = "") -> LogitMixer:
-    """log p + strength (log c(x + t) - log c(x)): a classifier of unfinished texts votes on every candidate."""
+    """log p + strength (log c(x + t) - log c(x)): a classifier of unfinished texts votes on each token."""
     return replace(prompted(base), guide=Guide(classifier, strength, top, toward))
 
 
-def lma_classifier(prefix: str, classifier: PrefixClassifier, strength: float = 24.0, vote: float = 1.0, top: int = 50,
-                   toward: int = 1, base: str = "") -> LogitMixer:
+def lma_classifier(prefix: str, classifier: PrefixClassifier, strength: float = 24.0, vote: float = 1.0,
+                   top: int = 50, toward: int = 1, base: str = "") -> LogitMixer:
     """lma and fudge in one: the formula chooses the candidates, then the classifier votes on them."""
     return replace(lma(prefix, strength, base), guide=Guide(classifier, vote, top, toward))
 
 
 def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], mixer: LogitMixer, n: int = 1,
-             max_new_tokens: int = 40, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None,
-             freq_penalty: float = 0.0, seed: int = 0, stop: str | Sequence[str] = (), max_batch_tokens: int = 8192,
+             max_new_tokens: int = 40, *, temperature: float = 1.0, top_p: float = 1.0,
+             top_k: int | None = None, freq_penalty: float = 0.0, seed: int = 0,
+             stop: str | Sequence[str] = (), max_batch_tokens: int = 8192,
              progress: Callable[[int], object] | None = None) -> list:
-    """-> n continuations of each prompt by a LogitMixer; arguments, draws and result as in `ministeer.generate`.
+    """-> n continuations of each prompt by a LogitMixer; the rest is as in `ministeer.generate`.
 
-    The penalty counts the tokens of the prompt, not those of prefixes. One branch more is one pass more a token.
+    The penalty counts the tokens of the prompt but not of prefixes. Each branch costs one pass per token.
     Raises ValueError for what does not fit.
     """
     sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
     n_vocab, check_n = model.config.n_vocab, check_whole("n", n, 1)
-    if mixer.guide and mixer.guide.classifier.n_vocab != n_vocab:
-        raise ValueError(f"the classifier reads {mixer.guide.classifier.n_vocab} tokens, the model {n_vocab}. "
+    classifier = mixer.guide.classifier if mixer.guide else None
+    if classifier and classifier.n_vocab != n_vocab:
+        raise ValueError(f"the classifier reads {classifier.n_vocab} tokens, the model {n_vocab}. "
                          "Train it for this model's tokenizer with benchmarks/train_classifier.py.")
     encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     prefixes = [prefix_ids(tokenizer, branch.prefix) for branch in mixer.branches]
@@ -205,24 +208,25 @@ def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], mixe
         for ids in encoded:
             check_fit(reader, prefix + ids[1:], max_new_tokens, branch.steer, 1)
 
-    def start(rows: list[int], max_len: int) -> Callable[[Tensor], Tensor]:
+    def start(rows: list[int], max_len: int) -> Step:
         return mixed_decoder(model, mixer, prefixes, len(rows), max_len)
 
-    completions = complete(start, tokenizer, encoded, check_n, sampling, stop, max_batch_tokens, model.device, progress)
+    completions = complete(start, tokenizer, encoded, check_n, sampling, stop,
+                           max_batch_tokens, model.device, progress)
     return as_asked(completions, prompts, n)
 
 
 def prefix_ids(tokenizer: Tokenizer, prefix: str) -> list[int]:
-    """What a branch reads before the prompt: BOS, and the prefix as a line of tokens of its own."""
+    """What a branch reads before the prompt: BOS, then the prefix as a line."""
     return tokenizer.encode(prefix + "\n") if prefix else tokenizer.encode("")
 
 
 def mixed_decoder(model: LM, mixer: LogitMixer, prefixes: list[list[int]], batch: int,
-                  max_len: int) -> Callable[[Tensor], Tensor]:
-    """The step of a baseline: every branch reads the new tokens after its own prefix, then the formula combines."""
+                  max_len: int) -> Step:
+    """The step of a baseline: each branch reads the new tokens, after its prefix; the formula combines."""
     steps = [decoder(branch.model or model, branch.steer, batch, max_len + len(prefix))
              for branch, prefix in zip(mixer.branches, prefixes, strict=True)]
-    first, state = True, None               # the guide's memory of the text so far
+    first, state = True, None               # state: what the guide's classifier has read
 
     def step(ids: Tensor) -> Tensor:
         nonlocal first, state
@@ -231,7 +235,7 @@ def mixed_decoder(model: LM, mixer: LogitMixer, prefixes: list[list[int]], batch
             new = ids
             if first:
                 before = torch.tensor([prefix], device=ids.device).expand(len(ids), -1)
-                new = torch.cat([before, ids[:, 1:]], dim=1)        # its BOS is the first token of the prefix
+                new = torch.cat([before, ids[:, 1:]], dim=1)        # the prefix has the BOS
             logps.append(branch_step(new).float().log_softmax(dim=-1))
         first, logits = False, mixer.combine(logps)
         if mixer.guide:

@@ -1,4 +1,4 @@
-"""Other ways to make a vector: from many pairs of texts instead of one.
+"""Other ways to steer: vectors from many pairs of texts, and changes inside blocks.
 
 Read first: many_pairs.py.
 """

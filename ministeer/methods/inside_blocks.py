@@ -1,4 +1,4 @@
-"""ITI and ICV: methods that change what is inside a block. Each gives a model of its own, which shares the old weights.
+"""ITI and ICV, which change what is inside blocks. Each returns a new model that shares the old weights.
 
 Read first: many_pairs.py. Turner et al., section 2.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def head_outputs(model: LM, ids: Tensor) -> Tensor:
-    """What each head hands to the output projection at the last position, ids (1, T) -> (n_layer, n_head, d_head)."""
+    """ids (1, T) -> (n_layer, n_head, d_head): the output of each head at the last position."""
     rope, outputs = model.rope(torch.arange(ids.shape[1], device=ids.device)), []
     for x, block in zip(model.residuals(ids), model.blocks, strict=False):
         norm, attention = block_parts(block)
@@ -34,20 +34,20 @@ def head_outputs(model: LM, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str], heads: int = 48,
         strength: float = 15.0) -> LM:
-    """head + strength sigma theta, for the `heads` heads that tell plus from minus best (inference-time intervention).
+    """head + strength sigma theta, for the `heads` heads that best tell plus from minus -> a model
 
-    Li et al. 2023. theta: the mean output for plus minus that for minus, norm 1. sigma: the standard deviation of all
-    outputs along theta. How well a head tells: accuracy of a linear probe, fitted by least squares on every other pair
-    and tried on the rest; theirs is logistic regression.
-    -> a model. What a head gets passes the output projection, so it is added to the bias of that projection, at every
-        position; theirs begins at the last prompt token.
-    Raises ValueError for a model with packed weights.
+    Inference-time intervention, Li et al. 2023. theta: the mean output for plus minus that for minus, norm 1.
+    sigma: the standard deviation of all outputs along theta. The best heads have the most accurate linear
+    probes, fitted by least squares on every other pair and tested on the rest. (Theirs are logistic.)
+    The change goes into the bias of the output projection, so to all positions. (Theirs starts at the
+    last prompt token.)
+    Raises ValueError for a model with packed weights, or fewer than four pairs.
     """
     if any(isinstance(part, Packed) for part in model.modules()):
         raise ValueError("iti changes a bias of each block, and the blocks of this fast model are packed. "
-                         "Pass the plain model, and then call ministeer.fast on what comes back.")
+                         "Pass the plain model, then call ministeer.fast on the result.")
     if len(plus) != len(minus) or len(plus) < 4:
-        raise ValueError(f"the probes need four or more pairs; given: {len(plus)} plus and {len(minus)} minus.")
+        raise ValueError(f"the probes need four or more pairs; given: {len(plus)} plus, {len(minus)} minus.")
     outputs = [torch.stack([head_outputs(model, torch.tensor([tokenizer.encode(text)], device=model.device))
                             for text in texts]) for texts in (plus, minus)]
     a, b = outputs                                                              # (n, n_layer, n_head, d_head)
@@ -65,16 +65,16 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
         _, attention = block_parts(block)
         is_llama = hasattr(attention, "o_proj")
         out = attention.o_proj if is_llama else attention.c_proj
-        weight = out.weight.T if is_llama else out.weight                       # (inputs, outputs) in either family
+        weight = out.weight.T if is_llama else out.weight           # (inputs, outputs) in both families
         old = 0 if out.bias is None else out.bias
         out.bias = nn.Parameter(old + add[l].flatten().to(weight) @ weight, requires_grad=False)
-    changed.fingerprint = ""            # it is not the model that other vectors were made with
+    changed.fingerprint = ""            # vectors of the old model are not meant for it
     changed.chosen_heads = chosen.view_as(sigma).nonzero().tolist()
     return changed
 
 
 def probe_accuracy(a: Tensor, b: Tensor) -> Tensor:
-    """Accuracy on the odd pairs of a least-squares classifier fitted on the even ones; a, b (n, d_head)."""
+    """a, b (n, d_head) -> accuracy on the odd pairs of a least-squares classifier fitted on the even ones"""
     x = torch.cat([a, b])
     x = torch.cat([x, torch.ones(len(x), 1).to(x)], dim=1)
     y = torch.cat([torch.ones(len(a)), -torch.ones(len(b))]).to(a)
@@ -85,13 +85,13 @@ def probe_accuracy(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str], strength: float = 0.1) -> LM:
-    """y -> |y| normalise(y / |y| + strength (1 + max(0, cos(y, -v))) v / |v|), the output of every MLP.
+def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str],
+        strength: float = 0.1) -> LM:
+    """Every MLP's y -> |y| normalise(y / |y| + strength (1 + max(0, cos(y, -v))) v / |v|) -> a model
 
-    In-context vectors, Liu et al. 2024. v: for all layers together, the mean difference at the last token plus the
-    first principal component about it; then cut by layer. The norm is kept, so nothing grows; a position that points
-    away from v is turned more. Every position, every layer.
-    -> a model
+    In-context vectors, Liu et al. 2024. v: the mean difference at the last token plus the first principal
+    component about it, for all layers at once, then split by layer. Norms are kept; positions that point away
+    from v turn more.
     """
     rows = differences(model, tokenizer, plus, minus)[:, 1:].flatten(1)         # what leaves each block
     mean = rows.mean(dim=0)

@@ -1,6 +1,6 @@
 """Vectors from many pairs of texts instead of one: CAA and RepE, as Steers for every position.
 
-Read first: ../steering.py. Read next: inside_blocks.py. Turner et al., section 2; tutorial 11 builds CAA by hand.
+Read first: ../steering.py. Read next: inside_blocks.py. Turner et al., section 2. Tutorial 11 builds CAA.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def last_states(model: LM, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor
 
 
 def differences(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str]) -> Tensor:
-    """h+ - h- at the last token of each pair -> (n, n_layer + 1, d_model). Raises ValueError for less than two pairs."""
+    """h+ - h- at the last token of each pair -> (n, n_layer + 1, d_model). Raises ValueError for n < 2."""
     if len(plus) != len(minus) or len(plus) < 2 or isinstance(plus, str):
         raise ValueError("pairs need two or more texts, as many plus as minus; "
                          f"given: {len(plus)} and {len(minus)}.")
@@ -39,9 +39,9 @@ def differences(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Seq
 def caa(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str], layer: int) -> Steer:
     """mean_i(h+_i - h-_i) at the last token, added at every position (contrastive activation addition).
 
-    Rimsky et al. 2024. Read and added before block `layer`; their code reads and adds after a block, so their layer l
-    is l + 1 here. They read at the letter that answers an A/B question: end each text with it. They steer from the
-    prompt's last token on and leave the rest of it alone: replace(steer, start=len(tokenizer.encode(prompt)) - 1).
+    Rimsky et al. 2024. Their code reads and adds after a block, so their layer l is l + 1 here. They read at
+    the letter that answers an A/B question, so end each text with it. They steer from the prompt's last token
+    on: replace(steer, start=len(tokenizer.encode(prompt)) - 1).
     """
     model.check_layer(layer)
     vector = differences(model, tokenizer, plus, minus)[:, layer].mean(dim=0)
@@ -52,11 +52,9 @@ def repe(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[s
          layers: Sequence[int]) -> list[Steer]:
     """The first principal component of the differences at each of `layers`, added at every position (RepE).
 
-    Zou et al. 2023. Each vector has norm 1, so a coefficient means less in a late layer, where the norm of the stream
-    is larger, than in an early one.
-    Trap: the sign of a component is arbitrary; here it is that of the mean difference. And the differences must not be
-    centred: what they have in common is what we want, and centring would remove it. (RepE shuffles each pair first,
-    to the same end.)
+    Zou et al. 2023. Each vector has norm 1, so a coeff does less in late layers, where the stream is larger.
+    Trap: the sign of a component is arbitrary; here it is that of the mean difference. And do not centre: it
+    would remove what all differences have in common, which we want. (RepE shuffles each pair to that end.)
     """
     for layer in layers:
         model.check_layer(layer)
