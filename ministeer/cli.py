@@ -131,8 +131,8 @@ def parser() -> argparse.ArgumentParser:
         draw.add_argument(name, type=type(default), default=default, metavar="X", help=f"default {default}")
     steer.add_argument("--json", action="store_true", help="print one JSON object instead of columns")
 
-    fetch = command("fetch", run_fetch, "put a checkpoint into the weights folder",
-                    "Put a checkpoint into $MINISTEER_WEIGHTS, or into ./weights if that is not set.")
+    fetch = command("fetch", run_fetch, "put a checkpoint on this computer",
+                    "Put a checkpoint into $MINISTEER_WEIGHTS if it is set, else into ./weights if there\nis one, else into your cache folder.")
     fetch.add_argument("name", metavar="NAME",
                        help="a known name (`ministeer models`), or owner/repo on the Hugging Face Hub")
     command("models", run_models, "list the known checkpoints and which are here")
@@ -141,8 +141,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run_demo(args: argparse.Namespace) -> None:
     import_torch()
-    from .checkpoints.fetch import DEFAULT, fetch
-    from .checkpoints.weights import load
+    from .checkpoints.fetch import DEFAULT
+    from .checkpoints.loading import load
     from .evaluation.judges import WEDDING_WORDS, count_words
     from .evaluation.stats import wilson
     from .faster import fast
@@ -150,7 +150,7 @@ def run_demo(args: argparse.Namespace) -> None:
     from .steering import random_like, steering_vector
     from .utils import check_whole
     n, sampling = check_whole("-n", args.n, 1), {**SAMPLING, "seed": args.seed}
-    model, tokenizer = load(fetch(DEFAULT))
+    model, tokenizer = load(DEFAULT, fetch=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # a model that cannot be packed is only slower
         model = fast(model)
@@ -177,7 +177,7 @@ def run_demo(args: argparse.Namespace) -> None:
 def run_steer(args: argparse.Namespace) -> None:
     import_torch()
     from .checkpoints.fetch import DEFAULT
-    from .checkpoints.weights import load
+    from .checkpoints.loading import load
     from .generation import generate
     from .steering import Steer, steering_vector
     if (args.plus is None) == (args.vector is None):
@@ -227,16 +227,18 @@ def run_fetch(args: argparse.Namespace) -> None:
 
 
 def run_models(args: argparse.Namespace) -> None:
-    from .checkpoints.fetch import DEFAULT, KNOWN, weights_root
-    root = weights_root()
-    configs = [path for pattern in ("*/config.json", "*/*/config.json") for path in root.glob(pattern)]
-    here = {path.parent.relative_to(root).as_posix() for path in configs}
+    from .checkpoints.fetch import DEFAULT, KNOWN, roots
+    here = {}
+    for root in reversed(roots()):          # the first root wins, as in `load`
+        for pattern in ("*/config.json", "*/*/config.json"):
+            here |= {path.parent.relative_to(root).as_posix(): root for path in root.glob(pattern)}
     for name, source in KNOWN.items():
         state = "here" if name in here else "default" if name == DEFAULT else ""
         print(f"{name:17} {state:8} {source.size:>7}  {source.licence}\n    {source.what}")
-    others = sorted(name for name in here - set(KNOWN) if not name.startswith("."))
-    if others:
-        print(f"\nalso in {root}: {', '.join(others)}")
+    others = {name: root for name, root in sorted(here.items()) if name not in KNOWN and name[0] != "."}
+    for root in dict.fromkeys(others.values()):
+        names = [name for name, place in others.items() if place == root]
+        print(f"\nalso in {root}: {', '.join(names)}")
 
 
 def import_torch() -> None:
