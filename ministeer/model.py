@@ -85,13 +85,17 @@ class LM(nn.Module):
 
         x (B, T, d_model): resid[first_layer] before any addition there, at the absolute positions pos (T,)
         To try many Steers at layer l, start each time from one recorded resid[l].
-        Raises ValueError for a cache without all blocks, which would leave gaps in it.
+        Raises ValueError for blocks that are not there, and for a cache without all blocks, which would get gaps.
         """
         if cache and (first_layer > 0 or stop_layer is not None):
             raise ValueError("a cache needs all blocks; leave out first_layer and stop_layer, or the cache.")
+        stop = self.config.n_layer if stop_layer is None else stop_layer
+        if not 0 <= first_layer <= stop <= self.config.n_layer:
+            raise ValueError(f"first_layer {first_layer}, stop_layer {stop}: "
+                             f"0 <= first_layer <= stop_layer <= {self.config.n_layer}.")
         rope = self.rope(pos)
         resid = []
-        for l in range(first_layer, self.config.n_layer if stop_layer is None else stop_layer):
+        for l in range(first_layer, stop):
             for s in steer:
                 if s.layer == l:
                     x = x + s.delta(pos).to(x)      # activation addition: x + c (h+ - h-)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import attend
 from ..faster import Packed
-from .many_pairs import differences
+from .many_pairs import check_pairs, differences
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -46,8 +46,7 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     if any(isinstance(part, Packed) for part in model.modules()):
         raise ValueError("iti changes a bias of each block, and the blocks of this fast model are packed. "
                          "Pass the plain model, then call ministeer.fast on the result.")
-    if len(plus) != len(minus) or len(plus) < 4:
-        raise ValueError(f"the probes need four or more pairs; given: {len(plus)} plus, {len(minus)} minus.")
+    check_pairs(plus, minus, 4)         # the probes are fitted on half of them
     outputs = [torch.stack([head_outputs(model, torch.tensor([tokenizer.encode(text)], device=model.device))
                             for text in texts]) for texts in (plus, minus)]
     a, b = outputs                                                              # (n, n_layer, n_head, d_head)

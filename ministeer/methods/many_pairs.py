@@ -30,10 +30,17 @@ def last_states(model: LM, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor
 
 def differences(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str]) -> Tensor:
     """h+ - h- at the last token of each pair -> (n, n_layer + 1, d_model). Raises ValueError for n < 2."""
-    if len(plus) != len(minus) or len(plus) < 2 or isinstance(plus, str):
-        raise ValueError("pairs need two or more texts, as many plus as minus; "
-                         f"given: {len(plus)} and {len(minus)}.")
+    check_pairs(plus, minus, 2)
     return last_states(model, tokenizer, plus) - last_states(model, tokenizer, minus)
+
+
+def check_pairs(plus: Sequence[str], minus: Sequence[str], least: int) -> None:
+    """Raises ValueError unless these are two lists of equally many texts, at least so many."""
+    if isinstance(plus, str) or isinstance(minus, str):
+        raise ValueError("plus and minus must be lists of texts; given: a single text.")
+    if len(plus) != len(minus) or len(plus) < least:
+        raise ValueError(f"this needs {least} or more pairs of texts, as many plus as minus; "
+                         f"given: {len(plus)} plus, {len(minus)} minus.")
 
 
 def caa(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str], layer: int) -> Steer:
