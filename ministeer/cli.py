@@ -132,7 +132,8 @@ def parser() -> argparse.ArgumentParser:
     steer.add_argument("--json", action="store_true", help="print one JSON object instead of columns")
 
     fetch = command("fetch", run_fetch, "put a checkpoint on this computer",
-                    "Put a checkpoint into $MINISTEER_WEIGHTS if it is set, else into ./weights if there\nis one, else into your cache folder.")
+                    "Put a checkpoint into $MINISTEER_WEIGHTS if it is set, else into ./weights if\n"
+                    "there is one, else into your cache folder.")
     fetch.add_argument("name", metavar="NAME",
                        help="a known name (`ministeer models`), or owner/repo on the Hugging Face Hub")
     command("models", run_models, "list the known checkpoints and which are here")

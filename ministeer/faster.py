@@ -17,6 +17,8 @@ from . import gpt2, llama
 from .attention import KVCache, attend, merge_heads
 from .model import LM
 
+Rotation = tuple[Tensor, Tensor] | None      # cos and sin, where a family turns queries and keys
+
 
 def fast(model: LM, compile: bool = False) -> LM:
     """A model -> one that computes the same, up to rounding, faster. Both share what is not packed.
@@ -169,7 +171,7 @@ class FastBlock(nn.Module):
     compiled = False
     parts: tuple[str, str, str, str]
 
-    def forward(self, x: Tensor, l: int, rope=None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, l: int, rope: Rotation = None, cache: KVCache | None = None) -> Tensor:
         if x.shape[1] > 1:
             return super().forward(x, l, rope, cache)
         run = compiled if self.compiled and len(x) == 1 else lambda half: half
@@ -178,7 +180,7 @@ class FastBlock(nn.Module):
         mixed = (attend_one if q.dtype == torch.bfloat16 else attend)(q, k, v)
         return run(FastBlock.after)(self, x, mixed)
 
-    def before(self, x: Tensor, rope) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, x: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         norm, attention, _, _ = self.parts
         return getattr(self, attention).qkv(getattr(self, norm)(x), rope)
 

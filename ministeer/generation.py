@@ -19,8 +19,8 @@ from .utils import batches, check_number, check_whole
 
 if TYPE_CHECKING:
     from .checkpoints.tokenizer import Tokenizer
-    from .model import LM, Steers
-    from .steering import Steer
+    from .model import LM
+    from .steering import Steer, Steers
 
 Step = Callable[[Tensor], Tensor]       # new ids (B, T) -> logits (B, n_vocab) of the token that follows
 

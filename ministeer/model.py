@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .attention import KVCache
 
-if TYPE_CHECKING:
-    from .steering import Steer
-    Steers = Steer | Sequence[Steer]
+
+class Addition(Protocol):
+    """What the loop asks of a Steer (steering.py): the block before which it adds, and what it adds there."""
+    layer: int
+
+    def delta(self, pos: Tensor) -> Tensor: ...
+
+
+Additions = Addition | Sequence[Addition]
 
 
 class LM(nn.Module):
@@ -52,20 +58,20 @@ class LM(nn.Module):
         shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.parameters()}
         return copy.deepcopy(self, shared)
 
-    def forward(self, ids: Tensor, steer: Steers = (), cache: KVCache | None = None, *,
+    def forward(self, ids: Tensor, steer: Additions = (), cache: KVCache | None = None, *,
                 last_only: bool = False) -> tuple[Tensor, list[Tensor]]:
         """-> logits (B, T, n_vocab), resid: a list of n_layer + 1 tensors (B, T, d_model).
 
         resid[l] is what block l reads; resid[n_layer] is what the final norm reads.
         ids (B, T): token numbers, a whole sequence or what follows the positions in `cache`
-        steer: Steers, each added to what its block reads
+        steer: Additions, each added to what its block reads
         cache: a KVCache, or None to keep nothing
         last_only: compute the logits of the last position only, (B, 1, n_vocab)
         Raises ValueError if ids, steer or cache do not fit this model or each other.
         """
         return self.read(ids, self.check(ids, steer, cache), cache, last_only)
 
-    def read(self, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache | None,
+    def read(self, ids: Tensor, steer: tuple[Addition, ...], cache: KVCache | None,
              last_only: bool) -> tuple[Tensor, list[Tensor]]:
         """`forward` without its checks, which would wait for the device: for tokens that were just drawn."""
         start = len(cache) if cache else 0
@@ -73,19 +79,19 @@ class LM(nn.Module):
         resid = self.run(self.embed(ids, pos), pos, steer, cache)
         return self.unembed(resid[-1][:, -1:] if last_only else resid[-1]), resid
 
-    def residuals(self, ids: Tensor, steer: Steers = (), stop_layer: int | None = None) -> list[Tensor]:
+    def residuals(self, ids: Tensor, steer: Additions = (), stop_layer: int | None = None) -> list[Tensor]:
         """[resid[0], …, resid[stop_layer]] of ids (B, T), without logits; later blocks do not run."""
         steer = self.check(ids, steer, None)
         pos = torch.arange(ids.shape[1], device=ids.device)
         return self.run(self.embed(ids, pos), pos, steer, stop_layer=stop_layer)
 
-    def run(self, x: Tensor, pos: Tensor, steer: Sequence[Steer] = (), cache: KVCache | None = None,
+    def run(self, x: Tensor, pos: Tensor, steer: Sequence[Addition] = (), cache: KVCache | None = None,
             first_layer: int = 0, stop_layer: int | None = None) -> list[Tensor]:
         """The loop over blocks first_layer … stop_layer - 1 -> [resid[first_layer], …, resid[stop_layer]].
 
         x (B, T, d_model): resid[first_layer] before any addition there, at the absolute positions pos (T,)
         To try many Steers at layer l, start each time from one recorded resid[l].
-        Raises ValueError for blocks that are not there, and for a cache without all blocks, which would get gaps.
+        Raises ValueError for blocks that do not exist, and for a cache without all blocks: it would get gaps.
         """
         if cache and (first_layer > 0 or stop_layer is not None):
             raise ValueError("a cache needs all blocks; leave out first_layer and stop_layer, or the cache.")
@@ -113,7 +119,7 @@ class LM(nn.Module):
             return self.lm_head(x)
         return x @ self.get_parameter(self.embedding_name).T        # tied: the head is the embedding
 
-    def check(self, ids: Tensor, steer: Steers, cache: KVCache | None) -> tuple[Steer, ...]:
+    def check(self, ids: Tensor, steer: Additions, cache: KVCache | None) -> tuple[Addition, ...]:
         """Refuse bad input before anything runs. Returns the Steers as a tuple."""
         is_ids = isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32)
         if not is_ids or ids.ndim != 2 or 0 in ids.shape:
@@ -143,7 +149,7 @@ class LM(nn.Module):
             cache.steer = steer
         return steer
 
-    def check_steer(self, steer: Steers, batch: int, length: int | None = None) -> tuple[Steer, ...]:
+    def check_steer(self, steer: Additions, batch: int, length: int | None = None) -> tuple[Addition, ...]:
         """The Steers as a tuple, if all fit this model, `batch` rows and a prompt of `length` tokens.
 
         length: None if the prompt may come in chunks

@@ -186,6 +186,9 @@ class Steer:
             raise ValueError(f"{path} is not a steering vector that ministeer saved: {error}") from None
 
 
+Steers = Steer | Sequence[Steer]
+
+
 def steering_vector(model: LM, tokenizer: Tokenizer, plus: str, minus: str, layer: int) -> Steer:
     """h+ - h-: the residual stream of `plus` minus that of `minus` before block `layer` -> a Steer, coeff 1.
 

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from ..checkpoints.tokenizer import Tokenizer
 from ..model import LM
-from ..steering import Steer, steering_vectors
+from ..steering import Steers, steering_vectors
 from ..utils import batches
-
-Steers = Steer | Sequence[Steer]
 
 
 @torch.no_grad()
