@@ -1,4 +1,4 @@
-"""Steer, steering_vector and the controls. What the model does with them: test_identities.py, test_parity.py."""
+"""Steer, steering_vector and the controls. For what the model does with them, see test_identities.py."""
 
 import os
 import subprocess
@@ -216,17 +216,17 @@ def test_rejects_files_that_are_not_safetensors(tmp_path, content):
 
 def test_rejects_safetensors_files_that_hold_no_steer(love, tmp_path):
     path = tmp_path / "x.safetensors"
-    good = '{"layer": 0, "start": 1, "coeff": 1, "model": "", "note": {}}'
-    for tensors, metadata in [
-        ({"vector": love.vector}, None),
-        ({"vector": love.vector}, {"steer": "[1]"}),
-        ({"vector": love.vector}, {"steer": "{"}),
-        ({"other": love.vector}, {"steer": good}),
-        ({"vector": love.vector}, {"steer": good.replace('"layer": 0', '"layer": -3')}),
-        ({"vector": love.vector * float("nan")}, {"steer": good}),
+    good = '{"layer": 0, "start": 1, "coeff": 1, "fingerprint": "", "note": {}}'
+    for tensors, metadata, reason in [
+        ({"vector": love.vector}, None, "'steer'"),
+        ({"vector": love.vector}, {"steer": "[1]"}, "list indices"),
+        ({"vector": love.vector}, {"steer": "{"}, "Expecting property name"),
+        ({"other": love.vector}, {"steer": good}, "vector"),
+        ({"vector": love.vector}, {"steer": good.replace('"layer": 0', '"layer": -3')}, "layer must be"),
+        ({"vector": love.vector * float("nan")}, {"steer": good}, "NaN or infinite"),
     ]:
         save_file(tensors, path, metadata)
-        with pytest.raises(ValueError, match="is not a steering vector that ministeer saved"):
+        with pytest.raises(ValueError, match=f"is not a steering vector that ministeer saved: .*{reason}"):
             Steer.load(path)
     save_file({"vector": love.vector}, path, {"steer": good})
     assert torch.equal(Steer.load(path).vector, love.vector)
@@ -289,7 +289,7 @@ def test_sink_share_of_four_dimensions_or_fewer_is_1(shape):
 @pytest.mark.parametrize(("share", "warns"), [(0.0, False), (0.5, False), (0.51, True), (1.0, True)])
 def test_warns_if_more_than_half_of_a_vector_is_a_sink(tiny, monkeypatch, share, warns):
     monkeypatch.setattr("ministeer.steering.sink_share", lambda vector: share)
-    steering_vector(*tiny, "I love you", "I hate", layer=1)     # so narrow a model gives no warning, which would raise
+    steering_vector(*tiny, "I love you", "I hate", layer=1)     # NARROW models give no warning
     monkeypatch.setattr("ministeer.steering.NARROW", 32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -327,7 +327,8 @@ def test_public_names():
 
 
 def test_submodules_are_imported_on_access():
-    code = "import ministeer as m; print(m.generation.stream.__name__, m.generate.__name__, m.evaluation.__name__)"
+    names = ["m.generation.stream.__name__", "m.generate.__name__", "m.evaluation.__name__"]
+    code = f"import ministeer as m; print({', '.join(names)})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.split() == ["stream", "generate", "ministeer.evaluation"]
 
