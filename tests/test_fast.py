@@ -37,7 +37,7 @@ def one_by_one(model, ids):
 
 
 def compiled(model):
-    torch.compiler.reset()      # torch compiles a function for eight models at most, and these tests have more
+    torch.compiler.reset()      # torch compiles a function for eight models only, and these tests have more
     quick = fast(model, compile=True)
     assert isinstance(quick.blocks[0], FastBlock)
     return quick
