@@ -1,7 +1,7 @@
 """What holds for the residual stream, the addition and the cache whatever the weights, in both families.
 
-"Equal" is bitwise where the same numbers are computed in the same order, and up to float32's rounding where the
-order may differ.
+"Equal" is bitwise where the same numbers are computed in the same order, and up to float32's rounding
+where the order may differ.
 """
 
 from dataclasses import replace
