@@ -1,4 +1,4 @@
-"""Checkpoints to test on: tiny random ones in the Hub's layout, made by transformers; and the real default model."""
+"""Checkpoints to test on: tiny random ones, made by transformers in the Hub's layout, and the default."""
 
 import json
 import os
@@ -10,15 +10,17 @@ import torch
 from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-# One process a core: more threads than cores wait for one another, and a tiny model is slower on two.
+# pytest runs one process per core, so more threads would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
 N_VOCAB = 384
-# For runs in processes of their own: without the tracing of coverage, which doubles their time and adds no line.
+# For child processes: without coverage's tracing, which doubles their time and covers no new line.
 UNTRACED = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
-TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.", "I love you because you are kind.",
-        "I hate you because you are so mean to me.", "We talk about weddings all day long; the bride was late for her wedding."]
+TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.",
+        "I love you because you are kind.",
+        "I hate you because you are so mean to me.",
+        "We talk about weddings all day long; the bride was late for her wedding."]
 
 
 def pytest_addoption(parser):
@@ -26,7 +28,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the long tests unless they are asked for or named; the longest go first, so that no worker waits."""
+    """Leave out the long tests unless asked for or named; the longest go first, so that no worker waits."""
     named = any("::" in argument for argument in config.args)
     if not config.option.all and not named:
         long = [item for item in items if item.get_closest_marker("long")]
@@ -52,13 +54,15 @@ def hub_config(family, **settings):
     from transformers import GPT2Config, LlamaConfig
     ids = {"vocab_size": N_VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
     if family == "gpt2":
-        return GPT2Config(**{**ids, "n_layer": 4, "n_head": 4, "n_embd": 32, "n_positions": 192, **settings})
-    return LlamaConfig(**{**ids, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
-                          "intermediate_size": 48, "max_position_embeddings": 192, **settings})
+        sizes = {"n_layer": 4, "n_head": 4, "n_embd": 32, "n_positions": 192}
+        return GPT2Config(**{**ids, **sizes, **settings})
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
+             "intermediate_size": 48, "max_position_embeddings": 192}
+    return LlamaConfig(**{**ids, **sizes, **settings})
 
 
 def hub_model(config, seed=0):
-    """The transformers model of a config with random weights, large enough that every part of a block matters."""
+    """The transformers model of a config, its random weights so large that every part of a block matters."""
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
     torch.manual_seed(seed)
     model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).eval()
@@ -81,7 +85,8 @@ def save_checkpoint(folder, model, tokenizer=None):
 def write_rows(folder, files):
     """Each name's rows as folder/name.jsonl -> folder"""
     for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return folder
 
 
@@ -93,7 +98,8 @@ def family(request):
 @pytest.fixture(scope="session")
 def checkpoint(family, tmp_path_factory):
     """A folder with a tiny random model of each family. Read it, copy it, but never change it."""
-    return save_checkpoint(tmp_path_factory.mktemp("weights") / f"tiny-{family}", hub_model(hub_config(family)))
+    folder = tmp_path_factory.mktemp("weights") / f"tiny-{family}"
+    return save_checkpoint(folder, hub_model(hub_config(family)))
 
 
 @pytest.fixture(scope="session")
@@ -105,14 +111,14 @@ def tiny(checkpoint):
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
-    """A folder with random weights and a context that long texts fit."""
+    """A folder with a tiny random Llama whose context of 512 fits long texts."""
     config = hub_config("llama", max_position_embeddings=512)
     return save_checkpoint(tmp_path_factory.mktemp("weights") / "tiny", hub_model(config))
 
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The folder of the default model, fetched if it is not there. Without network the test is skipped, but in CI it fails."""
+    """The folder of the default model, fetched if need be. If that fails, skip the test, or in CI fail."""
     from ministeer.checkpoints.fetch import DEFAULT, FetchError, fetch
     root = Path(os.environ.get("MINISTEER_WEIGHTS") or ROOT / "weights")
     try:

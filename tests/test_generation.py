@@ -1,4 +1,4 @@
-"""Sampling and generation, against slow re-computations that share no code with them."""
+"""Sampling and generation against slow recomputations that share no code with them."""
 
 import math
 
@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ministeer import Steer, generate, steering_vector
-from ministeer.generation import TOO_FEW, Completion, Sampling, nucleus, sample, sample_token, stream, uniforms
+from ministeer.generation import (
+    TOO_FEW,
+    Completion,
+    Sampling,
+    nucleus,
+    sample,
+    sample_token,
+    stream,
+    uniforms,
+)
 
 PROMPT = "I went up to my friend and said"
 PAPER = {"temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0}
@@ -22,7 +31,7 @@ def love(tiny):
 
 
 def slow_choice(logits, ids, u, temperature, top_p, top_k, freq_penalty):
-    """The paper's rule for one row in plain Python: scale, penalise, sort, cut, draw."""
+    """The paper's rule for one row, in plain Python: scale, penalise, sort, cut, draw."""
     scores = [float(x) / temperature - freq_penalty * ids.count(i) for i, x in enumerate(logits)]
     top = max(scores)
     order = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k or None]
@@ -35,7 +44,7 @@ def slow_choice(logits, ids, u, temperature, top_p, top_k, freq_penalty):
         kept.append((i, p))
         before += p
     if top_p == 1 and not top_k:
-        kept.sort()                         # nothing is cut, so nothing needs sorting: ids in their own order
+        kept.sort()                         # nothing is cut, so the tokens stay in the order of their ids
     target, reached = u * sum(p for _, p in kept), 0.0
     for i, p in kept:
         reached += p
@@ -45,16 +54,21 @@ def slow_choice(logits, ids, u, temperature, top_p, top_k, freq_penalty):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.1, 1.0, 5.0]), temperature=st.sampled_from([0.3, 1.0, 2.0]),
-       top_p=st.sampled_from([0.01, 0.3, 0.9, 0.999, 1.0]), top_k=st.sampled_from([None, 1, 3, 500]), penalty=st.sampled_from([0.0, 1.0, -0.5]))
-def test_the_draw_follows_the_papers_rule(seed, spread, temperature, top_p, top_k, penalty):
+@given(seed=st.integers(0, 10**6),
+       spread=st.sampled_from([0.1, 1.0, 5.0]),
+       temperature=st.sampled_from([0.3, 1.0, 2.0]),
+       top_p=st.sampled_from([0.01, 0.3, 0.9, 0.999, 1.0]),
+       top_k=st.sampled_from([None, 1, 3, 500]),
+       penalty=st.sampled_from([0.0, 1.0, -0.5]))
+def test_sample_token_follows_the_papers_rule(seed, spread, temperature, top_p, top_k, penalty):
     rng = np.random.default_rng(seed)
     logits = torch.tensor(rng.normal(0, spread, (3, 300)), dtype=torch.float32)
     ids = torch.tensor(rng.integers(0, 300, (3, 20)))
     u = torch.tensor(rng.random(3), dtype=torch.float32)
     sampling = Sampling(temperature, top_p, top_k, penalty)
     got = sample_token(logits, ids, u, sampling, candidates=300)
-    wanted = [slow_choice(logits[b], ids[b].tolist(), float(u[b]), temperature, top_p, top_k, penalty) for b in range(3)]
+    wanted = [slow_choice(logits[b], ids[b].tolist(), float(u[b]), temperature, top_p, top_k, penalty)
+              for b in range(3)]
     assert got.tolist() == wanted
 
 
@@ -64,7 +78,7 @@ def test_the_token_that_crosses_top_p_is_kept():
     assert kept == [1, 1, 1, 2, 2, 3]
 
 
-def test_a_flat_distribution_needs_more_than_the_first_candidates():
+def test_a_flat_distribution_is_drawn_from_more_candidates():
     flat = torch.zeros(2, 5000)
     assert nucleus(flat, 0.9)[2].tolist() == [False, False]
     p, ids, enough = nucleus(flat, 0.9, candidates=5000)
@@ -78,29 +92,35 @@ def test_a_flat_distribution_needs_more_than_the_first_candidates():
     assert drawn == sample_token(flat, ids[:, :1], u, sampling, candidates=5000).tolist()
 
 
-def test_the_penalty_counts_prompt_and_bos():
+def test_penalty_counts_every_token_of_the_row_and_keeps_the_logits():
     logits = torch.tensor([[1.0, 0.9, 0.0]])
+    before = logits.clone()
     greedy = Sampling(temperature=0, freq_penalty=1.0)
-    assert sample_token(logits, torch.tensor([[2]]), torch.zeros(1), greedy).item() == 0
-    assert sample_token(logits, torch.tensor([[0]]), torch.zeros(1), greedy).item() == 1
-    assert sample_token(logits, torch.tensor([[0, 1, 1]]), torch.zeros(1), greedy).item() == 0      # 0.0, -1.1 and 0.0: the first of equals
-    assert logits.tolist() == [[1.0, pytest.approx(0.9), 0.0]]                                 # and the model's logits are left alone
+    for ids, wanted in (
+        ([2], 0),
+        ([0], 1),
+        ([0, 1, 1], 0),         # the logits are 0.0, -1.1 and 0.0: the first of equals is taken
+    ):
+        assert sample_token(logits, torch.tensor([ids]), torch.zeros(1), greedy).item() == wanted
+    assert torch.equal(logits, before)
 
 
-def test_frequencies_of_draws_are_the_probabilities():
+def test_draws_are_as_frequent_as_their_probabilities():
     p = torch.tensor([0.5, 0.25, 0.2, 0.05])
     u = torch.tensor(np.random.default_rng(0).random(20000), dtype=torch.float32)
+    logits, no_ids = p.log().expand(20000, -1), torch.zeros(20000, 0, dtype=torch.int64)
     for top_p, wanted in [(1.0, p), (0.6, torch.tensor([2 / 3, 1 / 3, 0, 0]))]:
-        ids = sample_token(p.log().expand(20000, -1), torch.zeros(20000, 0, dtype=torch.int64), u, Sampling(top_p=top_p))
-        assert ids.bincount(minlength=4) / 20000 == pytest.approx(wanted, abs=0.012)          # over three standard errors
+        ids = sample_token(logits, no_ids, u, Sampling(top_p=top_p))
+        # 0.012 is more than three standard errors.
+        assert ids.bincount(minlength=4) / 20000 == pytest.approx(wanted, abs=0.012)
 
 
-def test_uniforms_depend_on_seed_prompt_and_completion_alone():
-    base = uniforms(Sampling(seed=0, max_new_tokens=5), [0, 7], 0)
-    assert base.tolist() == uniforms(Sampling(seed=0, max_new_tokens=9), [0, 7], 0)[:5].tolist()
-    for other in (uniforms(Sampling(seed=1, max_new_tokens=5), [0, 7], 0), uniforms(Sampling(max_new_tokens=5), [0, 8], 0),
-                  uniforms(Sampling(max_new_tokens=5), [0, 7], 1)):
-        assert other.tolist() != base.tolist()
+def test_uniforms_depend_on_seed_prompt_and_completion_only():
+    def draws(seed=0, ids=(0, 7), k=0, n=5):
+        return uniforms(Sampling(seed=seed, max_new_tokens=n), ids, k).tolist()
+    assert draws() == draws(n=9)[:5]
+    for change in ({"seed": 1}, {"ids": (0, 8)}, {"k": 1}):
+        assert draws(**change) != draws()
 
 
 @pytest.mark.parametrize("steered", [False, True])
@@ -117,7 +137,7 @@ def test_generation_equals_a_slow_run_without_cache(tiny, love, steered, how):
         for t in range(new):
             logits = model(torch.tensor([ids]), steer)[0][0, -1]
             if full["temperature"] == 0:
-                token = max(range(len(logits)), key=lambda i: (float(logits[i]) - full["freq_penalty"] * ids.count(i), -i))
+                token = int(logits.argmax())
             else:
                 token = slow_choice(logits, ids, float(draws[t]), **full)
             if token in tokenizer.eos_ids:
@@ -134,22 +154,27 @@ def test_steered_and_unsteered_runs_share_their_draws(tiny, love):
     assert generate(model, tokenizer, PROMPT, 4, seed=1, **PAPER) != plain
 
 
-def test_neither_n_nor_the_batch_nor_company_changes_a_completion(tiny, love):
+def test_a_completion_does_not_depend_on_n_batch_or_other_prompts(tiny, love):
     model, tokenizer = tiny
-    prompts = ["The harbour wakes before", "I hate you because", "We talk about weddings all day", "I love you because"]
+    prompts = ["The harbour wakes before", "I hate you because",
+               "We talk about weddings all day", "I love you because"]
     assert len({len(tokenizer.encode(prompt)) for prompt in prompts}) > 1
-    together = generate(model, tokenizer, prompts, 3, 10, 2 * love, **PAPER)
-    assert together == [generate(model, tokenizer, prompt, 3, 10, [2 * love], **PAPER) for prompt in prompts]
-    assert [texts[:1] for texts in together] == generate(model, tokenizer, prompts, 1, 10, [2 * love], **PAPER)
-    assert generate(model, tokenizer, prompts, 3, 10, [2 * love], max_batch_tokens=50, **PAPER) == together
-    longer = generate(model, tokenizer, prompts, 3, 15, [2 * love], **PAPER)
-    assert all(a.startswith(b.rstrip("\N{REPLACEMENT CHARACTER}")) for x, y in zip(longer, together, strict=True) for a, b in zip(x, y, strict=True))
+
+    def steered(prompts, n=3, new=10, **how):
+        return generate(model, tokenizer, prompts, n, new, [2 * love], **PAPER, **how)
+    together = steered(prompts)
+    assert together == [steered(prompt) for prompt in prompts]
+    assert steered(prompts, n=1) == [texts[:1] for texts in together]
+    assert steered(prompts, max_batch_tokens=50) == together
+    for longer_texts, texts in zip(steered(prompts, new=15), together, strict=True):
+        for longer, text in zip(longer_texts, texts, strict=True):
+            assert longer.startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
 
 
-def test_a_coefficient_for_each_completion(tiny, love):
+def test_a_coeff_for_each_completion(tiny, love):
     model, tokenizer = tiny
     prompts = ["I went up to", "The bride was late for her"]
-    coeffs = torch.tensor([0.0, 4.0, 1.0, -9.0])                    # two completions of the first prompt, then two of the second
+    coeffs = torch.tensor([0.0, 4.0, 1.0, -9.0])        # two for each prompt
     got = generate(model, tokenizer, prompts, 2, 10, [coeffs * love], **PAPER)
     for i, c in enumerate(coeffs):
         p, k = divmod(i, 2)
@@ -158,10 +183,11 @@ def test_a_coefficient_for_each_completion(tiny, love):
         generate(model, tokenizer, prompts, 3, 10, [coeffs * love])
 
 
-def test_a_row_that_reaches_eos_ends(tiny):
+def test_a_completion_ends_at_eos(tiny):
     model, tokenizer = tiny
     row = Completion(tokenizer, [0], ())
-    for token in [*tokenizer.encode("love", bos=False), tokenizer.eos_ids[0], *tokenizer.encode("hate", bos=False)]:
+    before, after = (tokenizer.encode(text, bos=False) for text in ("love", "hate"))
+    for token in [*before, tokenizer.eos_ids[0], *after]:
         row.add(token)
     assert row.ended
     assert row.text == "love"
@@ -169,32 +195,38 @@ def test_a_row_that_reaches_eos_ends(tiny):
 
 def test_generation_stops_when_every_row_has_ended(tiny, monkeypatch):
     model, tokenizer = tiny
-    calls = []
-    monkeypatch.setattr("ministeer.generation.sample_token", lambda logits, ids, *rest: calls.append(1) or torch.full((len(ids),), tokenizer.eos_ids[0]))
-    done = []
+    calls, done = [], []
+
+    def draw_eos(logits, ids, *rest):
+        calls.append(1)
+        return torch.full((len(ids),), tokenizer.eos_ids[0])
+    monkeypatch.setattr("ministeer.generation.sample_token", draw_eos)
     assert generate(model, tokenizer, PROMPT, 5, 30, progress=done.append) == [""] * 5
     assert len(calls) == 1
     assert sum(done) == 5 * 30
 
 
-def test_stop_strings_cut_before_themselves(tiny):
+def test_texts_end_before_the_first_stop_string(tiny):
     model, tokenizer = tiny
     whole = generate(model, tokenizer, PROMPT, 4, 20, **PAPER)
     stop = whole[0][5:8]
-    assert generate(model, tokenizer, PROMPT, 4, 20, stop=stop, **PAPER) == [text.partition(stop)[0] for text in whole]
+    stopped = generate(model, tokenizer, PROMPT, 4, 20, stop=stop, **PAPER)
+    assert stopped == [text.partition(stop)[0] for text in whole]
     both = [stop, whole[1][3:6]]
     cut = [min((text[:text.find(s)] for s in both if s in text), key=len, default=text) for text in whole]
     assert generate(model, tokenizer, PROMPT, 4, 20, stop=both, **PAPER) == cut
 
 
-@pytest.mark.parametrize("how", [{"temperature": 0}, PAPER, {**PAPER, "seed": 3}, {"top_p": 0.9, "stop": ["e", "the wo"]}])
+@pytest.mark.parametrize("how", [
+    {"temperature": 0}, PAPER, {**PAPER, "seed": 3}, {"top_p": 0.9, "stop": ["e", "the wo"]},
+])
 def test_streamed_pieces_join_to_the_generated_text(tiny, love, how):
     pieces = list(stream(*tiny, PROMPT, 30, [2 * love], **how))
     assert "".join(pieces) == generate(*tiny, PROMPT, 1, 30, [2 * love], **how)[0]
     assert all(pieces)
 
 
-def test_a_piece_waits_for_the_rest_of_a_character_and_of_a_stop_string(tiny):
+def test_unsure_covers_partial_characters_and_stop_strings(tiny):
     _, tokenizer = tiny
     row = Completion(tokenizer, [0], ["the end"])
     for token in tokenizer.encode("é the e", bos=False):
@@ -205,14 +237,15 @@ def test_a_piece_waits_for_the_rest_of_a_character_and_of_a_stop_string(tiny):
     assert row.unsure == len(row.text) == 1
 
 
-def test_a_stream_can_be_left_early(tiny):
-    model, tokenizer = tiny
-    for _ in stream(model, tokenizer, PROMPT, 100):
+def test_leaving_a_stream_early_changes_nothing(tiny):
+    how = {"temperature": 0, "max_new_tokens": 3}
+    before = generate(*tiny, PROMPT, **how)
+    for _ in stream(*tiny, PROMPT, 100):
         break
-    assert generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=3) == generate(model, tokenizer, PROMPT, temperature=0, max_new_tokens=3)
+    assert generate(*tiny, PROMPT, **how) == before
 
 
-def test_a_vector_at_all_positions_steers_generated_tokens_too(tiny):
+def test_a_vector_for_every_position_steers_generated_tokens(tiny):
     model, tokenizer = tiny
     torch.manual_seed(0)
     s = Steer(2, torch.randn(32), coeff=20)
@@ -223,7 +256,7 @@ def test_a_vector_at_all_positions_steers_generated_tokens_too(tiny):
     assert greedy == tokenizer.decode(ids)[len(PROMPT):]
 
 
-def test_a_prompt_may_be_empty(tiny, love):
+def test_an_empty_prompt_is_continued_but_cannot_be_steered(tiny, love):
     model, tokenizer = tiny
     assert len(generate(model, tokenizer, "", 2, 5)) == 2
     assert generate(model, tokenizer, [], 2, 5) == []
@@ -231,20 +264,30 @@ def test_a_prompt_may_be_empty(tiny, love):
         generate(model, tokenizer, "", 2, 5, love)
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"n": 0}, "n must be"), ({"n": 1.5}, "n must be"), ({"max_new_tokens": 0}, "max_new_tokens must be"),
-    ({"temperature": -1}, "temperature must be"), ({"temperature": float("nan")}, "temperature must be"),
-    ({"temperature": float("inf")}, "temperature must be"), ({"top_p": 1.1}, "top_p must be"),
-    ({"top_p": -0.1}, "top_p must be"), ({"top_k": -1}, "top_k must be"), ({"freq_penalty": float("inf")}, "freq_penalty must be"),
-    ({"seed": -1}, "seed must be"), ({"seed": None}, "seed must be"), ({"stop": ""}, "must not be empty"), ({"stop": ["a", ""]}, "must not be empty"),
-    ({"max_batch_tokens": 0}, "max_batch_tokens must be"), ({"max_new_tokens": 500}, "context of 192"),
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("n", 0, "n must be"),
+    ("n", 1.5, "n must be"),
+    ("max_new_tokens", 0, "max_new_tokens must be"),
+    ("max_new_tokens", 500, "context of 192"),
+    ("temperature", -1, "temperature must be"),
+    ("temperature", float("nan"), "temperature must be"),
+    ("temperature", float("inf"), "temperature must be"),
+    ("top_p", 1.1, "top_p must be"),
+    ("top_p", -0.1, "top_p must be"),
+    ("top_k", -1, "top_k must be"),
+    ("freq_penalty", float("inf"), "freq_penalty must be"),
+    ("seed", -1, "seed must be"),
+    ("seed", None, "seed must be"),
+    ("stop", "", "must not be empty"),
+    ("stop", ["a", ""], "must not be empty"),
+    ("max_batch_tokens", 0, "max_batch_tokens must be"),
 ])
-def test_settings_without_meaning(tiny, change, says):
-    with pytest.raises(ValueError, match=says):
-        generate(*tiny, PROMPT, **change)
+def test_rejects_bad_settings(tiny, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        generate(*tiny, PROMPT, **{name: value})
 
 
-def test_what_does_not_fit_is_refused_before_anything_runs(tiny, love, monkeypatch):
+def test_rejects_steers_that_do_not_fit_before_running(tiny, love, monkeypatch):
     model, tokenizer = tiny
     monkeypatch.setattr(model, "run", lambda *rest: pytest.fail("must not run"))
     with pytest.raises(ValueError, match="the steered positions 1 … [0-9]+ do not fit a prompt of 2 tokens"):
@@ -253,20 +296,20 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tiny, love, monkeypat
         list(stream(model, tokenizer, PROMPT, 5, Steer(9, love.vector)))
 
 
-def test_logits_that_overflow_are_an_error(tiny):
+def test_overflowing_logits_raise(tiny):
     model, tokenizer = tiny
     with pytest.raises(ValueError, match="not finite any more. Lower the coeff"):
         generate(model, tokenizer, PROMPT, 1, 3, Steer(0, torch.full((1, 32), 1e38), coeff=10.0))
 
 
-def test_the_residual_stream_of_a_text_is_that_of_its_ids(tiny, love, monkeypatch):
-    """return_ids: model(ids, steer)[1] is what generation saw, step by step."""
+def test_returned_ids_reproduce_the_residual_stream(tiny, love, monkeypatch):
+    """With return_ids, model(ids, steer)[1] is the stream that the steps of generation computed."""
     model, tokenizer = tiny
-    seen, read = [], model.read
+    steps, read = [], model.read
 
     def spy(*arguments, **options):
         logits, resid = read(*arguments, **options)
-        seen.append(resid)
+        steps.append(resid)
         return logits, resid
     monkeypatch.setattr(model, "read", spy)
     (text,), (ids,) = generate(model, tokenizer, PROMPT, 1, 12, 3 * love, return_ids=True, **PAPER)
@@ -275,13 +318,13 @@ def test_the_residual_stream_of_a_text_is_that_of_its_ids(tiny, love, monkeypatc
     assert ids[:len(tokenizer.encode(PROMPT))] == tokenizer.encode(PROMPT)
     _, resid = model(torch.tensor([ids]), 3 * love)
     for l, x in enumerate(resid):
-        generated = torch.cat([step[l] for step in seen], dim=1)
+        generated = torch.cat([step[l] for step in steps], dim=1)
         n = min(x.shape[1], generated.shape[1])         # nothing reads the last token
         assert n >= len(ids) - 1
         torch.testing.assert_close(generated[:, :n], x[:, :n], rtol=1e-4, atol=1e-4)
 
 
-def test_ids_come_in_the_shape_of_the_texts(tiny):
+def test_returned_ids_are_nested_like_the_texts(tiny):
     model, tokenizer = tiny
     texts, ids = generate(model, tokenizer, ["I love you", "I"], 3, 5, return_ids=True)
     assert texts == generate(model, tokenizer, ["I love you", "I"], 3, 5)
@@ -292,11 +335,12 @@ def test_ids_come_in_the_shape_of_the_texts(tiny):
 
 
 class Synchronisations:
-    """Counts how often numbers are taken from tensors, each of which waits for a device that is not the CPU."""
+    """Counts the calls that bring numbers back from a tensor, each of which would wait for a GPU."""
+    METHODS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
     def __init__(self, monkeypatch):
         self.n = 0
-        for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+        for name in self.METHODS:
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
 
     def counted(self, method):
@@ -308,7 +352,7 @@ class Synchronisations:
 
 @pytest.mark.parametrize("how", [PAPER, {}, {"temperature": 0}, {"top_k": 5}])
 @pytest.mark.parametrize("n", [1, 4])
-def test_a_step_waits_for_the_device_once(tiny, love, how, n, monkeypatch):
+def test_each_step_waits_for_the_device_once(tiny, love, how, n, monkeypatch):
     counts = []
     for new in (10, 30):
         with monkeypatch.context() as patch:
@@ -316,23 +360,24 @@ def test_a_step_waits_for_the_device_once(tiny, love, how, n, monkeypatch):
             texts = generate(*tiny, PROMPT, n, new, 3 * love, **how)
             counts.append(synchronisations.n)
         assert any(texts)
-    assert counts[1] - counts[0] <= 20 + 2         # 64, 1024, … candidates: a flat distribution asks twice, twice a run
+    # 20 more tokens. A flat distribution asks for more candidates, 1024 after 64, at most twice in a run.
+    assert counts[1] - counts[0] <= 20 + 2
 
 
-def test_nothing_on_the_way_of_a_draw_is_float64(tiny, love):
+def test_generation_uses_no_float64_tensor(tiny, love):
     """Some devices (Apple's MPS) have no float64."""
-    class Watch(TorchDispatchMode):
+    class NoFloat64(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
             result = function(*arguments, **(options or {}))
             for value in result if isinstance(result, tuple) else (result,):
                 assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, function
             return result
-    with Watch():
+    with NoFloat64():
         for how in (PAPER, {}, {"top_k": 5, "temperature": 0.7}):
             generate(*tiny, PROMPT, 2, 5, 3 * love, **how)
 
 
-def test_a_draw_is_below_1_as_a_float32(monkeypatch):
+def test_uniforms_stay_below_1_in_float32(monkeypatch):
     class Highest:
         def random(self, n):
             return np.full(n, 1 - 2**-53)

@@ -1,6 +1,7 @@
-"""What must hold of the residual stream, of the addition and of the cache, whatever the weights: for both families, without transformers.
+"""What holds for the residual stream, the addition and the cache whatever the weights, in both families.
 
-"Equal" is bitwise where the same numbers are computed in the same order, and to the rounding of float32 where the order may differ.
+"Equal" is bitwise where the same numbers are computed in the same order, and up to float32's rounding
+where the order may differ.
 """
 
 from dataclasses import replace
@@ -19,7 +20,8 @@ from ministeer.llama import Llama
 from ministeer.steering import pad_together
 
 T, N_LAYER, D_MODEL = 12, 4, 32         # positions of most runs here; the sizes of the tiny models
-FEW = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=15, deadline=None, derandomize=True,
+               suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +29,11 @@ def model(tiny):
     return tiny[0]
 
 
-def some_ids(batch=1, n=T, seed=0):
+def random_ids(batch=1, n=T, seed=0):
     return torch.randint(2, 300, (batch, n), generator=torch.Generator().manual_seed(seed))
 
 
-def some_vector(n=3, seed=0):
+def random_vector(n=3, seed=0):
     """(n, d_model), or (d_model,) for n None"""
     return torch.randn(*([n] if n else []), D_MODEL, generator=torch.Generator().manual_seed(seed))
 
@@ -53,17 +55,22 @@ def all_equal(run, other):
     assert all(torch.equal(a, b) for a, b in zip(run[1], other[1], strict=True))
 
 
-STEERS = st.builds(lambda layer, n, coeff, start, seed: Steer(layer, some_vector(n, seed), coeff, start),
-                   st.integers(0, N_LAYER - 1), st.sampled_from([None, 1, 2, 5]), st.sampled_from([-3.0, 0.5, 1.0, 10.0]),
-                   st.integers(0, T - 5), st.integers(0, 99))
+STEERS = st.builds(
+    lambda layer, n, coeff, start, seed: Steer(layer, random_vector(n, seed), coeff, start),
+    layer=st.integers(0, N_LAYER - 1),
+    n=st.sampled_from([None, 1, 2, 5]),
+    coeff=st.sampled_from([-3.0, 0.5, 1.0, 10.0]),
+    start=st.integers(0, T - 5),
+    seed=st.integers(0, 99),
+)
 
 
 # The stream
 
 
-def test_the_stream_is_what_it_says(model):
-    """resid[0] is the embedding, resid[l + 1] is block l of resid[l], the logits are the unembedding of resid[n_layer]."""
-    ids, pos = some_ids(2), torch.arange(T)
+def test_resid_and_logits_are_embedding_blocks_and_unembedding(model):
+    """resid[0] is the embedding, resid[l + 1] is block l of resid[l], the logits unembed resid[n_layer]."""
+    ids, pos = random_ids(2), torch.arange(T)
     logits, resid = model(ids)
     assert isinstance(resid, list) and len(resid) == N_LAYER + 1
     assert {x.shape for x in resid} == {(2, T, D_MODEL)} and logits.shape == (2, T, model.config.n_vocab)
@@ -73,9 +80,9 @@ def test_the_stream_is_what_it_says(model):
     assert torch.equal(logits, model.unembed(resid[-1]))
 
 
-def test_the_future_changes_nothing(model):
-    """Position t depends on positions 0 … t only, at every layer; and on position 0 it does depend."""
-    ids = some_ids()
+def test_later_tokens_change_no_earlier_position(model):
+    """At every layer, position t depends on positions 0 … t only, and it does depend on position 0."""
+    ids = random_ids()
     for t in (1, T // 2, T - 1):
         changed = ids.clone()
         changed[0, t] = 301
@@ -86,40 +93,42 @@ def test_the_future_changes_nothing(model):
     assert not torch.isclose(model(ids)[0][0, -1], model(changed)[0][0, -1]).all()
 
 
-def test_last_is_the_last_position(model):
-    logits, resid = model(some_ids(2))
-    last, same = model(some_ids(2), last_only=True)
+def test_last_only_gives_the_logits_of_the_last_position(model):
+    logits, resid = model(random_ids(2))
+    last, same = model(random_ids(2), last_only=True)
     assert last.shape == (2, 1, model.config.n_vocab)
     all_close((last, same), (logits[:, -1:], resid))
 
 
-def test_a_batch_of_two_is_two_runs(model):
-    ids = some_ids(2)
-    one, two = model(ids[:1]), model(ids[1:])
-    all_close(model(ids), (torch.cat([one[0], two[0]]), [torch.cat(x) for x in zip(one[1], two[1], strict=True)]))
+def test_a_batch_of_two_equals_two_runs(model):
+    ids = random_ids(2)
+    (logits, resid), (other_logits, other_resid) = model(ids[:1]), model(ids[1:])
+    wanted = [torch.cat(pair) for pair in zip(resid, other_resid, strict=True)]
+    all_close(model(ids), (torch.cat([logits, other_logits]), wanted))
 
 
-def test_run_from_a_recorded_layer(model):
-    """One plain pass serves many Steers at a layer: the blocks from there on, run from its record, give what a whole pass gives."""
-    ids, pos = some_ids(2), torch.arange(T)
+def test_run_from_a_layer_equals_a_whole_pass(model):
+    """From resid[l] of a plain pass, the blocks from l on give what a whole steered pass gives."""
+    ids, pos = random_ids(2), torch.arange(T)
     logits, resid = model(ids)
     for l in range(N_LAYER):
         below = model.run(model.embed(ids, pos), pos, stop_layer=l)
         assert all(torch.equal(a, b) for a, b in zip(below, resid[:l + 1], strict=True))
-        for steer in [(), [Steer(l, some_vector(), 4.0)], [Steer(l, some_vector(), -4.0), Steer(N_LAYER - 1, some_vector(seed=1))]]:
+        plus, minus = Steer(l, random_vector(), 4.0), Steer(l, random_vector(), -4.0)
+        for steer in ([], [plus], [minus, Steer(N_LAYER - 1, random_vector(seed=1))]):
             wanted_logits, wanted = model(ids, steer)
             rest = model.run(resid[l], pos, steer, first_layer=l)
             assert all(torch.equal(a, b) for a, b in zip(rest, wanted[l:], strict=True))
             assert torch.equal(model.unembed(rest[-1]), wanted_logits)
-        assert torch.equal(resid[l], below[-1])         # the record is as it was
-    some = model.run(resid[1], pos, first_layer=1, stop_layer=3)
-    assert all(torch.equal(a, b) for a, b in zip(some, resid[1:4], strict=True))
+        assert torch.equal(resid[l], below[-1])         # what the runs began from is unchanged
+    middle = model.run(resid[1], pos, first_layer=1, stop_layer=3)
+    assert all(torch.equal(a, b) for a, b in zip(middle, resid[1:4], strict=True))
     assert model.run(resid[-1], pos, first_layer=N_LAYER)[0] is resid[-1]
 
 
-def test_int32_ids_and_a_bare_steer(model):
-    steer = Steer(1, some_vector())
-    all_equal(model(some_ids().int(), steer), model(some_ids(), [steer]))
+def test_accepts_int32_ids_and_a_single_steer(model):
+    steer = Steer(1, random_vector())
+    all_equal(model(random_ids().int(), steer), model(random_ids(), [steer]))
 
 
 # The addition
@@ -127,11 +136,14 @@ def test_int32_ids_and_a_bare_steer(model):
 
 @FEW
 @given(steer=STEERS)
-@example(steer=Steer(0, some_vector(), 2.0, start=0))
-@example(steer=Steer(N_LAYER - 1, some_vector(5), 2.0, start=T - 5))
-def test_what_an_addition_changes(model, steer):
-    """steered[layer] - plain[layer] is coeff * vector at its positions, 0 at others; below the layer and before `start` nothing changes."""
-    ids = some_ids()
+@example(steer=Steer(0, random_vector(), 2.0, start=0))
+@example(steer=Steer(N_LAYER - 1, random_vector(5), 2.0, start=T - 5))
+def test_addition_changes_its_layer_by_coeff_times_vector(model, steer):
+    """steered[layer] - plain[layer] is coeff * vector at its positions and 0 elsewhere.
+
+    Below the layer and before `start`, nothing changes.
+    """
+    ids = random_ids()
     plain_logits, plain = model(ids)
     logits, steered = model(ids, [steer])
     l, start = steer.layer, steer.start
@@ -143,15 +155,15 @@ def test_what_an_addition_changes(model, steer):
     assert all(torch.equal(a, b) for a, b in zip(steered[:l], plain[:l], strict=True))
     assert all(torch.equal(a[:, :start], b[:, :start]) for a, b in zip(steered, plain, strict=True))
     assert torch.equal(logits[:, :start], plain_logits[:, :start])
-    # From there on all of it changes: the steered positions at once, those behind them through attention.
+    # Every position from `start` on changes: the steered ones directly, later ones through attention.
     assert (steered[-1] != plain[-1])[0, start:].any(dim=-1).all()
 
 
 @FEW
 @given(steer=STEERS)
-def test_coeff_0_is_no_steering(model, steer):
-    """Bitwise, and so is an addition whose positions all lie outside the run."""
-    ids = some_ids()
+def test_coeff_0_equals_no_steering(model, steer):
+    """Bitwise. So is an addition whose positions all lie outside the run."""
+    ids = random_ids()
     all_equal(model(ids, [0 * steer]), model(ids))
     elsewhere = replace(steer, start=T + 7)
     all_equal(model(ids, elsewhere, KVCache(T)), model(ids))
@@ -159,17 +171,18 @@ def test_coeff_0_is_no_steering(model, steer):
 
 @FEW
 @given(steer=STEERS)
-def test_plus_and_minus_cancel(model, steer):
-    all_close(model(some_ids(), [steer, -steer]), model(some_ids()))
+def test_opposite_steers_cancel(model, steer):
+    all_close(model(random_ids(), [steer, -steer]), model(random_ids()))
 
 
 @FEW
 @given(steer=STEERS)
-def test_two_steers_at_one_layer_add(model, steer):
-    """Twice the vector is twice the coeff; two overlapping vectors are the one that holds their sum; order does not matter."""
-    ids = some_ids()
+def test_steers_at_one_layer_add_up(model, steer):
+    """The same vector twice is twice the coeff. Overlapping vectors add up. The order does not matter."""
+    ids = random_ids()
     all_close(model(ids, [steer, steer]), model(ids, [2 * steer]))
-    a, b = Steer(steer.layer, some_vector(3), 2.0, start=2), Steer(steer.layer, some_vector(4, 1), -1.0, start=4)
+    a = Steer(steer.layer, random_vector(3), 2.0, start=2)
+    b = Steer(steer.layer, random_vector(4, 1), -1.0, start=4)
     both = torch.zeros(6, D_MODEL)
     both[:3] += 2 * a.vector
     both[2:] -= b.vector
@@ -178,27 +191,27 @@ def test_two_steers_at_one_layer_add(model, steer):
 
 
 def test_a_coeff_for_each_row(model):
-    """A sweep in one batch is the runs one by one; a row with coeff 0 is the plain run."""
+    """One batch with a coeff for each row equals the runs one by one."""
     coeff = torch.tensor([0.0, 1.0, -4.0])
-    ids = some_ids().expand(3, -1)
-    for vector in (some_vector(), some_vector(None)):
+    ids = random_ids().expand(3, -1)
+    for vector in (random_vector(), random_vector(None)):
         logits, resid = model(ids, [Steer(2, vector, coeff), Steer(0, vector, 0.5)])
         for row, c in enumerate(coeff.tolist()):
             one = model(ids[:1], [Steer(2, vector, c), Steer(0, vector, 0.5)])
             all_close((logits[row:row + 1], [x[row:row + 1] for x in resid]), one)
 
 
-def test_one_row_for_every_position(model):
-    """A vector (d_model,) reaches every position from `start` on, and each that comes later."""
-    steer, ids, cache = Steer(2, some_vector(None), 3.0, start=4), some_ids(), KVCache(T)
+def test_one_vector_for_every_position(model):
+    """A vector (d_model,) is added at every position from `start` on, those read later included."""
+    steer, ids, cache = Steer(2, random_vector(None), 3.0, start=4), random_ids(), KVCache(T)
     plain = model(ids)[1][2]
     for t in range(T):
         _, resid = model(ids[:, t:t + 1], steer, cache)
         close(resid[2], plain[:, t:t + 1] + 3.0 * (t >= 4) * steer.vector)
 
 
-def test_the_bos_row_of_a_pair_is_zero(tiny):
-    """Position 0 is the same token after nothing in both prompts, so nothing is lost by leaving its row out: `start` is 1."""
+def test_the_bos_row_of_a_pair_is_zero_and_left_out(tiny):
+    """Position 0 is BOS in both prompts, so its difference is 0, is left out, and `start` is 1."""
     model, tokenizer = tiny
     ids = torch.tensor(pad_together(tokenizer, "I love you", "Hate"))
     assert ids[0, 0] == ids[1, 0] == tokenizer.bos_id
@@ -212,8 +225,8 @@ def test_the_bos_row_of_a_pair_is_zero(tiny):
         assert (steer.vector.norm(dim=-1) > 0).all()
 
 
-def test_adding_the_difference_makes_one_prompt_the_other(tiny):
-    """h- + 1 (h+ - h-) = h+: from the steered layer on, the run of the minus prompt is the run of the plus prompt."""
+def test_adding_the_difference_turns_minus_into_plus(tiny):
+    """h- + 1 (h+ - h-) = h+: from the steered layer on, the minus prompt runs as the plus prompt does."""
     model, tokenizer = tiny
     plus, minus = torch.tensor(pad_together(tokenizer, "I love you", "Hate"))[:, None]
     for l in range(N_LAYER):
@@ -227,25 +240,28 @@ def test_adding_the_difference_makes_one_prompt_the_other(tiny):
 
 def join(runs):
     """[(logits, resid), …] of one chunk after another -> (logits, resid) of all their positions."""
-    return torch.cat([logits for logits, _ in runs], dim=1), [torch.cat(x, dim=1) for x in zip(*(resid for _, resid in runs), strict=True)]
+    logits, resid = zip(*runs, strict=True)
+    return torch.cat(logits, dim=1), [torch.cat(parts, dim=1) for parts in zip(*resid, strict=True)]
 
 
 def in_chunks(model, ids, cuts, steer=(), cache=None):
-    """The run of ids cut at `cuts`, put together again."""
+    """(logits, resid) of ids, read in chunks that begin at 0 and at each of `cuts`."""
     cache = cache or KVCache(ids.shape[1], batch=len(ids))
     runs = [model(ids[:, a:b], steer, cache) for a, b in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True)]
     assert len(cache) == ids.shape[1]
     return join(runs)
 
 
-CUT_STEERS = [(), Steer(1, some_vector(5), 3.0, start=3), Steer(0, some_vector(None), 2.0, start=5),
-              (Steer(0, some_vector(1), 5.0, start=6), Steer(3, some_vector(8), -2.0, start=0))]
-
-
-@pytest.mark.parametrize("steer", CUT_STEERS, ids=["plain", "positions 3 to 7", "from 5 on", "two"])
-def test_cut_anywhere(model, steer):
-    """Two chunks cut at every place, three, and token by token: the numbers of the one pass, the steered positions included."""
-    ids = some_ids(2)
+@pytest.mark.parametrize("steer", [
+    pytest.param((), id="plain"),
+    pytest.param(Steer(1, random_vector(5), 3.0, start=3), id="3 to 7"),
+    pytest.param(Steer(0, random_vector(None), 2.0, start=5), id="from 5 on"),
+    pytest.param((Steer(0, random_vector(1), 5.0, start=6), Steer(3, random_vector(8), -2.0, start=0)),
+                 id="two"),
+])
+def test_cached_chunks_equal_one_pass(model, steer):
+    """Two chunks cut at every place, three chunks, and token by token."""
+    ids = random_ids(2)
     whole = model(ids, steer)
     for cuts in [[], *([t] for t in range(1, T)), [4, 5], [2, 9], list(range(1, T))]:
         all_close(in_chunks(model, ids, cuts, steer), whole)
@@ -253,15 +269,15 @@ def test_cut_anywhere(model, steer):
 
 @FEW
 @given(cuts=st.sets(st.integers(1, T - 1)), steer=STEERS, spare=st.integers(0, 3))
-def test_cut_into_any_chunks(model, cuts, steer, spare):
-    ids = some_ids(2)
+def test_any_cached_chunks_equal_one_pass(model, cuts, steer, spare):
+    ids = random_ids(2)
     all_close(in_chunks(model, ids, sorted(cuts), [steer], KVCache(T + spare, batch=2)), model(ids, [steer]))
 
 
-def test_a_prompt_read_once_fills_every_row(model):
-    """One row read, three rows continued differently: as if each had read the prompt itself."""
-    steer, cache = Steer(1, some_vector(6), 2.0, start=2), KVCache(T, batch=3)
-    prompt, rest = some_ids(1, 5), some_ids(3, T - 5, seed=1)
+def test_one_row_fills_every_row_of_a_cache(model):
+    """A prompt read as one row and continued differently in three equals three runs of their own."""
+    steer, cache = Steer(1, random_vector(6), 2.0, start=2), KVCache(T, batch=3)
+    prompt, rest = random_ids(1, 5), random_ids(3, T - 5, seed=1)
     first = model(prompt, steer, cache)
     logits, resid = join([model(rest[:, :3], steer, cache), model(rest[:, 3:], steer, cache)])
     for row in range(3):
@@ -269,27 +285,35 @@ def test_a_prompt_read_once_fills_every_row(model):
         all_close(join([first, one]), model(torch.cat([prompt, rest[row:row + 1]], dim=1), steer))
 
 
-def test_a_cache_knows_its_steering(model):
-    """The same steering made anew continues a cache; any other, or none, is refused and leaves the cache as it was."""
-    ids = some_ids()
-    steer = Steer(1, some_vector(), 2.0, start=2)
-    for other in [(), -steer, replace(steer, start=3), replace(steer, layer=2), replace(steer, vector=some_vector(seed=1)),
-                  replace(steer, vector=some_vector(None)), [steer, steer]]:
+def test_a_cache_rejects_other_steering(model):
+    """An equal steer continues a cache. Any other, or none, is rejected and leaves the cache as it was."""
+    ids = random_ids()
+    steer = Steer(1, random_vector(), 2.0, start=2)
+    message = "the cache was filled under other steering. Pass the same steer list"
+    for other in (
+        (),
+        -steer,
+        [steer, steer],
+        replace(steer, start=3),
+        replace(steer, layer=2),
+        replace(steer, vector=random_vector(seed=1)),
+        replace(steer, vector=random_vector(None)),
+    ):
         cache = KVCache(T)
         first = model(ids[:, :4], [steer], cache)
-        with pytest.raises(ValueError, match="the cache was filled under other steering. Pass the same steer list"):
+        with pytest.raises(ValueError, match=message):
             model(ids[:, 4:], other, cache)
         assert len(cache) == 4
-        second = model(ids[:, 4:], (Steer(1, some_vector(), 2, start=2),), cache)
+        second = model(ids[:, 4:], (Steer(1, random_vector(), 2, start=2),), cache)
         all_close(join([first, second]), model(ids, steer))
 
 
-def test_a_cache_knows_its_steering_by_row(model):
-    ids, cache = some_ids(2), KVCache(T, batch=2)
-    model(ids[:, :4], Steer(1, some_vector(), torch.tensor([1.0, 2.0])), cache)
+def test_a_cache_rejects_other_coeffs_of_its_rows(model):
+    ids, cache = random_ids(2), KVCache(T, batch=2)
+    model(ids[:, :4], Steer(1, random_vector(), torch.tensor([1.0, 2.0])), cache)
     with pytest.raises(ValueError, match="filled under other steering"):
-        model(ids[:, 4:], Steer(1, some_vector(), torch.tensor([2.0, 1.0])), cache)
-    model(ids[:, 4:], Steer(1, some_vector(), torch.tensor([1.0, 2.0])), cache)
+        model(ids[:, 4:], Steer(1, random_vector(), torch.tensor([2.0, 1.0])), cache)
+    model(ids[:, 4:], Steer(1, random_vector(), torch.tensor([1.0, 2.0])), cache)
 
 
 @pytest.mark.parametrize(("max_len", "batch", "first", "then", "message"), [
@@ -297,53 +321,58 @@ def test_a_cache_knows_its_steering_by_row(model):
     (5, 1, (1, 4), (1, 2), "the cache holds 5 positions; 4 are read, 2 more do not fit"),
     (9, 3, None, (2, 4), "the cache is for a batch of 3, and ids has a batch of 2"),
     (9, 1, None, (2, 4), "the cache is for a batch of 1, and ids has a batch of 2"),
-    # Only the first chunk may be one row for all.
+    # Only the first chunk may be a single row for all.
     (9, 2, (2, 4), (1, 1), "the cache is for a batch of 2, and ids has a batch of 1"),
     (9, 2, (1, 4), (3, 1), "the cache is for a batch of 2, and ids has a batch of 3"),
     (500, 1, (1, 190), (1, 3), "193 positions do not fit this model's context of 192"),
 ])
-def test_a_cache_that_does_not_fit(model, max_len, batch, first, then, message):
+def test_rejects_a_cache_that_does_not_fit(model, max_len, batch, first, then, message):
     cache = KVCache(max_len, batch)
     if first:
-        model(some_ids(*first), cache=cache)
+        model(random_ids(*first), cache=cache)
     with pytest.raises(ValueError, match=message):
-        model(some_ids(*then), cache=cache)
+        model(random_ids(*then), cache=cache)
     assert len(cache) == (first[1] if first else 0)
 
 
-def test_a_cache_of_its_size_is_enough(model):
-    """A full cache and a full context are no error; an empty cache is true, so that `if cache` sees the first chunk."""
+def test_cache_can_be_filled_to_the_last_position(model):
+    """So can the context. And an empty cache counts as true, so that `if cache` holds for the first chunk."""
     n = model.config.n_ctx
     cache = KVCache(n)
     assert cache and len(cache) == 0
-    model(some_ids(1, n - 1), cache=cache)
-    model(some_ids(1, 1), cache=cache)
+    model(random_ids(1, n - 1), cache=cache)
+    model(random_ids(1, 1), cache=cache)
     assert len(cache) == n
 
 
-def test_the_pattern_is_the_plain_formula_and_attend_is_the_pattern_times_v():
+def test_attention_pattern_is_the_formula_and_attend_is_pattern_times_v():
     generator = torch.Generator().manual_seed(0)
     for T, S in ((1, 1), (7, 7), (1, 7), (3, 7)):
         q = torch.randn(2, 6, T, 8, generator=generator)
         k, v = torch.randn(2, 2, 2, S, 8, generator=generator)
         pattern = attention_pattern(q, k)
         for head in range(6):
-            for t in range(T):          # the query of position S - T + t sees the keys up to its own
-                scores = torch.tensor([float(q[0, head, t] @ k[0, head // 3, s]) / 8**0.5 for s in range(S - T + t + 1)])
-                close(pattern[0, head, t], torch.cat([scores.softmax(dim=0), torch.zeros(T - t - 1)]))
+            for t in range(T):
+                n = S - T + t + 1       # the query sees the keys up to its own position
+                scores = torch.tensor([float(q[0, head, t] @ k[0, head // 3, s]) / 8**0.5 for s in range(n)])
+                close(pattern[0, head, t], torch.cat([scores.softmax(dim=0), torch.zeros(S - n)]))
         mask = causal_mask(T, S) if 1 < T < S else None
         close(attend(q, k, v, mask), pattern @ v.repeat_interleave(3, dim=1))
 
 
-def test_the_mask_of_a_later_chunk_is_made_once_a_pass(model, monkeypatch):
+def test_the_mask_of_a_later_chunk_is_made_once_per_pass(model, monkeypatch):
     calls = []
-    monkeypatch.setattr("ministeer.attention.causal_mask", lambda *sizes: calls.append(sizes[:2]) or causal_mask(*sizes))
-    in_chunks(model, some_ids(), [1, 4, 9])
+
+    def recorded(*args):
+        calls.append(args[:2])
+        return causal_mask(*args)
+    monkeypatch.setattr("ministeer.attention.causal_mask", recorded)
+    in_chunks(model, random_ids(), [1, 4, 9])
     assert calls == [(3, 4), (5, 9), (3, 12)]
 
 
-def test_a_cache_takes_memory_as_positions_come(tmp_path):
-    """A context of 131,072 positions costs what is read of it; what was stored is still there when the room grows."""
+def test_a_cache_grows_with_the_positions_read():
+    """A cache for 131,072 positions takes memory for those that were read, and keeps them when it grows."""
     cache = KVCache(131_072)
     stored = []
     for T in (3, 255, 1, 300):
@@ -361,14 +390,14 @@ def test_a_cache_takes_memory_as_positions_come(tmp_path):
     assert small.layers[0][0].shape[2] == 9
 
 
-def test_residuals_are_those_of_a_whole_pass(model):
-    ids, steer = some_ids(2), Steer(1, some_vector(), 2.0)
+def test_residuals_equal_those_of_a_whole_pass(model):
+    ids, steer = random_ids(2), Steer(1, random_vector(), 2.0)
     _, resid = model(ids, steer)
     for stop in (None, 0, 2, N_LAYER):
         wanted = resid if stop is None else resid[:stop + 1]
         given = model.residuals(ids, steer, stop_layer=stop)
         if stop is not None and stop <= 1:
-            wanted = model(ids)[1][:stop + 1]       # the addition of block `stop` belongs to a run that reaches it
+            wanted = model(ids)[1][:stop + 1]       # block 1, which adds, is not reached
         assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
     with pytest.raises(ValueError, match="not in this model's vocabulary"):
         model.residuals(torch.tensor([[9999]]))
@@ -382,9 +411,9 @@ def test_a_model_made_by_hand_has_a_name_and_a_device(model):
         assert type(model)(model.config).device == torch.device("meta")
 
 
-def test_a_shared_copy_has_the_numbers_and_not_the_parameters(model):
+def test_a_shared_copy_shares_memory_but_not_parameters(model):
     other = model.shared_copy()
-    assert torch.equal(other(some_ids())[0], model(some_ids())[0])
+    assert torch.equal(other(random_ids())[0], model(random_ids())[0])
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert a is not b
         assert a.data_ptr() == b.data_ptr()
@@ -403,62 +432,74 @@ def test_a_shared_copy_has_the_numbers_and_not_the_parameters(model):
     (torch.tensor([[True]]), r"given: torch.bool \(1, 1\)"),
     (torch.empty(1, 0, dtype=torch.int64), r"given: torch.int64 \(1, 0\)"),
     (torch.empty(0, 3, dtype=torch.int64), r"given: torch.int64 \(0, 3\)"),
-    (torch.tensor([[3, 384]]), "ids 3 … 384 are not in this model's vocabulary, 0 … 383. Were they made with another tokenizer?"),
+    (torch.tensor([[3, 384]]),
+     "ids 3 … 384 are not in this model's vocabulary, 0 … 383. Were they made with another tokenizer?"),
     (torch.tensor([[-1, 3]]), "ids -1 … 3 are not in this model's vocabulary, 0 … 383"),
-    (some_ids(1, 193), "193 positions do not fit this model's context of 192"),
+    (random_ids(1, 193), "193 positions do not fit this model's context of 192"),
 ])
-def test_ids_that_cannot_be_read(model, ids, message):
+def test_rejects_bad_ids(model, ids, message):
     with pytest.raises(ValueError, match=message):
         model(ids)
 
 
 WIDE = torch.ones(3, 33)
+UNKNOWN = "0123456789abcdef"       # the fingerprint of no model here
 
 
 @pytest.mark.parametrize(("steer", "message"), [
-    (Steer(4, some_vector()), r"layer 4: this model has blocks 0 … 3 \(layer = the block that reads the changed stream\)\."),
-    (Steer(30, some_vector()), "layer 30: this model has blocks 0 … 3"),
-    (Steer(0, WIDE), r"the vector is 33 wide, this model's residual stream 32\. Was it made with another model\?"),
+    (Steer(4, random_vector()),
+     r"layer 4: this model has blocks 0 … 3 \(layer = the block that reads the changed stream\)\."),
+    (Steer(30, random_vector()), "layer 30: this model has blocks 0 … 3"),
+    (Steer(0, WIDE),
+     r"the vector is 33 wide, this model's residual stream 32\. Was it made with another model\?"),
     (Steer(0, WIDE[0]), "the vector is 33 wide"),
-    (Steer(0, some_vector(), torch.tensor([1.0, 2.0, 3.0])), "coeff has 3 values, one for each row of a batch, but the batch has 2 rows"),
-    (Steer(0, some_vector(), torch.tensor([1.0])), "coeff has 1 values, one for each row of a batch, but the batch has 2 rows"),
-    (Steer(0, some_vector(5)), r"the steered positions 1 … 5 do not fit a prompt of 3 tokens\."),
-    (Steer(0, some_vector(1), start=3), "the steered positions 3 … 3 do not fit a prompt of 3 tokens"),
-    (Steer(0, some_vector(), fingerprint="0123456789abcdef"), r"the vector was made with another model \(0123456789abcdef\)"),
-    (Steer(0, some_vector(), fingerprint="0123456789abcdef", note={"model": "gpt5"}), r"made with another model \(gpt5\).*any_model=True"),
+    (Steer(0, random_vector(), torch.tensor([1.0, 2.0, 3.0])),
+     "coeff has 3 values, one for each row of a batch, but the batch has 2 rows"),
+    (Steer(0, random_vector(), torch.tensor([1.0])),
+     "coeff has 1 values, one for each row of a batch, but the batch has 2 rows"),
+    (Steer(0, random_vector(5)), r"the steered positions 1 … 5 do not fit a prompt of 3 tokens\."),
+    (Steer(0, random_vector(1), start=3), "the steered positions 3 … 3 do not fit a prompt of 3 tokens"),
+    (Steer(0, random_vector(), fingerprint=UNKNOWN),
+     r"the vector was made with another model \(0123456789abcdef\)"),
+    (Steer(0, random_vector(), fingerprint=UNKNOWN, note={"model": "gpt5"}),
+     r"made with another model \(gpt5\).*any_model=True"),
 ])
-def test_steers_that_do_not_fit(model, steer, message):
-    """Wherever in the list it stands, and before anything is computed."""
-    good = Steer(0, some_vector(1))
+def test_rejects_steers_that_do_not_fit(model, steer, message):
+    """Wherever in the list it stands."""
+    good = Steer(0, random_vector(1))
     for steers in (steer, [steer, good], [good, steer]):
         with pytest.raises(ValueError, match=message):
-            model(some_ids(2, 3), steers)
+            model(random_ids(2, 3), steers)
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"steer": some_vector()}, "steer must be a Steer or a list of them; given: Tensor"),
-    ({"steer": [Steer(0, some_vector(1)), 3.0]}, "steer must be a Steer or a list of them; given: float"),
+    ({"steer": random_vector()}, "steer must be a Steer or a list of them; given: Tensor"),
+    ({"steer": [Steer(0, random_vector(1)), 3.0]}, "steer must be a Steer or a list of them; given: float"),
     ({"steer": None}, "steer must be a Steer or a list of them; given: NoneType"),
     # What transformers calls past_key_values; an empty tuple is false and would pass for no cache.
     ({"cache": ()}, "cache must be a KVCache or None; given: tuple"),
 ])
-def test_arguments_of_another_type(model, given, message):
+def test_rejects_arguments_of_another_type(model, given, message):
     with pytest.raises(ValueError, match=message):
-        model(some_ids(), **given)
+        model(random_ids(), **given)
 
 
 @pytest.mark.parametrize("sizes", [(0,), (5, 0), (-1,), (2.5,), ("5",), (True,)])
-def test_a_cache_holds_something(sizes):
+def test_rejects_cache_sizes_below_1(sizes):
     with pytest.raises(ValueError, match="(max_len|batch) must be a whole number, 1 or more; given: "):
         KVCache(*sizes)
 
 
-def test_steers_that_just_fit(model):
-    for steer in [Steer(3, some_vector(2)), Steer(0, some_vector(1), torch.ones(2)), Steer(0, some_vector(3), start=0),
-                  Steer(0, some_vector(None), start=7)]:
-        model(some_ids(2, 3), replace(steer, fingerprint=model.fingerprint))
-    # With a cache more tokens will come, so a vector may reach beyond the first chunk.
-    model(some_ids(2, 3), Steer(0, some_vector(9)), KVCache(20, batch=2))
+def test_accepts_steers_that_just_fit(model):
+    for steer in (
+        Steer(3, random_vector(2)),
+        Steer(0, random_vector(1), torch.ones(2)),
+        Steer(0, random_vector(3), start=0),
+        Steer(0, random_vector(None), start=7),
+    ):
+        model(random_ids(2, 3), replace(steer, fingerprint=model.fingerprint))
+    # With a cache, more tokens will follow, so a vector may reach beyond the first chunk.
+    model(random_ids(2, 3), Steer(0, random_vector(9)), KVCache(20, batch=2))
 
 
 # Gradients
@@ -466,13 +507,13 @@ def test_steers_that_just_fit(model):
 
 def test_loaded_models_have_no_gradients(model):
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    logits, resid = model(some_ids())
+    logits, resid = model(random_ids())
     assert not logits.requires_grad and not any(x.requires_grad for x in resid)
 
 
 def test_a_vector_can_be_trained(model):
-    """The gradient reaches the vector through a model that has none itself, and moving against it lowers the loss."""
-    ids, vector = some_ids(), some_vector().requires_grad_()
+    """The gradient passes a model that has none of its own, and a step against it lowers the loss."""
+    ids, vector = random_ids(), random_vector().requires_grad_()
 
     def loss(vector):
         return -model(ids, Steer(1, vector))[0][0, -1].log_softmax(dim=-1)[7]
@@ -492,8 +533,9 @@ def test_a_new_model_can_be_trained(family, tied):
     assert all(p.unique().tolist() in ([0], [1]) for p in model.parameters() if p.ndim == 1)
     again, other = (type(model)(config).initialise(seed) for seed in (0, 1))
     assert all(map(torch.equal, model.parameters(), again.parameters()))
-    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True) if a.ndim == 2)
-    ids = some_ids(2)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert a.ndim == 1 or not torch.equal(a, b)
+    ids = random_ids(2)
     losses = []
     for _ in range(25):
         logits, resid = model(ids)
@@ -504,12 +546,12 @@ def test_a_new_model_can_be_trained(family, tied):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
         with torch.no_grad():
             for p in model.parameters():
-                p -= 0.01 * p.grad.sign()       # by hand: an optimizer of torch takes longer to import than this test to run
+                p -= 0.01 * p.grad.sign()       # by hand, because torch's optimizers take long to import
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_cache_needs_all_blocks(tiny):
+def test_rejects_a_cache_for_part_of_the_blocks(tiny):
     model, _ = tiny
     pos = torch.arange(3)
     x = model.embed(torch.zeros(1, 3, dtype=torch.int64), pos)

@@ -1,8 +1,9 @@
-"""The baselines: each formula against float64, its limit cases, and generation against reading everything anew."""
+"""The baselines: formulas against float64, limit cases, and generation against a slow run without cache."""
 
 import copy
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ LONG = {"max_new_tokens": 8, "n": 2, "seed": 4}
 
 @pytest.fixture(scope="module")
 def logps():
+    """Four log-probabilities (3, 50) in float64."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(3, 50, generator=generator, dtype=torch.float64).mul(2).log_softmax(dim=-1) for _ in range(4)]
+    return list((2 * torch.randn(4, 3, 50, generator=generator, dtype=torch.float64)).log_softmax(dim=-1))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def classifier(tiny):
     return model
 
 
-def unlike(model):
+def perturbed(model):
     """Another model with the same tokenizer."""
     changed, generator = copy.deepcopy(model), torch.Generator().manual_seed(5)
     for p in changed.parameters():
@@ -46,99 +48,119 @@ def unlike(model):
 def mixers_to_try(tiny, classifier):
     steer = steering_vector(*tiny, " love", " hate", 1)
     everywhere = ministeer.Steer(2, 3 * steer.vector[0])
-    return {"unsteered": mixers.unsteered(), "prompted": mixers.prompted(PREFIX), "preadd": mixers.preadd(PREFIX),
-            "lma": mixers.lma(PREFIX, base="A letter"), "weighted": mixers.weighted([Branch(), Branch(PREFIX), Branch("No")], [2, -0.5, -0.5]),
-            "self_debias": mixers.self_debias(PREFIX, 10, 0), "six": mixers.self_debias(), "fudge": mixers.fudge(classifier, 3, toward=0),
-            "lma_classifier": mixers.lma_classifier(PREFIX, classifier, 9, 2, top=7), "act_add": mixers.act_add(steer),
-            "act_add at every position": mixers.preadd(PREFIX).steered([everywhere]),
-            "another model": mixers.weighted([Branch(), Branch(PREFIX, model=unlike(tiny[0]))], [1, 1]),
-            "both": mixers.lma(PREFIX).steered(steer)}
+    return {
+        "unsteered": mixers.unsteered(),
+        "prompted": mixers.prompted(PREFIX),
+        "preadd": mixers.preadd(PREFIX),
+        "lma": mixers.lma(PREFIX, base="A letter"),
+        "weighted": mixers.weighted([Branch(), Branch(PREFIX), Branch("No")], [2, -0.5, -0.5]),
+        "self_debias": mixers.self_debias(PREFIX, 10, 0),
+        "self_debias with six prefixes": mixers.self_debias(),
+        "fudge": mixers.fudge(classifier, 3, toward=0),
+        "lma_classifier": mixers.lma_classifier(PREFIX, classifier, 9, 2, top=7),
+        "act_add": mixers.act_add(steer),
+        "preadd, steered at every position": mixers.preadd(PREFIX).steered([everywhere]),
+        "another model": mixers.weighted([Branch(), Branch(PREFIX, model=perturbed(tiny[0]))], [1, 1]),
+        "lma, steered": mixers.lma(PREFIX).steered(steer),
+    }
 
 
-NAMES = ["unsteered", "prompted", "preadd", "lma", "weighted", "self_debias", "six", "fudge", "lma_classifier",
-                                             "act_add", "act_add at every position", "another model", "both"]
+NAMES = ["unsteered", "prompted", "preadd", "lma", "weighted", "self_debias", "self_debias with six prefixes",
+         "fudge", "lma_classifier", "act_add", "preadd, steered at every position", "another model",
+         "lma, steered"]
 
 
-def log_c(guide, ids):
+def log_of_classifier(guide, ids):
     score = guide.classifier.score(guide.classifier.read(torch.tensor([ids])))
     return torch.nn.functional.logsigmoid(score if guide.toward else -score)
 
 
 def slowly(model, tokenizer, prompt, k, mixer, sampling):
-    """The tokens of continuation k, every stream read from its beginning for every token, no cache and no batch."""
+    """The ids of continuation k, where every branch is read from its beginning for every token."""
     ids = tokenizer.encode(prompt)
     draws = torch.from_numpy(uniforms(sampling, ids, k))
     for t in range(sampling.max_new_tokens):
         logps = []
         for branch in mixer.branches:
-            whole = tokenizer.encode(branch.prefix + "\n" if branch.prefix else "") + ids[1:]
-            logits, _ = (branch.model or model)(torch.tensor([whole]), branch.steer)
+            prefix = tokenizer.encode(branch.prefix + "\n" if branch.prefix else "")
+            logits, _ = (branch.model or model)(torch.tensor([prefix + ids[1:]]), branch.steer)
             logps.append(logits[:, -1].float().log_softmax(dim=-1))
-        combined = mixer.combine(logps)
-        if mixer.guide:
-            for i in combined[0].topk(mixer.guide.top).indices.tolist():
-                combined[0, i] += mixer.guide.strength * (log_c(mixer.guide, [*ids, i]) - log_c(mixer.guide, ids)).item()
+        combined, guide = mixer.combine(logps), mixer.guide
+        if guide:
+            before = log_of_classifier(guide, ids)
+            for i in combined[0].topk(guide.top).indices.tolist():
+                combined[0, i] += guide.strength * (log_of_classifier(guide, [*ids, i]) - before).item()
         ids.append(int(sample_token(combined, torch.tensor([ids]), draws[t:t + 1], sampling, 384)))
     return ids
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cached_and_batched_is_the_slow_way_token_for_token(name, tiny, classifier):
+def test_generation_equals_a_slow_run_without_cache_and_batch(name, tiny, classifier):
     model, tokenizer = tiny
     mixer = mixers_to_try(tiny, classifier)[name]
     sampling = Sampling(top_p=0.9, freq_penalty=0.5, max_new_tokens=8, seed=4)
     texts = generate(model, tokenizer, PROMPTS, mixer, top_p=0.9, freq_penalty=0.5, **LONG)
     for prompt, row in zip(PROMPTS, texts, strict=True):
+        n = len(tokenizer.encode(prompt))
         for k, text in enumerate(row):
             ids = slowly(model, tokenizer, prompt, k, mixer, sampling)
-            new = ids[len(tokenizer.encode(prompt)):]
-            end = next((i for i, token in enumerate(new) if token in tokenizer.eos_ids), None)
-            assert text == tokenizer.decode(tokenizer.encode(prompt) + new[:end])[len(tokenizer.decode(tokenizer.encode(prompt))):]
+            end = next((i for i, token in enumerate(ids) if i >= n and token in tokenizer.eos_ids), None)
+            assert tokenizer.decode(ids[:n]) + text == tokenizer.decode(ids[:end])
 
 
-def test_every_mixer_has_a_name(tiny, classifier):
+def test_every_mixer_is_tried(tiny, classifier):
     assert list(mixers_to_try(tiny, classifier)) == NAMES
 
 
 @pytest.mark.parametrize("name", ["unsteered", "act_add"])
-def test_one_branch_is_ministeer_generate(name, tiny, classifier):
+def test_one_branch_equals_ministeer_generate(name, tiny, classifier):
     model, tokenizer = tiny
     mixer = mixers_to_try(tiny, classifier)[name]
-    steer = mixer.branches[0].steer
-    assert generate(model, tokenizer, PROMPTS, mixer, **LONG) == ministeer.generate(model, tokenizer, PROMPTS, 2, 8, steer, seed=4)
+    wanted = ministeer.generate(model, tokenizer, PROMPTS, 2, 8, mixer.branches[0].steer, seed=4)
+    assert generate(model, tokenizer, PROMPTS, mixer, **LONG) == wanted
 
 
-@pytest.mark.parametrize("make", [lambda s: mixers.preadd(PREFIX, s), lambda s: mixers.lma(PREFIX, s),
-                                  lambda s: mixers.self_debias(PREFIX, s, 0.01), lambda s: mixers.self_debias(strength=s),
-                                  lambda s: mixers.weighted([Branch(), Branch(PREFIX)], [1, s])])
-def test_strength_0_is_exactly_unsteered(make, tiny, logps):
+@pytest.mark.parametrize("make", [
+    lambda strength: mixers.preadd(PREFIX, strength),
+    lambda strength: mixers.lma(PREFIX, strength),
+    lambda strength: mixers.self_debias(PREFIX, strength, 0.01),
+    lambda strength: mixers.self_debias(strength=strength),
+    lambda strength: mixers.weighted([Branch(), Branch(PREFIX)], [1, strength]),
+])
+def test_strength_0_equals_unsteered(make, tiny, logps):
     plain = generate(*tiny, PROMPTS, mixers.unsteered(), **LONG)
     mixer = make(0.0)
     assert generate(*tiny, PROMPTS, mixer, **LONG) == plain
-    some = (logps * 2)[:len(mixer.branches)]
-    assert torch.equal(mixer.combine(some), some[0])
+    of_branches = (logps * 2)[:len(mixer.branches)]
+    assert torch.equal(mixer.combine(of_branches), of_branches[0])
+    assert not torch.equal(make(5.0).combine(of_branches), of_branches[0])
 
 
-def test_a_guide_of_strength_0_is_exactly_unsteered(tiny, classifier):
+def test_a_guide_of_strength_0_equals_unsteered(tiny, classifier):
     plain = generate(*tiny, PROMPTS, mixers.unsteered(), **LONG)
     assert generate(*tiny, PROMPTS, mixers.fudge(classifier, 0.0), **LONG) == plain
     assert generate(*tiny, PROMPTS, mixers.fudge(classifier, 9.0), **LONG) != plain
 
 
 @pytest.mark.parametrize("make", [mixers.preadd, mixers.lma, mixers.self_debias])
-def test_the_same_prefix_twice_is_exactly_that_prefix(make, tiny):
-    assert generate(*tiny, PROMPTS, make(PREFIX, base=PREFIX), **LONG) == generate(*tiny, PROMPTS, mixers.prompted(PREFIX), **LONG)
-    assert generate(*tiny, PROMPTS, make(""), **LONG) == generate(*tiny, PROMPTS, mixers.unsteered(), **LONG)
+def test_prefix_and_base_equal_give_the_prompted_texts(make, tiny):
+    def texts(mixer):
+        return generate(*tiny, PROMPTS, mixer, **LONG)
+    assert texts(make(PREFIX, base=PREFIX)) == texts(mixers.prompted(PREFIX))
+    assert texts(make("")) == texts(mixers.unsteered())
 
 
-def test_each_formula_in_float64(logps):
+def test_formulas_in_float64(logps):
     p, q, r, _ = logps
-    close = {"rtol": 1e-12, "atol": 1e-12}
-    torch.testing.assert_close(mixers.preadd("x", 1.5).combine([p, q]), (p - 0.6 * q) / 0.4, **close)
-    torch.testing.assert_close(mixers.lma("x", 24).combine([p, q]), (p - 0.96 * torch.maximum(p, q)) / 0.04, **close)
-    torch.testing.assert_close(mixers.lma("x", 9).combine([p, q]), (p - 0.9 * torch.maximum(p, q)) / 0.1, **close)
-    torch.testing.assert_close(mixers.self_debias("x", 10, 0).combine([p, q]), p + 10 * (p.exp() - q.exp()).clamp(max=0), **close)
-    torch.testing.assert_close(mixers.weighted([Branch()] * 3, [1, 2, -1]).combine([p, q, r]), (p + 2 * q - r) / 2, **close)
+    higher = torch.maximum(p, q)
+    for mixer, given, wanted in (
+        (mixers.preadd("x", 1.5), [p, q], (p - 0.6 * q) / 0.4),
+        (mixers.lma("x", 24), [p, q], (p - 0.96 * higher) / 0.04),
+        (mixers.lma("x", 9), [p, q], (p - 0.9 * higher) / 0.1),
+        (mixers.self_debias("x", 10, 0), [p, q], p + 10 * (p.exp() - q.exp()).clamp(max=0)),
+        (mixers.weighted([Branch()] * 3, [1, 2, -1]), [p, q, r], (p + 2 * q - r) / 2),
+    ):
+        torch.testing.assert_close(mixer.combine(given), wanted, rtol=1e-12, atol=1e-12)
     for b in range(3):          # Schick et al., equations 3 and 4, one token after the other
         wanted = []
         for t in range(50):
@@ -148,7 +170,7 @@ def test_each_formula_in_float64(logps):
         torch.testing.assert_close(given, torch.tensor(wanted, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
-def test_a_guide_changes_the_likeliest_tokens_by_bayes_rule_and_no_other(tiny, classifier):
+def test_a_guide_changes_only_the_likeliest_tokens_by_bayes_rule(tiny, classifier):
     ids = torch.tensor([tiny[1].encode(PROMPTS[0]), tiny[1].encode(PROMPTS[0])[::-1]])
     logits = torch.randn(2, tiny[0].config.n_vocab, generator=torch.Generator().manual_seed(1))
     for toward in (0, 1):
@@ -158,39 +180,44 @@ def test_a_guide_changes_the_likeliest_tokens_by_bayes_rule_and_no_other(tiny, c
             top = set(logits[b].topk(5).indices.tolist())
             for t in top | set(range(40)):
                 longer = torch.cat([ids[b:b + 1], torch.tensor([[t]])], dim=1)
-                c = [torch.sigmoid(classifier.score(classifier.read(some))).item() for some in (ids[b:b + 1], longer)]
-                c = c if toward else [1 - x for x in c]
-                wanted = logits[b, t] + (2 * math.log(c[1] / c[0]) if t in top else 0)
+                before, after = (torch.sigmoid(classifier.score(classifier.read(text))).item()
+                                 for text in (ids[b:b + 1], longer))
+                ratio = after / before if toward else (1 - after) / (1 - before)
+                wanted = logits[b, t] + (2 * math.log(ratio) if t in top else 0)
                 assert changed[b, t].item() == pytest.approx(wanted.item(), abs=1e-3)
 
 
-def test_a_classifier_goes_on_from_its_state(classifier):
+def test_a_classifier_continues_from_its_state(classifier):
     ids = torch.tensor([[0, 5, 6, 7], [0, 9, 8, 7]])
     whole = classifier.read(ids)
     torch.testing.assert_close(classifier.read(ids[:, 2:], classifier.read(ids[:, :2])), whole)
     scores = classifier.score_next(whole, torch.tensor([[1, 2, 3], [3, 2, 1]]))
     assert scores.shape == (2, 3)
-    torch.testing.assert_close(scores[1, 0], classifier.score(classifier.read(torch.tensor([[0, 9, 8, 7, 3]])))[0])
+    wanted = classifier.score(classifier.read(torch.tensor([[0, 9, 8, 7, 3]])))
+    torch.testing.assert_close(scores[1, 0], wanted[0])
 
 
 def passes_of(tiny, prompts, mixer, **how):
     """The (rows, positions) of every pass, and the texts."""
     calls = []
-    handle = tiny[0].blocks[0].register_forward_hook(lambda block, args, out: calls.append(tuple(args[0].shape[:2])))
+
+    def record(block, args, out):
+        calls.append(tuple(args[0].shape[:2]))
+    handle = tiny[0].blocks[0].register_forward_hook(record)
     texts = generate(*tiny, prompts, mixer, **how)
     handle.remove()
     return calls, texts
 
 
-def test_one_more_branch_is_one_more_pass(tiny):
+def test_each_branch_is_one_pass_per_token(tiny):
     calls, _ = passes_of(tiny, PROMPTS[0], mixers.preadd(PREFIX), n=3, max_new_tokens=4)
-    assert [rows for rows, T in calls if T > 1] == [1, 1]           # rows that read the same are one row
+    assert [rows for rows, T in calls if T > 1] == [1, 1]       # what all rows begin with is read as one row
     assert [rows for rows, T in calls if T == 1] == [3] * 6
     calls, _ = passes_of(tiny, PROMPTS[0], mixers.unsteered(), n=3, max_new_tokens=4)
     assert [rows for rows, T in calls if T == 1] == [3] * 3
 
 
-def test_a_common_prefix_is_read_once_and_a_batch_is_no_larger_than_asked(tiny):
+def test_reads_a_common_prefix_once_and_keeps_to_max_batch_tokens(tiny):
     _, tokenizer = tiny
     length, prefix = len(tokenizer.encode("I love you")), len(tokenizer.encode(" ".join(TEXT) + "\n"))
     same_length = ["I love you", "I hate you"]
@@ -204,7 +231,7 @@ def test_a_common_prefix_is_read_once_and_a_batch_is_no_larger_than_asked(tiny):
     assert [rows for rows, T in calls if T == 1] == [2] * 28
 
 
-def test_faults_say_what_is_possible(tiny, classifier):
+def test_rejects_bad_mixers_prompts_and_settings(tiny, classifier):
     model, tokenizer = tiny
     steer = steering_vector(model, tokenizer, " love", " hate", 1)
     with pytest.raises(ValueError, match="n must be a whole number, 1 or more; given: 0"):
@@ -224,9 +251,10 @@ def test_faults_say_what_is_possible(tiny, classifier):
         generate(model, tokenizer, "x y z", mixers.act_add(steer.scaled(torch.ones(1))), max_new_tokens=2)
     with pytest.raises(ValueError, match="the classifier reads 9 tokens"):
         generate(model, tokenizer, "x", mixers.fudge(PrefixClassifier(9, 2, 2)), max_new_tokens=2)
-    other = type(model)(model.config.__class__(**{**vars(model.config), "n_vocab": 300}))
+    other = type(model)(replace(model.config, n_vocab=300))
+    mixer = LogitMixer((Branch(), Branch(model=other)), lambda logps: logps[0])
     with pytest.raises(ValueError, match="share a tokenizer"):
-        generate(model, tokenizer, "x", LogitMixer((Branch(), Branch(model=other)), lambda logps: logps[0]), max_new_tokens=2)
+        generate(model, tokenizer, "x", mixer, max_new_tokens=2)
 
 
 def test_the_defaults_are_those_of_generate():
@@ -235,10 +263,10 @@ def test_the_defaults_are_those_of_generate():
         name: p.default for name, p in theirs.items() if name not in ("steer", "return_ids")}
 
 
-def test_progress_stop_and_a_single_prompt(tiny):
-    model, tokenizer = tiny
+def test_progress_and_stop_with_a_single_prompt(tiny):
     done = []
-    texts = generate(model, tokenizer, PROMPTS[0], mixers.preadd(PREFIX), n=3, max_new_tokens=5, stop="e", progress=done.append)
+    how = {"n": 3, "max_new_tokens": 5, "stop": "e", "progress": done.append}
+    texts = generate(*tiny, PROMPTS[0], mixers.preadd(PREFIX), **how)
     assert len(texts) == 3
     assert not any("e" in text for text in texts)
     assert sum(done) == 15

@@ -1,35 +1,54 @@
 """CAA, RepE, ITI and ICV against slow re-computations on tiny models of both families."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TEXT
 
 from ministeer import KVCache, fast, generate
-from ministeer.methods import inside_blocks, many_pairs
 from ministeer.attention import attend, merge_heads
+from ministeer.methods import inside_blocks, many_pairs
 
-PLUS = ["I love you", "the gulls love the town", "you are kind", "we love the bride", "the wedding is kind", "love is all"]
-MINUS = ["I hate you", "the gulls hate the town", "you are mean", "we hate the bride", "the wedding is mean", "hate is all"]
+PLUS = ["I love you", "the gulls love the town", "you are kind",
+        "we love the bride", "the wedding is kind", "love is all"]
+MINUS = ["I hate you", "the gulls hate the town", "you are mean",
+         "we hate the bride", "the wedding is mean", "hate is all"]
 
 
-def ids_of(tokenizer, text):
+def encode(tokenizer, text):
     return torch.tensor([tokenizer.encode(text)])
 
 
-def test_caa_is_the_mean_difference_of_the_last_tokens(tiny):
+def all_head_outputs(model, tokenizer, texts):
+    """(texts, n_layer, n_head, d_head)"""
+    return torch.stack([inside_blocks.head_outputs(model, encode(tokenizer, text)) for text in texts])
+
+
+def output_projection(block):
+    _, attention = inside_blocks.block_parts(block)
+    return getattr(attention, "o_proj", None) or attention.c_proj
+
+
+def test_caa_is_the_mean_difference_at_the_last_token(tiny):
     model, tokenizer = tiny
     steer = many_pairs.caa(model, tokenizer, PLUS, MINUS, 2)
-    rows = [model(ids_of(tokenizer, a))[1][2][0, -1] - model(ids_of(tokenizer, b))[1][2][0, -1] for a, b in zip(PLUS, MINUS, strict=True)]
+
+    def last_row(text):
+        return model(encode(tokenizer, text))[1][2][0, -1]
+    rows = [last_row(plus) - last_row(minus) for plus, minus in zip(PLUS, MINUS, strict=True)]
     torch.testing.assert_close(steer.vector, sum(rows) / len(rows))
     assert steer.stop is None
     assert steer.fingerprint == model.fingerprint
-    plain, steered = model(ids_of(tokenizer, TEXT[0]))[1][2], model(ids_of(tokenizer, TEXT[0]), 2 * steer)[1][2]
-    torch.testing.assert_close((steered - plain)[0, 1:], (2 * steer.vector).expand(plain.shape[1] - 1, -1), rtol=1e-4, atol=1e-4)
+    ids = encode(tokenizer, TEXT[0])
+    plain, steered = model(ids)[1][2], model(ids, 2 * steer)[1][2]
+    added = (2 * steer.vector).expand(plain.shape[1] - 1, -1)
+    torch.testing.assert_close((steered - plain)[0, 1:], added, rtol=1e-4, atol=1e-4)
     assert torch.equal(steered[0, 0], plain[0, 0])
 
 
-def test_repe_is_the_direction_of_most_squared_length_toward_plus(tiny):
+def test_repe_is_the_first_uncentred_component_and_points_to_plus(tiny):
     model, tokenizer = tiny
     steers = many_pairs.repe(model, tokenizer, PLUS, MINUS, [1, 3])
     rows = many_pairs.differences(model, tokenizer, PLUS, MINUS)
@@ -43,95 +62,94 @@ def test_repe_is_the_direction_of_most_squared_length_toward_plus(tiny):
     torch.testing.assert_close(turned.vector, -steers[0].vector, rtol=1e-3, atol=1e-3)
 
 
-def test_head_outputs_are_what_the_projection_reads(tiny):
+def test_projected_head_outputs_are_the_output_of_attention(tiny):
     model, tokenizer = tiny
-    ids = ids_of(tokenizer, TEXT[1])
-    seen = []
-    handles = [inside_blocks.block_parts(block)[1].register_forward_hook(lambda module, given, result: seen.append(result)) for block in model.blocks]
+    ids = encode(tokenizer, TEXT[1])
+    recorded = []
+
+    def record(module, args, result):
+        recorded.append(result)
+    handles = [inside_blocks.block_parts(block)[1].register_forward_hook(record) for block in model.blocks]
     model(ids)
     for handle in handles:
         handle.remove()
-    found = inside_blocks.head_outputs(model, ids)
+    outputs = inside_blocks.head_outputs(model, ids)
     for l, block in enumerate(model.blocks):
-        _, attention = inside_blocks.block_parts(block)
-        out = getattr(attention, "o_proj", None) or attention.c_proj
-        torch.testing.assert_close(out(found[l].flatten()), seen[l][0, -1], rtol=1e-4, atol=1e-4)
+        projected = output_projection(block)(outputs[l].flatten())
+        torch.testing.assert_close(projected, recorded[l][0, -1], rtol=1e-4, atol=1e-4)
 
 
-def test_iti_adds_to_the_chosen_heads_and_to_no_other(tiny):
+def test_iti_adds_to_the_chosen_heads_only(tiny):
     model, tokenizer = tiny
     before = {name: p.clone() for name, p in model.named_parameters()}
     changed = inside_blocks.iti(model, tokenizer, PLUS, MINUS, heads=3, strength=5.0)
     assert len(changed.chosen_heads) == 3
-    a, b = (torch.stack([inside_blocks.head_outputs(model, ids_of(tokenizer, text)) for text in texts]) for texts in (PLUS, MINUS))
-    ids = ids_of(tokenizer, TEXT[1])
+    plus, minus = (all_head_outputs(model, tokenizer, texts) for texts in (PLUS, MINUS))
+    ids = encode(tokenizer, TEXT[1])
     pos = torch.arange(ids.shape[1])
     x, rope = model.embed(ids, pos), model.rope(pos)
-    for l, block in enumerate(model.blocks):        # the same by hand: heads, what is added to them, projection
+    for l, block in enumerate(model.blocks):        # by hand
         norm, attention = inside_blocks.block_parts(block)
-        out = getattr(attention, "o_proj", None) or attention.c_proj
         mixed = attend(*attention.qkv(norm(x), rope))
         for h in [h for m, h in changed.chosen_heads if m == l]:
-            theta = F.normalize(a[:, l, h].mean(dim=0) - b[:, l, h].mean(dim=0), dim=0)
-            sigma = torch.cat([a[:, l, h], b[:, l, h]]).matmul(theta).std()
+            theta = F.normalize(plus[:, l, h].mean(dim=0) - minus[:, l, h].mean(dim=0), dim=0)
+            sigma = torch.cat([plus[:, l, h], minus[:, l, h]]).matmul(theta).std()
             mixed[:, h] += 5 * sigma * theta
-        x = x + out(merge_heads(mixed))
-        x = x + block.mlp((block.post_attention_layernorm if hasattr(block, "mlp") and hasattr(block, "self_attn") else block.ln_2)(x))
+        x = x + output_projection(block)(merge_heads(mixed))
+        second_norm = getattr(block, "post_attention_layernorm", None) or block.ln_2
+        x = x + block.mlp(second_norm(x))
     torch.testing.assert_close(changed(ids)[1][-1], x, rtol=1e-3, atol=1e-3)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert not torch.allclose(changed(ids)[0], model(ids)[0], atol=1e-3)
     assert len(generate(changed, tokenizer, "I", 2, 4)) == 2
 
 
-def test_iti_takes_the_heads_that_tell_best(tiny):
+def test_iti_chooses_the_heads_with_the_best_probes(tiny):
     model, tokenizer = tiny
     chosen = inside_blocks.iti(model, tokenizer, PLUS, MINUS, heads=3).chosen_heads
-    a, b = (torch.stack([inside_blocks.head_outputs(model, ids_of(tokenizer, text)) for text in texts]) for texts in (PLUS, MINUS))
-    tells = {(l, h): inside_blocks.probe_accuracy(a[:, l, h], b[:, l, h]).item() for l in range(a.shape[1]) for h in range(a.shape[2])}
-    assert len(set(tells.values())) > 1
-    assert sorted(tells[l, h] for l, h in chosen) == sorted(tells.values())[-3:]
+    plus, minus = (all_head_outputs(model, tokenizer, texts) for texts in (PLUS, MINUS))
+    accuracies = {(l, h): inside_blocks.probe_accuracy(plus[:, l, h], minus[:, l, h]).item()
+                  for l, h in itertools.product(range(plus.shape[1]), range(plus.shape[2]))}
+    assert len(set(accuracies.values())) > 1
+    assert sorted(accuracies[l, h] for l, h in chosen) == sorted(accuracies.values())[-3:]
 
 
-def test_a_probe_tells_what_can_be_told():
+@pytest.mark.parametrize("width", [4, 6])
+def test_probe_accuracy_of_separable_random_and_reversed_data(width):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 200, 6, generator=generator)
+    x = torch.randn(2, 200, width, generator=generator)
     assert inside_blocks.probe_accuracy(x[0] + 3, x[1] - 3) == 1
     assert 0.35 < inside_blocks.probe_accuracy(x[0], x[1]) < 0.65
-    swapped = torch.where((torch.arange(200) % 2 == 0)[:, None], 1.0, -1.0)        # what the even pairs teach is false of the odd ones
-    assert inside_blocks.probe_accuracy(x[0] + 3 * swapped, x[1] - 3 * swapped) < 0.05
+    # A probe is tested on pairs that it was not fitted to. Here, even pairs teach what is wrong for odd ones.
+    sign = torch.where((torch.arange(200) % 2 == 0)[:, None], 1.0, -1.0)
+    assert inside_blocks.probe_accuracy(x[0] + 3 * sign, x[1] - 3 * sign) < 0.05
 
 
-def test_iti_of_strength_0_changes_nothing(tiny):
+def test_iti_with_strength_0_changes_nothing(tiny):
     model, tokenizer = tiny
-    ids = ids_of(tokenizer, TEXT[0])
-    torch.testing.assert_close(inside_blocks.iti(model, tokenizer, PLUS, MINUS, 5, 0.0)(ids)[0], model(ids)[0])
+    ids = encode(tokenizer, TEXT[0])
+    unchanged = inside_blocks.iti(model, tokenizer, PLUS, MINUS, heads=5, strength=0.0)
+    torch.testing.assert_close(unchanged(ids)[0], model(ids)[0])
 
 
-def test_a_probe_finds_what_is_there_and_not_what_is_not():
-    generator = torch.Generator().manual_seed(0)
-    noise = [torch.randn(200, 4, generator=generator) for _ in "ab"]
-    assert inside_blocks.probe_accuracy(noise[0] + 3, noise[1] - 3) == 1
-    assert 0.35 < inside_blocks.probe_accuracy(*noise) < 0.65
-
-
-def test_icv_turns_and_keeps_the_norm(tiny):
+def test_icv_turns_the_mlp_output_toward_its_direction_and_keeps_the_norm(tiny):
     model, tokenizer = tiny
     changed = inside_blocks.icv(model, tokenizer, PLUS, MINUS, 0.5)
     x = torch.randn(2, 3, model.config.d_model, generator=torch.Generator().manual_seed(0))
     for old, new in zip(model.blocks, changed.blocks, strict=True):
         y, z = old.mlp(x), new.mlp(x)
         torch.testing.assert_close(z.norm(dim=-1), y.norm(dim=-1), rtol=1e-4, atol=1e-4)
-        cosines = [F.cosine_similarity(some, new.mlp.v, dim=-1) for some in (y, z)]
-        assert (cosines[1] > cosines[0]).all()
+        assert (F.cosine_similarity(z, new.mlp.v, dim=-1) > F.cosine_similarity(y, new.mlp.v, dim=-1)).all()
         u, v = F.normalize(y[0, 0], dim=0), new.mlp.v
         wanted = F.normalize(u + 0.5 * (1 + max(0.0, float(-u @ v))) * v, dim=0) * y[0, 0].norm()
         torch.testing.assert_close(z[0, 0], wanted, rtol=1e-4, atol=1e-4)
-    ids = ids_of(tokenizer, TEXT[0])
-    torch.testing.assert_close(inside_blocks.icv(model, tokenizer, PLUS, MINUS, 0.0)(ids)[0], model(ids)[0], rtol=1e-3, atol=1e-3)
+    ids = encode(tokenizer, TEXT[0])
+    unchanged = inside_blocks.icv(model, tokenizer, PLUS, MINUS, 0.0)
+    torch.testing.assert_close(unchanged(ids)[0], model(ids)[0], rtol=1e-3, atol=1e-3)
     assert len(generate(changed, tokenizer, "I", 2, 4)) == 2
 
 
-def test_icv_takes_mean_and_component_of_all_layers_together(tiny):
+def test_icv_direction_is_mean_plus_first_component_over_all_layers(tiny):
     model, tokenizer = tiny
     changed = inside_blocks.icv(model, tokenizer, PLUS, MINUS)
     rows = many_pairs.differences(model, tokenizer, PLUS, MINUS)[:, 1:].flatten(1)
@@ -143,7 +161,7 @@ def test_icv_takes_mean_and_component_of_all_layers_together(tiny):
         torch.testing.assert_close(block.mlp.v, F.normalize(wanted[l], dim=0), rtol=1e-2, atol=1e-2)
 
 
-def test_faults_say_what_is_possible(tiny):
+def test_rejects_bad_pairs_layers_and_packed_models(tiny):
     model, tokenizer = tiny
     with pytest.raises(ValueError, match="as many plus as minus"):
         many_pairs.caa(model, tokenizer, PLUS, MINUS[:2], 1)
@@ -158,15 +176,15 @@ def test_faults_say_what_is_possible(tiny):
 
 
 @pytest.mark.long
-def test_icv_and_iti_change_a_compiled_model_as_they_change_the_plain_one(tiny, tmp_path, monkeypatch):
-    """Compiled and not packed: what single positions run through is what was changed."""
+def test_icv_and_iti_change_a_compiled_model_like_the_plain_one(tiny, tmp_path, monkeypatch):
+    """Compiled but not packed: the compiled code for single positions has the change too."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("ministeer.faster.cannot_pack", lambda weight: "not in this test")
     model, tokenizer = tiny
     torch.compiler.reset()
     with pytest.warns(UserWarning, match="not in this test"):
         quick = fast(model, compile=True)
-    ids = ids_of(tokenizer, TEXT[0])
+    ids = encode(tokenizer, TEXT[0])
     for change in (inside_blocks.icv, inside_blocks.iti):
         plain = change(model, tokenizer, PLUS, MINUS)(ids)[0]
         torch.compiler.reset()
@@ -176,15 +194,15 @@ def test_icv_and_iti_change_a_compiled_model_as_they_change_the_plain_one(tiny, 
         assert not torch.allclose(plain, model(ids)[0], atol=1e-2)
 
 
-def test_icv_works_on_a_packed_model_and_can_be_packed(tiny):
+def test_icv_before_and_after_packing_equals_icv_of_the_plain_model(tiny):
     model, tokenizer = tiny
-    ids = ids_of(tokenizer, TEXT[0])
+    ids = encode(tokenizer, TEXT[0])
     plain = inside_blocks.icv(model, tokenizer, PLUS, MINUS)
     for other in (inside_blocks.icv(fast(model), tokenizer, PLUS, MINUS), fast(plain)):
         torch.testing.assert_close(other(ids)[0], plain(ids)[0], rtol=1e-3, atol=1e-3)
 
 
-def test_the_direction_of_icv_goes_where_the_model_goes(tiny):
+def test_the_direction_of_icv_follows_the_dtype_of_the_model(tiny):
     changed = inside_blocks.icv(*tiny, PLUS, MINUS).to(torch.bfloat16)
     assert changed.blocks[0].mlp.v.dtype == torch.bfloat16
     assert changed(torch.tensor([[0, 5]]))[0].dtype == torch.bfloat16

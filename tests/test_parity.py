@@ -1,6 +1,7 @@
-"""ministeer against transformers: equal logits and an equal residual stream at every layer, both read from the same files.
+"""ministeer against transformers: equal logits and residuals at every layer, from the same files.
 
-The files come from save_pretrained with random weights, so that every setting can be tried; the last tests use the real default model.
+The files come from save_pretrained, with random weights, so that every setting can be tried. The last tests
+use the real default model.
 """
 
 import json
@@ -16,21 +17,22 @@ from safetensors.torch import load_file, save_file
 
 from ministeer import Steer, generate
 from ministeer.checkpoints.config import Rope, parse_config
+from ministeer.checkpoints.weights import load_model
 from ministeer.generation import Sampling, decoder, sample
 from ministeer.llama import frequencies
-from ministeer.checkpoints.weights import load_model
 
 # A setting that transformers writes and ministeer does not know would only warn; here it fails.
 pytestmark = pytest.mark.filterwarnings("error:config.json has settings")
 
 N_POS = 110                 # positions in every comparison
-TOLERANCE = 1e-4            # of the largest number in the reference; float32 in another order of summation is off by about 1e-6
+# Of the largest number in the reference. In float32, another order of summation is off by about 1e-6.
+TOLERANCE = 1e-4
 FEW = settings(max_examples=12, deadline=None, derandomize=True)        # the same cases in every run
 
 ROPES = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 2.5},
-    # With an old context of 64 and heads 8 wide, one wave is kept, one is between, and two are stretched.
+    # With an old context of 64 and d_head 8, one wave is kept, one is mixed, and two are stretched.
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64},
 }
@@ -46,7 +48,7 @@ def error(ours, theirs):
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def written(config):
+def as_written(config):
     """What transformers writes to config.json, as a dict."""
     return json.loads(config.to_json_string())
 
@@ -57,9 +59,9 @@ def load_hub(folder):
 
 
 def run_hub(hub, ids, steer=()):
-    """-> transformers' output, and the residual stream: what each block reads and, last, what the final norm reads.
+    """-> transformers' output, and the residual stream: what each block and the final norm read.
 
-    Both are seen by forward pre-hooks, which add the vectors too; nothing here is shared with ministeer's way of adding them.
+    Forward pre-hooks record both and add the vectors, so no code is shared with ministeer's addition.
     """
     body = hub.base_model
     blocks, norm = (body.h, body.ln_f) if hub.config.model_type == "gpt2" else (body.layers, body.norm)
@@ -92,7 +94,7 @@ def check_parity(model, hub, steer=(), ids=None):
     assert len(resid) == len(theirs) == model.config.n_layer + 1
     for l, (a, b) in enumerate(zip(resid, theirs, strict=True)):
         assert error(a, b) < TOLERANCE, f"resid[{l}]"
-    # The last of transformers' own hidden states is AFTER the final norm, resid[n_layer] before it.
+    # Trap: the last of transformers' hidden states comes after the final norm, resid[n_layer] before it.
     assert error(model.final_norm(resid[-1]), out.hidden_states[-1]) < TOLERANCE, "final norm"
     assert error(logits, out.logits) < TOLERANCE, "logits"
     if not steer:
@@ -121,10 +123,12 @@ LLAMA = st.fixed_dictionaries({
     "head_dim": st.sampled_from([None, 2, 6, 16]),
     "attention_bias": st.booleans(),
     "mlp_bias": st.booleans(),
-    "rope_parameters": st.builds(rope_parameters, st.sampled_from(list(ROPES)), st.sampled_from([500.0, 10000.0, 500000.0])),
+    "rope_parameters": st.builds(
+        rope_parameters, st.sampled_from(list(ROPES)), st.sampled_from([500.0, 10000.0, 500000.0])),
     "tie_word_embeddings": st.booleans(),
 })
-PLAIN = {"heads": (6, 2), "head_dim": None, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}
+PLAIN = {"heads": (6, 2), "head_dim": None, "attention_bias": False, "mlp_bias": False,
+         "tie_word_embeddings": True}
 
 
 @FEW
@@ -132,26 +136,31 @@ PLAIN = {"heads": (6, 2), "head_dim": None, "attention_bias": False, "mlp_bias":
 @example({**PLAIN, "rope_parameters": rope_parameters("linear")})
 @example({**PLAIN, "rope_parameters": rope_parameters("llama3")})
 @example({**PLAIN, "rope_parameters": rope_parameters("default"), "attention_bias": True, "mlp_bias": True})
-def test_llama(sizes):
+def test_llama_of_any_shape(sizes):
     heads, kv_heads = sizes["heads"]
     # Twice the usual spread of random weights makes attention peaked, so that a wrong rotation shows.
-    check_config(hub_config("llama", num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=8 * heads, initializer_range=0.04,
-                            **{k: v for k, v in sizes.items() if k != "heads"}))
+    others = {name: value for name, value in sizes.items() if name != "heads"}
+    check_config(hub_config("llama", num_attention_heads=heads, num_key_value_heads=kv_heads,
+                            hidden_size=8 * heads, initializer_range=0.04, **others))
 
 
 @FEW
-@given(st.fixed_dictionaries({"n_head": st.sampled_from([1, 2, 3, 4]), "n_inner": st.sampled_from([None, 20, 100]),
-                              "tie_word_embeddings": st.booleans(), "layer_norm_epsilon": st.sampled_from([1e-5, 1e-2]),
-                              "activation_function": st.sampled_from(["gelu_new", "gelu_pytorch_tanh"])}))
-def test_gpt2(sizes):
+@given(st.fixed_dictionaries({
+    "n_head": st.sampled_from([1, 2, 3, 4]),
+    "n_inner": st.sampled_from([None, 20, 100]),
+    "tie_word_embeddings": st.booleans(),
+    "layer_norm_epsilon": st.sampled_from([1e-5, 1e-2]),
+    "activation_function": st.sampled_from(["gelu_new", "gelu_pytorch_tanh"]),
+}))
+def test_gpt2_of_any_shape(sizes):
     check_config(hub_config("gpt2", n_embd=8 * sizes["n_head"], initializer_range=0.04, **sizes))
 
 
-def test_llama3_scaling_in_its_three_regimes():
-    """Short waves are kept, long ones stretched, those between are mixed: all three occur here, and all are transformers'."""
+def test_llama3_frequencies_in_all_three_regimes():
+    """Short waves are kept, long ones stretched, and those between mixed: all three occur here."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     theirs = hub_config("llama", rope_parameters=rope_parameters("llama3"))
-    config = parse_config(written(theirs))
+    config = parse_config(as_written(theirs))
     stretch = frequencies(replace(config, rope=Rope(theta=1000.0))) / frequencies(config)
     assert stretch[0] == 1 and 1.01 < stretch[1] < 7.9 and torch.allclose(stretch[2:], torch.tensor(8.0))
     assert error(frequencies(config), LlamaRotaryEmbedding(theirs).inv_freq) < 1e-6
@@ -163,39 +172,43 @@ def test_true_shapes_of_gpt2_124m():
 
 
 def test_true_shapes_of_smollm2_135m():
-    check_config(hub_config("llama", num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, hidden_size=576,
-                            intermediate_size=1536, vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5,
-                            tie_word_embeddings=True, rope_parameters=rope_parameters("default", 100000.0)))
+    check_config(hub_config("llama", num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                            hidden_size=576, intermediate_size=1536, vocab_size=49152, rms_norm_eps=1e-5,
+                            max_position_embeddings=8192, tie_word_embeddings=True,
+                            rope_parameters=rope_parameters("default", 100000.0)))
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 @pytest.mark.parametrize("kind", ROPES)
 def test_llama_config_of_transformers_4(kind, key):
-    """Version 4 wrote rope_theta and rope_scaling where 5 writes rope_parameters, and torch_dtype for dtype."""
+    """Version 4 wrote rope_theta and rope_scaling for rope_parameters, and torch_dtype for dtype."""
     from transformers import LlamaConfig
-    five = written(hub_config("llama", rope_parameters=rope_parameters(kind)))
+    five = as_written(hub_config("llama", rope_parameters=rope_parameters(kind)))
     four = {k: v for k, v in five.items() if k not in ("rope_parameters", "dtype", "head_dim")}
     scaling = {k: v for k, v in ROPES[kind].items() if k != "rope_type"}
-    four |= {"torch_dtype": "float32", "rope_theta": 1000.0, "rope_scaling": {key: kind, **scaling} if scaling else None}
+    four |= {"torch_dtype": "float32", "rope_theta": 1000.0,
+             "rope_scaling": {key: kind, **scaling} if scaling else None}
     ours = parse_config(five)
     assert ours.rope.type == kind and ours.rope.theta == 1000.0
     assert parse_config(four) == ours
-    # transformers 5 reads the old form as we do.
-    assert parse_config(written(LlamaConfig.from_dict(four))) == ours
+    # transformers 5 reads the old form in the same way.
+    assert parse_config(as_written(LlamaConfig.from_dict(four))) == ours
 
 
 def test_config_of_transformers_4_without_rotary_settings():
     """The oldest files have neither rope_theta nor key/value heads: the defaults of their time hold."""
-    raw = written(hub_config("llama", num_key_value_heads=4))
-    old = {k: v for k, v in raw.items() if k not in ("rope_parameters", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")}
+    raw = as_written(hub_config("llama", num_key_value_heads=4))
+    newer = {"rope_parameters", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"}
+    old = {k: v for k, v in raw.items() if k not in newer}
     assert parse_config(old) == parse_config(raw)
 
 
 def test_gpt2_config_of_transformers_4():
-    five = written(hub_config("gpt2"))
+    five = as_written(hub_config("gpt2"))
     # As in OpenAI's own config.json on the Hub, which names neither n_inner nor tie_word_embeddings.
     four = {k: v for k, v in five.items() if k not in ("dtype", "n_inner", "tie_word_embeddings")}
-    four |= {"torch_dtype": "float32", "n_ctx": five["n_positions"], "task_specific_params": {"text-generation": {"do_sample": True}}}
+    four |= {"torch_dtype": "float32", "n_ctx": five["n_positions"],
+             "task_specific_params": {"text-generation": {"do_sample": True}}}
     assert parse_config(four) == parse_config(five)
 
 
@@ -207,12 +220,13 @@ def greedy(model, ids, n=40):
 
 def greedy_hub(hub, ids, n=40):
     hub.generation_config.eos_token_id = None
-    out = hub.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, pad_token_id=0)
+    mask = torch.ones_like(ids)
+    out = hub.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=n, pad_token_id=0)
     return out[0, ids.shape[1]:].tolist()
 
 
-def test_greedy(family, tmp_path):
-    """40 tokens, each chosen with all before it in the cache. Untied heads and large weights keep the text from repeating one token."""
+def test_greedy_generation(family, tmp_path):
+    """40 tokens by way of the cache. Untied heads and large weights avoid repetition."""
     hub = hub_model(hub_config(family, tie_word_embeddings=False, initializer_range=0.1))
     model = load_model(save_checkpoint(tmp_path, hub))
     ids = torch.tensor([[0, 40, 50, 60, 70]])
@@ -221,22 +235,31 @@ def test_greedy(family, tmp_path):
     assert greedy(model, ids) == theirs
 
 
-def some_steers(d_model, n_layer, scale):
-    """Steers to compare under: rows at a few positions, one row from a position on, and two layers at once."""
-    v = scale * torch.randn(4, d_model, generator=torch.Generator().manual_seed(2))
-    return [*([Steer(l, v, coeff=3.0)] for l in (0, 1, n_layer - 1)), [Steer(n_layer // 2, v[0], coeff=-2.0, start=5)],
-            [Steer(1, v, coeff=2.0), Steer(1, v[:2], start=3), Steer(n_layer - 1, v[0], start=0)]]
+# (the model's n_layer, a vector (4, d_model)) -> Steers
+STEERS = [
+    pytest.param(lambda n_layer, v: [Steer(0, v, coeff=3.0)], id="first layer"),
+    pytest.param(lambda n_layer, v: [Steer(1, v, coeff=3.0)], id="second layer"),
+    pytest.param(lambda n_layer, v: [Steer(n_layer - 1, v, coeff=3.0)], id="last layer"),
+    pytest.param(lambda n_layer, v: [Steer(n_layer // 2, v[0], coeff=-2.0, start=5)], id="from 5 on"),
+    pytest.param(lambda n_layer, v: [Steer(1, v, coeff=2.0), Steer(1, v[:2], start=3),
+                                     Steer(n_layer - 1, v[0], start=0)], id="three at once"),
+]
 
 
-@pytest.mark.parametrize("which", range(5))
-def test_steered(tiny, hub, which):
+def make_steers(make, model, scale):
+    v = scale * torch.randn(4, model.config.d_model, generator=torch.Generator().manual_seed(2))
+    return make(model.config.n_layer, v)
+
+
+@pytest.mark.parametrize("make", STEERS)
+def test_steered_residuals_and_logits(tiny, hub, make):
     model, _ = tiny
-    check_parity(model, hub, some_steers(model.config.d_model, model.config.n_layer, 0.5)[which])
+    check_parity(model, hub, make_steers(make, model, 0.5))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
-def test_half_precision(checkpoint, tiny, dtype, tolerance):
-    """A number keeps 8 bits in bfloat16 and 11 in float16, so one rounding is up to 0.4 % and 0.05 %; many add up."""
+def test_half_precision_is_within_its_rounding(checkpoint, tiny, dtype, tolerance):
+    """bfloat16 keeps 8 bits, float16 keeps 11: one rounding is up to 0.4 % or 0.05 %, and many add up."""
     model, _ = tiny
     half = load_model(checkpoint, dtype)
     ids = torch.randint(model.config.n_vocab, (1, N_POS), generator=torch.Generator().manual_seed(1))
@@ -249,14 +272,15 @@ def test_half_precision(checkpoint, tiny, dtype, tolerance):
 
 
 def assert_same(a, b):
-    """Bitwise equal weights, and the same fingerprint, so that a vector made with one is taken by the other."""
+    """Bitwise equal weights, and the same fingerprint, so that each accepts the other's vectors."""
     assert a.config == b.config and a.fingerprint == b.fingerprint
     assert a.state_dict().keys() == b.state_dict().keys()
     assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())
 
 
 def with_prefix(tensors, model):
-    return {name if name.startswith((model.prefix, "lm_head")) else model.prefix + name: x for name, x in tensors.items()}
+    bare = {name.removeprefix(model.prefix): x for name, x in tensors.items()}
+    return {name if name.startswith("lm_head") else model.prefix + name: x for name, x in bare.items()}
 
 
 def without_prefix(tensors, model):
@@ -264,34 +288,43 @@ def without_prefix(tensors, model):
 
 
 def with_buffers(tensors, model):
-    """What old versions of transformers stored beside the weights: causal masks, rotary frequencies."""
-    n = model.config.n_ctx
-    old = {"gpt2": {"h.{}.attn.bias": torch.ones(1, 1, n, n, dtype=torch.uint8).tril(), "h.{}.attn.masked_bias": torch.tensor(-1e4)},
-           "llama": {"layers.{}.self_attn.rotary_emb.inv_freq": torch.ones(model.config.d_head // 2)}}[model.config.family]
-    added = {name.format(l): x.clone() for name, x in old.items() for l in range(model.config.n_layer)}
+    """What old versions of transformers stored beside the weights: causal masks and rotary frequencies."""
+    config = model.config
+    mask = torch.ones(1, 1, config.n_ctx, config.n_ctx, dtype=torch.uint8).tril()
+    buffers = {
+        "gpt2": {"h.{}.attn.bias": mask, "h.{}.attn.masked_bias": torch.tensor(-1e4)},
+        "llama": {"layers.{}.self_attn.rotary_emb.inv_freq": torch.ones(config.d_head // 2)},
+    }[config.family]
+    added = {name.format(l): x.clone() for name, x in buffers.items() for l in range(config.n_layer)}
     assert not set(added) & set(tensors)
     return without_prefix(tensors, model) | added
 
 
-@pytest.mark.parametrize("change", [with_prefix, without_prefix, with_buffers, lambda *a: with_prefix(with_buffers(*a), a[1])],
-                         ids=["prefix", "no prefix", "buffers", "buffers and prefix"])
-def test_names_in_the_file(checkpoint, tiny, tmp_path, change):
+def with_buffers_and_prefix(tensors, model):
+    return with_prefix(with_buffers(tensors, model), model)
+
+
+@pytest.mark.parametrize("change", [with_prefix, without_prefix, with_buffers, with_buffers_and_prefix])
+def test_loads_old_names_and_ignores_old_buffers(checkpoint, tiny, tmp_path, change):
     model, _ = tiny
     save_file(change(load_file(checkpoint / "model.safetensors"), model), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     assert_same(load_model(tmp_path), model)
 
 
-def test_sharded(checkpoint, tiny, hub, tmp_path):
+def test_loads_sharded_files(checkpoint, tiny, hub, tmp_path):
     hub.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2 and not (tmp_path / "model.safetensors").exists()
     assert_same(load_model(tmp_path), tiny[0])
 
 
-PROSE = """The lighthouse keeper wrote down the weather every evening for thirty-one years, first in pencil and later with a fountain pen \
-that his sister had sent him from Lisbon. Most of the entries are short: wind from the west, two ships, fog before midnight. But on the \
-ninth of March 1887 he filled four pages. A whale had come into the bay, he wrote, and it did not seem to be lost; it swam around the rock \
-as if it were reading something written there, and then it went back out to sea. He never mentioned it again."""
+PROSE = (
+    "The lighthouse keeper wrote down the weather every evening for thirty-one years, first in pencil and "
+    "later with a fountain pen that his sister had sent him from Lisbon. Most of the entries are short: wind "
+    "from the west, two ships, fog before midnight. But on the ninth of March 1887 he filled four pages. A "
+    "whale had come into the bay, he wrote, and it did not seem to be lost; it swam around the rock as if it "
+    "were reading something written there, and then it went back out to sea. He never mentioned it again."
+)
 
 
 @pytest.fixture(scope="module")
@@ -306,17 +339,17 @@ def prose(real):
     return ids
 
 
-def test_real_weights(real, hub_real, prose):
+def test_real_weights_unsteered(real, hub_real, prose):
     check_parity(real[0], hub_real, ids=prose)
 
 
-@pytest.mark.parametrize("which", range(5))
-def test_real_weights_steered(real, hub_real, prose, which):
+@pytest.mark.parametrize("make", STEERS)
+def test_real_weights_steered(real, hub_real, prose, make):
     model, _ = real
-    check_parity(model, hub_real, some_steers(model.config.d_model, model.config.n_layer, 1.0)[which], ids=prose)
+    check_parity(model, hub_real, make_steers(make, model, 1.0), ids=prose)
 
 
-def test_real_weights_greedy(real, hub_real):
+def test_real_weights_greedy_generation(real, hub_real):
     model, tokenizer = real
     prompt = "The capital of France is Paris, the capital of Italy is"
     ids = torch.tensor([tokenizer.encode(prompt)])

@@ -48,7 +48,7 @@ print(len(act_add["c 1"].branches), "reading:", act_add["c 1"].branches[0].steer
 # %%
 request = "The following text is about a wedding."
 prompted = {"": baselines.prompted(request)}
-print("at the front:", tokenizer.pieces(baselines.prefixed(tokenizer, request)))
+print("at the front:", tokenizer.pieces(baselines.prefix_ids(tokenizer, request)))
 #> at the front: ['<|endoftext|>', 'The', ' following', ' text', ' is', ' about', ' a', ' wedding', '.', '\n']
 
 # %% [markdown]
@@ -65,7 +65,7 @@ def toward(s):
 
 preadd = {f"s {s:g}": toward(s) for s in (1.5, 2, 3)}
 plain_ids = tokenizer.encode(prompt)
-asked_ids = [*baselines.prefixed(tokenizer, request), *tokenizer.encode(prompt, bos=False)]
+asked_ids = [*baselines.prefix_ids(tokenizer, request), *tokenizer.encode(prompt, bos=False)]
 p, q = (model(torch.tensor([ids]))[0][0, -1].log_softmax(dim=-1) for ids in (plain_ids, asked_ids))
 gain = q - p
 top = gain.topk(3).indices.tolist()
