@@ -171,6 +171,10 @@ def test_the_perplexity_ratio_of_numbers_made_by_hand():
         assert both_ways == pytest.approx(1.0)
 
 
+def test_the_perplexity_ratio_is_taken_in_float64():
+    assert perplexity_ratio([torch.tensor([-2.0 ** -30])], [torch.tensor([-1.0])]) == math.exp(1 - 2.0 ** -30)
+
+
 def test_the_perplexity_ratio_rejects_what_it_cannot_compare():
     with pytest.raises(ValueError, match="mean_of 'words'; possible: 'tokens', 'texts'"):
         perplexity_ratio(PLAIN, STEERED, mean_of="words")
