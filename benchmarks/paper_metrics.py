@@ -56,8 +56,8 @@ def divergence(model, tokenizer, texts, steer, skip=0, chunk=128):
     """
     result = []
     for text in texts:
-        ids = torch.tensor([tokenizer.encode(text)], device=next(model.parameters()).device)
-        plain, steered = (model(ids, s, last_only=True)[1][-1][0, skip:] for s in ((), steer))
+        ids = torch.tensor([tokenizer.encode(text)], device=model.device)
+        plain, steered = (model.residuals(ids, s)[-1][0, skip:] for s in ((), steer))
         if not len(plain):
             raise ValueError(f"no position is left of {text[:40]!r} after skipping {skip}.")
         kl = entropy = 0.0
