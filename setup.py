@@ -9,24 +9,25 @@ tutorials = ["matplotlib", "tqdm", "vaderSentiment"]
 judges = ["vaderSentiment", "alt-profanity-check", "transformers"]
 bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", *tutorials]
 
+source = (HERE / "ministeer/__init__.py").read_text(encoding="utf-8")
 setup(
     name="ministeer",
-    version=re.search(r'__version__ = "(.+)"', (HERE / "ministeer/__init__.py").read_text(encoding="utf-8"))[1],
-    description="Activation addition (ActAdd) from scratch: hand-written GPT-2 and Llama, the residual stream as a list",
+    version=re.search(r'__version__ = "(.+)"', source)[1],
+    description="Activation addition (ActAdd) from scratch: hand-written GPT-2 and Llama",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["ministeer", "ministeer.*"]),
     package_data={"ministeer": ["py.typed"]},
     python_requires=">=3.10",
-    install_requires=["numpy", "torch>=2.5", "tokenizers", "safetensors"],     # enable_gqa came with torch 2.5
+    install_requires=["numpy", "torch>=2.5", "tokenizers", "safetensors"],      # torch 2.5: enable_gqa
     extras_require={
         "weights": weights,
         "tutorials": tutorials,
         "judges": judges,
-        "bench": bench,         # repeng and steering-vectors want environments of their own: see benchmarks/README.md
-        "test": ["pytest", "pytest-cov", "hypothesis", "transformers", "ruff", "jupytext", "nbformat", "pytest-xdist",
-                 *weights, *tutorials, *judges],
+        "bench": bench,     # repeng and steering-vectors want environments of their own: benchmarks/README.md
+        "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "transformers", "ruff", "jupytext",
+                 "nbformat", *weights, *tutorials, *judges],
     },
     entry_points={"console_scripts": ["ministeer = ministeer.cli:main"]},
 )

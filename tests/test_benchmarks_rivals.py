@@ -166,7 +166,7 @@ def test_the_comparison_runs_and_goes_on_where_it_was(trained, tiny_llama, data,
 
 
 @pytest.mark.parametrize(("module", "arguments", "message"), [
-    (rivals, ["toxicity", "--data", "{data}", "--out", "{tmp}"], "train_classifier.py makes one"),
+    (rivals, ["toxicity", "--data", "{data}", "--out", "{tmp}"], "train_classifier` makes one"),
     (rivals, ["toxicity", "--data", "{data}", "--repeats", "0"], "--repeats must be 1 or more; given: 0"),
     (rivals, ["toxicity", "--data", "{data}", "--judge", "perspective"], "cannot judge FUDGE"),
     (train_classifier, ["sentiment", "--data", "{tmp}"], "no imdb.jsonl"),

@@ -48,6 +48,7 @@ def weights(tmp_path_factory):
 def run(weights, monkeypatch, capsys, tmp_path):
     """run(*argv) -> (exit code, stdout, stderr) of the command line in this process, in an empty folder."""
     monkeypatch.setenv("MINISTEER_WEIGHTS", str(weights))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "80")         # whatever terminal pytest runs in
     monkeypatch.chdir(tmp_path)
 
@@ -349,7 +350,7 @@ def test_demo_counts_the_texts_that_it_shows(run, smollm2, monkeypatch):
         assert line[17:].split() == f"{k} of 3 {k / 3:.0%} (95 % interval {interval})".split()
     assert " of 3 " in counts[2]
     assert "(95 % interval " in counts[2]
-    assert counts[-1] == "Random vectors: 3 of the steering vector's norm, which share the 3 completions."
+    assert counts[-1] == "Random vectors: 3 of the steering vector's norm, which share 3 completions."
 
 
 # What is refused
@@ -413,7 +414,7 @@ def test_rejects_bad_command_lines(run, argv, message):
     ([*PAIR, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ([*PAIR, "--model", "nowhere"], "ministeer fetch nowhere"),
     ([*PAIR, "--model", "damaged"], "damaged"),
-    ([*PAIR, "--model", "."], "not a checkpoint"),
+    ([*PAIR, "--model", "."], "there is no config.json in"),
     ([*PAIR, "--model", "a\nb\x1b[31m"], "no model"),
     ([*PAIR, "--save", "nofolder/v"], "--save 'nofolder/v'"),
     ([*PAIR, "--save", "."], "--save '.'"),

@@ -169,8 +169,12 @@ def test_rejects_bad_pairs_layers_and_packed_models(tiny):
         many_pairs.caa(model, tokenizer, PLUS, MINUS, 9)
     with pytest.raises(ValueError, match="layer -1"):
         many_pairs.repe(model, tokenizer, PLUS, MINUS, [-1])
-    with pytest.raises(ValueError, match="four or more pairs"):
+    with pytest.raises(ValueError, match="4 or more pairs of texts, .*; given: 3 plus, 3 minus"):
         inside_blocks.iti(model, tokenizer, PLUS[:3], MINUS[:3])
+    for plus, minus in (("ab", PLUS[:2]), (PLUS[:2], "ab")):
+        for make in (many_pairs.differences, inside_blocks.iti, inside_blocks.icv):
+            with pytest.raises(ValueError, match="must be lists of texts; given: a single text"):
+                make(model, tokenizer, plus, minus)
     with pytest.raises(ValueError, match="Pass the plain model"):
         inside_blocks.iti(fast(model), tokenizer, PLUS, MINUS)
 

@@ -50,7 +50,8 @@ class PrefixClassifier(nn.Module):
     def load(cls, path: str | os.PathLike) -> PrefixClassifier:
         """Read what `save` wrote. Raises FileNotFoundError, or ValueError if it holds something else."""
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"no file {os.fspath(path)}. benchmarks/train_classifier.py makes one.")
+            raise FileNotFoundError(f"no file {os.fspath(path)}. "
+                                    "`python -m benchmarks.train_classifier` makes one.")
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

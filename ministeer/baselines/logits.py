@@ -195,7 +195,7 @@ def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], mixe
     classifier = mixer.guide.classifier if mixer.guide else None
     if classifier and classifier.n_vocab != n_vocab:
         raise ValueError(f"the classifier reads {classifier.n_vocab} tokens, the model {n_vocab}. "
-                         "Train it for this model's tokenizer with benchmarks/train_classifier.py.")
+                         "Train it for this model's tokenizer with `python -m benchmarks.train_classifier`.")
     encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     prefixes = [prefix_ids(tokenizer, branch.prefix) for branch in mixer.branches]
     for branch, prefix in zip(mixer.branches, prefixes, strict=True):
