@@ -58,7 +58,7 @@ weddings = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=l
 print(weddings)
 steered, steered_resid = model(ids, steer=[coeff * weddings])
 print("by hand and with Steer equal:", torch.allclose(by_hand, steered, rtol=1e-3, atol=1e-3))
-#> <Steer ' weddings' - ' ': coeff 1.0 on 1 positions from 1 before block 1, d_model 576>
+#> <Steer ' weddings' - ' ': coeff 1.0 at position 1 before block 1, d_model 576>
 #> by hand and with Steer equal: True
 
 # %% [markdown]
@@ -111,7 +111,7 @@ for name, logits in (("unsteered", plain), ("steered", steered), ("random", cont
     print(f"{name:10}", "  ".join(f"{word} {p[i]:.1e}" for word, i in zip(words, word_ids, strict=True)))
 #> unsteered   wedding 9.4e-07   bride 1.3e-07   marry 4.1e-07   married 4.3e-07   love 4.3e-04
 #> steered     wedding 5.6e-04   bride 1.4e-05   marry 5.6e-05   married 7.6e-05   love 1.2e-03
-#> random      wedding 1.2e-06   bride 2.5e-07   marry 2.9e-06   married 7.4e-07   love 2.4e-04
+#> random      wedding 2.0e-05   bride 1.6e-06   marry 7.7e-06   married 4.9e-06   love 1.5e-03
 
 # %% [markdown]
 # This is one prompt and one next token: a first look, not a result. Tutorials 05 and 07 count whole

@@ -128,15 +128,16 @@ for c in coeffs:
 #> unsteered     3.8±0.8
 #> coeff 0.5   4.3±0.9   random   5.4±1.1   ≈ "I'd like to meet up. I'm going to the bar tonight, and I'm g"
 #> coeff 1.0   5.7±1.1   random   5.6±1.1   ≈ 'that they had a wedding to celebrate their 10 years of marri'
-#> coeff 2.0   6.0±1.2   random   12.2±2.4   ≈ "I'm not a good choice. I'm just so focused on the next thing"
-#> coeff 4.0   5.6±1.1   random   13.2±2.6   ≈ "I'm not married. I'm a single mom with two kids, 20. My husb"
-#> coeff 8.0   5.4±1.1   random   14.4±2.9   ≈ "I'm not going to be able to make it. I've been doing this fo"
+#> coeff 2.0   6.0±1.2   random   5.4±1.1   ≈ "I'm not a good choice. I'm just so focused on the next thing"
+#> coeff 4.0   5.6±1.1   random   4.8±1.0   ≈ "I'm not married. I'm a single mom with two kids, 20. My husb"
+#> coeff 8.0   5.4±1.1   random   5.6±1.1   ≈ "I'm not going to be able to make it. I've been doing this fo"
 
 # %% [markdown]
 # The steered texts do not break, not even at coefficient 8. The norm at the start of each block (tutorial 02)
 # takes away the size of the stream, which explains why more strength soon changes little. It does not explain
-# why the topic becomes rarer again from 4 on. Nor does it explain why random vectors cost more: from 2 on,
-# their texts are three to four times as surprising as unsteered ones, and say nothing about weddings.
+# why the topic becomes rarer again from 4 on. This random vector costs about as much fluency as the steering
+# vector, and its texts say nothing about weddings. Another random vector may cost more: it is one draw, and
+# tutorial 07 takes five.
 #
 # ## The figure: topic and fluency by coefficient
 

@@ -52,11 +52,11 @@ print("layer    ", "".join(f"{l:7}" for l in shown))
 for j, c in enumerate(coeffs):
     print(f"coeff {c:3}", "".join(f"{gain[l, j]:+7.1f}" for l in shown))
 #> unsteered log p -5.4 nats; what steering adds, by layer and coefficient:
-#> layer          0      1      2      3      6     11     16     20     26
-#> coeff 0.5   -0.4   -0.1   +0.1   -0.4   -0.2   +0.8   +1.5   +1.5   +0.2
-#> coeff 1.0   -0.2   +0.8   +0.8   -0.5   -0.2   +1.9   +2.9   +2.4   +0.7
-#> coeff 2.0   -0.5   +0.8   +0.8   -0.4   -0.2   +2.5   +2.8   +1.5   +0.7
-#> coeff 4.0   -1.2   -0.0   -0.1   -0.4   -0.2   +2.3   +3.5   +0.7   +0.6
+#> layer           0      1      2      3      6     11     16     20     26
+#> coeff 0.5    -0.4   -0.1   +0.1   -0.4   -0.2   +0.8   +1.5   +1.5   +0.2
+#> coeff 1.0    -0.2   +0.8   +0.8   -0.5   -0.2   +1.9   +2.9   +2.4   +0.7
+#> coeff 2.0    -0.5   +0.8   +0.8   -0.4   -0.2   +2.5   +2.8   +1.5   +0.7
+#> coeff 4.0    -1.2   -0.0   -0.1   -0.4   -0.2   +2.3   +3.5   +0.7   +0.6
 
 # %% [markdown]
 # From this table you would choose layer 16. (In the figure below, layer 12 is the worst. It comes just after

@@ -71,9 +71,9 @@ for name, ranking in results.items():
     print(f"{name:18} P@1 {p1:4.0%}  P@10 {p10:4.0%}  P@100 {p100:4.0%}")
 #> unsteered          P@1  50%  P@10  86%  P@100  90%
 #> layer 1, steered   P@1  33%  P@10  57%  P@100  79%
-#> layer 1, random    P@1  36%  P@10  67%  P@100  83%
+#> layer 1, random    P@1  26%  P@10  60%  P@100  86%
 #> layer 16, steered  P@1  40%  P@10  76%  P@100  86%
-#> layer 16, random   P@1  50%  P@10  83%  P@100  88%
+#> layer 16, random   P@1  52%  P@10  86%  P@100  93%
 
 # %% [markdown]
 # ## Is that a loss?
@@ -94,13 +94,13 @@ for name, ranking in results.items():
         print(f"{name:18} lost {lost:2}, gained {gained:2}: P@10 {difference:+.0%}",
               f"(95 % {low:+.0%} to {high:+.0%}), p {p:.3f}")
 #> layer 1, steered   lost 12, gained  0: P@10 -29% (95 % -43% to -17%), p 0.001
-#> layer 1, random    lost  8, gained  0: P@10 -19% (95 % -31% to -7%), p 0.006
+#> layer 1, random    lost 11, gained  0: P@10 -26% (95 % -40% to -14%), p 0.001
 #> layer 16, steered  lost  4, gained  0: P@10 -10% (95 % -19% to -2%), p 0.127
-#> layer 16, random   lost  1, gained  0: P@10 -2% (95 % -7% to +0%), p 1.000
+#> layer 16, random   lost  0, gained  0: P@10 +0% (95 % +0% to +0%), p 1.000
 
 # %% [markdown]
 # At layer 1, the vector overwrites the first word of a very short prompt ("Bees", "Snow"). We think that
-# facts are lost where that word mattered: a random vector of the same norm loses 8 as well. This is what
+# facts are lost where that word mattered: a random vector of the same norm loses 11. This is what
 # steering at the front of a prompt means.
 #
 # At layer 16, a few facts are lost and none is gained. Is that real? The interval excludes 0, but the test

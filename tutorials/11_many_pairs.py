@@ -59,7 +59,7 @@ def differences(layer):
 
 caa = Steer(12, differences(12).mean(dim=0))
 print(caa)
-#> <Steer a vector: coeff 1.0 on every position from 1 before block 12, d_model 576>
+#> <Steer a vector: coeff 1.0 at every position from 1 on before block 12, d_model 576>
 
 # %% [markdown]
 # A vector with one axis, `(d_model,)`, goes to every position from `start` on. The ActAdd vector has two
@@ -122,9 +122,9 @@ for name, row in results.items():
     print(f"{name:24}", "  ".join(cells))
 #> unsteered                c 0: 0±3 of 40, 3.8±0.8
 #> ActAdd, layer 1          c 0.5: 1±3 of 40, 4.3±0.9  c 1: 21±3 of 40, 5.7±1.1  c 2: 27±3 of 40, 6.0±1.2
-#> ActAdd, layer 1, random  c 1: 0±3 of 40, 5.6±1.1  c 2: 1±3 of 40, 12.2±2.4
+#> ActAdd, layer 1, random  c 1: 0±3 of 40, 4.9±1.0  c 2: 1±3 of 40, 5.4±1.1
 #> CAA, layer 12            c 0.25: 12±3 of 40, 4.5±0.9  c 0.5: 30±3 of 40, 7.1±1.4  c 1: 22±3 of 40, 15.2±3.0
-#> CAA, layer 12, random    c 0.5: 0±3 of 40, 6.8±1.4  c 1: 0±3 of 40, 16.9±3.4
+#> CAA, layer 12, random    c 0.5: 0±3 of 40, 5.9±1.2  c 1: 0±3 of 40, 23.9±4.8
 #> CAA at the front         c 1: 0±3 of 40, 4.1±0.8  c 2: 0±3 of 40, 4.1±0.8  c 4: 0±3 of 40, 4.1±0.8
 #> CAA at the front, random c 2: 0±3 of 40, 4.7±0.9  c 4: 0±3 of 40, 5.7±1.1
 

@@ -39,7 +39,7 @@ random_vector = random_like(weddings, seed=0)
 act_add = {f"c {c:g}": baselines.act_add(c * weddings) for c in (0.5, 1, 2)}
 control = {f"c {c:g}": baselines.act_add(c * random_vector) for c in (1, 2)}
 print(len(act_add["c 1"].branches), "reading:", act_add["c 1"].branches[0].steer)
-#> 1 reading: (<Steer ' weddings' - ' ': coeff 1.0 on 1 positions from 1 before block 1, d_model 576>,)
+#> 1 reading: (<Steer ' weddings' - ' ': coeff 1.0 at position 1 before block 1, d_model 576>,)
 
 # %% [markdown]
 # ## 2. Ask for it
@@ -141,7 +141,7 @@ for name, settings in methods.items():
     results[name] = row
 #> unsteered      : 0±3 of 40, 3.8±0.8
 #> ActAdd         c 0.5: 1±3 of 40, 4.3±0.9   c 1: 21±3 of 40, 5.7±1.1   c 2: 27±3 of 40, 6.0±1.2
-#> ActAdd, random c 1: 0±3 of 40, 5.6±1.1   c 2: 1±3 of 40, 12.2±2.4
+#> ActAdd, random c 1: 0±3 of 40, 4.9±1.0   c 2: 1±3 of 40, 5.4±1.1
 #> prompted       : 30±3 of 40, 6.0±1.2
 #> PreADD         s 1.5: 37±3 of 40, 7.0±1.4   s 2: 37±3 of 40, 12.5±2.5   s 3: 40±3 of 40, 22.9±4.6
 #> FUDGE          s 1: 0±3 of 40, 4.2±0.8   s 3: 0±3 of 40, 4.6±0.9   s 9: 1±3 of 40, 6.2±1.2
