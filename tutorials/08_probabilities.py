@@ -176,9 +176,9 @@ lesson.save(figure, "08_probabilities")
 # %% [markdown]
 # (s: steered, r: random.) At layers 16 and 20, the blue line is below 1, and the orange line nearly as far
 # above it. Up to layer 10, even a *random* vector costs a factor of 1.1 to 1.7. At layers 3 and 6, where the
-# vector is mostly sink (tutorial 03), the steering vector costs as much as the random one. Layer 1 is best at bringing the topic into new
-# texts. But it makes texts about weddings likelier only in comparison with a random vector, not with no
-# vector. Two good measures, two answers; say which one you mean.
+# vector is mostly sink (tutorial 03), the steering vector costs as much as the random one. Layer 1 is best
+# at bringing the topic into new texts. But it makes texts about weddings likelier only in comparison with a
+# random vector, not with no vector. Two good measures, two answers; say which one you mean.
 #
 # ## Exercise 1
 # Compute the ratio by documents: first the mean of each text, then the mean of these means. (The paper's text

@@ -121,10 +121,10 @@ for name, scores in (("I hate you", hate), ("neutral", neutral)):
 #> neutral   : steered - random +0.17±0.12 (95 % -0.01±0.12 to +0.35±0.12), p 0.10±0.1
 
 # %% [markdown]
-# On both prompts, the interval of the difference contains 0, so nothing is shown beyond the random vector. On
-# the second prompt, the unsteered texts are friendly, and both vectors take that away, love - hate against its
-# name. We do not know why. Without the random row, we would have told two other stories. And it is one random
-# vector: another draw may differ from this one by more than steered and random differ here.
+# On both prompts, the interval of the difference contains 0, so nothing is shown beyond the random vector.
+# On the second prompt, the unsteered texts are friendly, and both vectors take that away, love - hate against
+# its name. We do not know why. Without the random row, we would have told two other stories. And this is only
+# one random vector: another may give another answer.
 #
 # ## The figure: topics, and feelings with their control
 
