@@ -143,10 +143,12 @@ class LM(nn.Module):
                                  f"{T} more do not fit.")
             if B not in (1, cache.batch) or (start and B != cache.batch):
                 raise ValueError(f"the cache is for a batch of {cache.batch}, and ids has a batch of {B}.")
+            if start and cache.model_id != id(self):
+                raise ValueError("the cache was filled by another model. Start a new cache.")
             if start and steer != cache.steer:
                 raise ValueError("the cache was filled under other steering. "
                                  "Pass the same steer list to every call, or start a new cache.")
-            cache.steer = steer
+            cache.model_id, cache.steer = id(self), steer
         return steer
 
     def check_steer(self, steer: Additions, batch: int, length: int | None = None) -> tuple[Addition, ...]:

@@ -371,6 +371,14 @@ def test_the_mask_of_a_later_chunk_is_made_once_per_pass(model, monkeypatch):
     assert calls == [(3, 4), (5, 9), (3, 12)]
 
 
+def test_a_cache_cannot_be_continued_with_another_model(model):
+    cache = KVCache(T)
+    model(random_ids(1, 4), cache=cache)
+    with pytest.raises(ValueError, match="the cache was filled by another model. Start a new cache"):
+        model.shared_copy()(random_ids(1, 4), cache=cache)
+    assert len(cache) == 4
+
+
 def test_a_cache_grows_with_the_positions_read():
     """A cache for 131,072 positions takes memory for those that were read, and keeps them when it grows."""
     cache = KVCache(131_072)
