@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -180,7 +181,7 @@ class LM(nn.Module):
     def check_layer(self, layer: int) -> None:
         """Raises ValueError unless `layer` is the number of a block."""
         n_layer = self.config.n_layer
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layer:
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < n_layer:
             raise ValueError(f"layer {layer}: this model has blocks 0 … {n_layer - 1} "
                              "(layer = the block that reads the changed stream).")
 

@@ -380,3 +380,11 @@ def test_random_vectors_of_different_layers_and_seeds_point_elsewhere(tiny):
 ])
 def test_repr_shows_the_positions(rows, start, where):
     assert where in repr(Steer(2, torch.ones(rows, 8) if rows else torch.ones(8), start=start))
+
+
+def test_a_layer_may_be_a_numpy_number_and_no_truth_value(tiny):
+    wanted = steering_vector(*tiny, " love", " hate", layer=2)
+    assert steering_vector(*tiny, " love", " hate", layer=np.int64(2)) == wanted
+    for layer in (True, 2.0, "2"):
+        with pytest.raises(ValueError, match="this model has blocks 0 … 3"):
+            steering_vector(*tiny, " love", " hate", layer=layer)
