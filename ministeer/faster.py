@@ -35,10 +35,11 @@ def fast(model: LM, compile: bool = False) -> LM:
             warnings.warn("fast returns the model unchanged: it was packed without what compiling needs. "
                           "Pass the plain model.", stacklevel=2)
         return model
-    fault = cannot_pack(next(model.parameters()))
+    weight = next(model.parameters())
+    fault = cannot_pack(weight)
     if fault:
         warnings.warn(f"fast does not pack the weights: {fault}.", stacklevel=2)
-        if not compile:
+        if not compile and weight.dtype != torch.bfloat16:      # for which attend_one helps without packing
             return model
     result = model.shared_copy()
     for block in result.blocks:

@@ -234,3 +234,17 @@ def test_attend_one_equals_attend():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, heads, S, 8, generator=generator) for heads, S in ((6, 1), (2, 9), (2, 9)))
     assert close(attend_one(q, k, v), attend(q, k, v))
+
+
+def test_bfloat16_attends_faster_even_where_it_cannot_be_packed(tiny, monkeypatch):
+    model, tokenizer = tiny
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    monkeypatch.setattr("ministeer.faster.cannot_pack", lambda weight: "not in this test")
+    calls = []
+    monkeypatch.setattr("ministeer.faster.attend_one", lambda q, k, v: calls.append(1) or attend_one(q, k, v))
+    with pytest.warns(UserWarning, match="not in this test"):
+        quick = fast(half)
+    ids, cache = torch.tensor([tokenizer.encode(TEXT[0])]), KVCache(99)
+    one_by_one = torch.cat([quick(part, (), cache)[0] for part in ids.split(1, dim=1)], dim=1)
+    assert len(calls) == ids.shape[1] * model.config.n_layer
+    assert close(one_by_one.float(), half(ids)[0].float(), 0.03)
