@@ -187,7 +187,7 @@ def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], mixe
              progress: Callable[[int], object] | None = None) -> list:
     """-> n continuations of each prompt by a LogitMixer; the rest is as in `ministeer.generate`.
 
-    The penalty counts the tokens of the prompt but not of prefixes. Each branch costs one pass per token.
+    The penalty and max_batch_tokens count the prompt but not prefixes. Each branch costs a pass per token.
     Raises ValueError for what does not fit.
     """
     sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
