@@ -10,9 +10,25 @@ import statistics
 from ministeer.evaluation import measure
 from ministeer.evaluation.judges import TOPIC_WORDS, count_words
 from ministeer.evaluation.stats import bootstrap, holm, paired, wilson
-from ministeer.steering import random_like
 
-from .lab import BLUE, GREY, ORANGE, PROMPT, V1, band, chunks, error_bars, figure, percent, span, table
+from .lab import (
+    BLUE,
+    GREY,
+    PROMPT,
+    RANDOM,
+    V1,
+    band,
+    chunks,
+    control_in_words,
+    error_bars,
+    figure,
+    over_vectors,
+    percent,
+    share_of,
+    span,
+    spread,
+    table,
+)
 from .paper_metrics import partial
 from .prompts import split
 from .web_judges import judge
@@ -28,31 +44,37 @@ def layer_sweep(lab):
     args, n, layers = lab.args, lab.n or 200, range(lab.model.config.n_layer)
 
     def count(kind, layer, coeff, top_p):
-        steer = () if kind == "unsteered" else lab.steer(" weddings", " ", layer, coeff)
-        steer = random_like(steer, args.seed) if kind == "random" else steer
-        texts = lab.generate(PROMPT, n, 40, steer, {**V1, "top_p": top_p}, args.seed)
+        steer = lab.conditions(lab.steer(" weddings", " ", layer, coeff))[kind]
+        texts = lab.generate(PROMPT, share_of(n, kind), 40, steer, {**V1, "top_p": top_p}, args.seed)
         return [count_words(text) for text in texts]
 
     _, coeff = lab.where(0, 1.0)
-    control_layers = sorted({*layers[:4], *layers[6::5], layers[-1]})  # where the random vector is measured
+    control_layers = sorted({*layers[:4], *layers[6::5], layers[-1]})    # where random vectors are measured
     units = [["unsteered", 0, 0.0, 0.3]]
     units += [["steered", l, coeff, 0.3] for l in layers]
-    units += [["random", l, coeff, 0.3] for l in control_layers]
+    units += [[kind, l, coeff, 0.3] for l in control_layers for kind in RANDOM]
     counts = lab.run(units, count)
     best = max(layers, key=lambda l: with_topic_word(counts["steered", l, coeff, 0.3]))
     coeffs = [c for c in (-1.0, 0.5, 1.0, 1.5, 2.0, 3.0) if c != coeff]
-    units = [[kind, best, c, 0.3] for c in coeffs for kind in ("steered", "random")]
+    units = [[kind, best, c, 0.3] for c in coeffs for kind in ("steered", *RANDOM)]
     if best not in control_layers:
-        units.append(["random", best, coeff, 0.3])
-    units += [["unsteered", 0, 0.0, 1.0], ["steered", best, coeff, 1.0], ["random", best, coeff, 1.0]]
+        units += [[kind, best, coeff, 0.3] for kind in RANDOM]
+    units += [["unsteered", 0, 0.0, 1.0]]
+    units += [[kind, best, coeff, 1.0] for kind in ("steered", *RANDOM)]
     counts |= lab.run(units, count)
 
+    def random_rates(*where):
+        """For each random vector, its share of completions with a topic word."""
+        rates = [with_topic_word(counts[(kind, *where)]) for kind in RANDOM]
+        return [k / total for k, total in rates]
+
     with figure(lab, "layer-sweep", 2, 10) as (_, (left, right)):
-        for kind, color in (("steered", BLUE), ("random", GREY)):
-            x = list(layers) if kind == "steered" else control_layers
-            band(left, x, [with_topic_word(counts[kind, l, coeff, 0.3]) for l in x], color, kind)
-            x = sorted([*coeffs, coeff])
-            band(right, x, [with_topic_word(counts[kind, best, c, 0.3]) for c in x], color, kind)
+        all_coeffs = sorted([*coeffs, coeff])
+        for axis, x, where in ((left, list(layers), [(l, coeff, 0.3) for l in layers]),
+                               (right, all_coeffs, [(best, c, 0.3) for c in all_coeffs])):
+            band(axis, x, [with_topic_word(counts[("steered", *place)]) for place in where], BLUE, "steered")
+        spread(left, control_layers, [random_rates(l, coeff, 0.3) for l in control_layers])
+        spread(right, all_coeffs, [random_rates(best, c, 0.3) for c in all_coeffs])
         k, total = with_topic_word(counts["unsteered", 0, 0.0, 0.3])
         for axis, label in ((left, "layer"), (right, f"coefficient, layer {best}")):
             axis.axhline(k / total, color="black", linewidth=0.8, linestyle="--", label="unsteered")
@@ -63,22 +85,21 @@ def layer_sweep(lab):
         left.legend(frameon=False)
 
     def cells(*key):
-        """Share of completions and words per text, or nothing where that was not measured."""
-        if key not in counts:
-            return ["", ""]
+        """Share of completions with a topic word, and such words per text."""
         return [percent(*with_topic_word(counts[key])), f"{statistics.mean(counts[key]):.2f}"]
 
-    def line(name, layer, coeff, top_p):
-        return [name, *cells("steered", layer, coeff, top_p), *cells("random", layer, coeff, top_p)]
+    def line(name, *where):
+        control = over_vectors(random_rates(*where)) if (RANDOM[0], *where) in counts else ""
+        return [name, *cells("steered", *where), control]
 
-    lines = [["unsteered", *cells("unsteered", 0, 0.0, 0.3), "", ""]]
+    lines = [["unsteered", *cells("unsteered", 0, 0.0, 0.3), ""]]
     lines += [line(f"layer {l}", l, coeff, 0.3) for l in layers]
     lines += [line(f"layer {best}, c {c:g}", best, c, 0.3) for c in coeffs]
-    lines.append(["unsteered, top-p 1", *cells("unsteered", 0, 0.0, 1.0), "", ""])
+    lines.append(["unsteered, top-p 1", *cells("unsteered", 0, 0.0, 1.0), ""])
     lines.append(line(f"layer {best}, top-p 1", best, coeff, 1.0))
     text = (f"\" weddings\" - \" \", coeff {coeff:g}, prompt \"{PROMPT}\", "
-            f"40 tokens, top-p 0.3, penalty 1, n {n}.\n\n")
-    text += table(["", "steered (95 %)", "words a text", "random (95 %)", "words a text"], lines)
+            f"40 tokens, top-p 0.3, penalty 1, n {n}; {control_in_words(n)}.\n\n")
+    text += table(["", "steered (95 %)", "words per text", "random (lowest to highest)"], lines)
     return {"n": n, "best layer": best, "counts": [[*key, count] for key, count in counts.items()]}, text
 
 
@@ -91,19 +112,24 @@ def positions(lab):
 
     def count(kind, place, fraction):
         steer = lab.steer(" weddings", " ", layer, coeff).align(place, length)
-        steer = partial(random_like(steer, args.seed) if kind == "random" else steer, fraction)
-        return [count_words(text) for text in lab.generate(PROMPT, n, 40, steer, V1, args.seed)]
+        steer = partial(lab.conditions(steer)[kind], fraction)
+        texts = lab.generate(PROMPT, share_of(n, kind), 40, steer, V1, args.seed)
+        return [count_words(text) for text in texts]
 
-    units = [[kind, place, 1.0] for place in places for kind in ("steered", "random")]
+    units = [[kind, place, 1.0] for place in places for kind in ("steered", *RANDOM)]
     units += [["steered", "front", fraction] for fraction in fractions[:-1]]
     counts = lab.run(units, count)
     rates = {key: with_topic_word(words) for key, words in counts.items()}
+    random_rates = {place: [k / total for k, total in (rates[kind, place, 1.0] for kind in RANDOM)]
+                    for place in places}
     with figure(lab, "positions", 2, 9, 3.8) as (_, (left, right)):
-        for shift, kind, color in ((-0.2, "steered", BLUE), (0.2, "random", GREY)):
-            here = [rates[kind, place, 1.0] for place in places]
-            heights = [k / total for k, total in here]
-            left.bar([x + shift for x in range(3)], heights, 0.38, color=color, label=kind, capsize=3,
-                     yerr=error_bars(heights, [wilson(*rate) for rate in here]))
+        here = [rates["steered", place, 1.0] for place in places]
+        heights = [k / total for k, total in here]
+        left.bar(range(3), heights, 0.6, color=BLUE, label="steered", capsize=3,
+                 yerr=error_bars(heights, [wilson(*rate) for rate in here]))
+        for x, place in enumerate(places):
+            left.plot([x] * len(RANDOM), random_rates[place], "o", color=GREY, markersize=5, clip_on=False,
+                      label=None if x else "random, 5 vectors")
         left.set_xticks(range(3), places)
         left.set_ylabel("completions with a word about weddings")
         left.set_title(f"n {n}, layer {layer}, c {coeff:g}, 95 % intervals", fontsize="medium")
@@ -118,12 +144,13 @@ def positions(lab):
 
     lines = []
     for place in places:
-        lines.append([place, *cells("steered", place, 1.0), percent(*rates["random", place, 1.0])])
+        lines.append([place, *cells("steered", place, 1.0), over_vectors(random_rates[place])])
     for fraction in fractions[:-1]:
         name = f"front, first {fraction:.0%} of the dimensions"
         lines.append([name, *cells("steered", "front", fraction), ""])
-    text = f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}, n {n}.\n\n"
-    text += table(["", "steered (95 %)", "words a text", "random (95 %)"], lines)
+    text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}, n {n}; "
+            f"{control_in_words(n)}.\n\n")
+    text += table(["", "steered (95 %)", "words per text", "random (lowest to highest)"], lines)
     result = {"n": n, "layer": layer, "coeff": coeff,
               "counts": [[*key, count] for key, count in counts.items()]}
     return result, text
@@ -137,30 +164,31 @@ def topics(lab):
     """Section 4.2: steer toward each of six topics, score all six, on several neutral prompts."""
     args, n = lab.args, lab.n or 50
     layer, coeff = lab.where(2, 2.0)
-    names, kinds = list(TOPIC_WORDS), ("steered", "random")
+    names, kinds = list(TOPIC_WORDS), ("steered", *RANDOM)
 
     def count(topic, kind):
         """For each topic: 1 for every completion with a word of it, else 0."""
-        steer = () if topic is None else lab.steer(f" {topic}", " ", layer, coeff)
-        steer = random_like(steer, args.seed) if kind == "random" else steer
-        rows = lab.generate(NEUTRAL, n, 40, steer, lab.sampling, args.seed)
+        steer = None if topic is None else lab.conditions(lab.steer(f" {topic}", " ", layer, coeff))[kind]
+        rows = lab.generate(NEUTRAL, share_of(n, kind), 40, steer, lab.sampling, args.seed)
         texts = [text for row in rows for text in row]
         return [[int(count_words(text, words) > 0) for text in texts] for words in TOPIC_WORDS.values()]
 
     hits = lab.run([[None, "unsteered"]] + [[topic, kind] for topic in names for kind in kinds], count)
     base = hits[None, "unsteered"]
 
-    def boost(topic, kind, j):
-        """How much more often topic j comes up than unsteered, with its interval."""
-        differences = [a - b for a, b in zip(hits[topic, kind][j], base[j], strict=True)]
-        return statistics.mean(differences), bootstrap(differences, seed=args.seed)
+    def differences(topic, kind, j):
+        """For each completion: does topic j come up, minus the same for the unsteered one with its draws."""
+        same_draws = [hit for prompt in chunks(base[j], n) for hit in prompt[:share_of(n, kind)]]
+        return [a - b for a, b in zip(hits[topic, kind][j], same_draws, strict=True)]
 
-    boosts = {}
+    boosts, controls = {}, {}
     for topic in names:
-        for kind in kinds:
-            boosts[topic, kind] = [boost(topic, kind, j) for j in range(len(names))]
+        steered = [differences(topic, "steered", j) for j in range(len(names))]
+        boosts[topic] = [(statistics.mean(row), bootstrap(row, seed=args.seed)) for row in steered]
+        controls[topic] = [[statistics.mean(differences(topic, kind, j)) for kind in RANDOM]
+                           for j in range(len(names))]
     with figure(lab, "topics", width=6, height=4.6) as (fig, (axis,)):
-        values = [[boosts[topic, "steered"][j][0] for j in range(len(names))] for topic in names]
+        values = [[value for value, _ in boosts[topic]] for topic in names]
         top = max(abs(v) for row in values for v in row) or 1
         image = axis.imshow(values, cmap="PuOr", vmin=-top, vmax=top)
         for i, row in enumerate(values):
@@ -175,11 +203,12 @@ def topics(lab):
         fig.colorbar(image)
     lines = [["unsteered", *(f"{statistics.mean(row):.1%}" for row in base)]]
     for topic in names:
-        lines.append([topic, *(span(*b, "+.1%") for b in boosts[topic, "steered"])])
-        lines.append([f"{topic}, random", *(span(*b, "+.1%") for b in boosts[topic, "random"])])
+        lines.append([topic, *(span(*b, "+.1%") for b in boosts[topic])])
+        lines.append([f"{topic}, random", *(over_vectors(values, "+.1%") for values in controls[topic])])
     text = (f"\" TOPIC\" - \" \" before block {layer}, coeff {coeff:g}, {len(NEUTRAL)} prompts × {n} "
             f"completions of 40 tokens, {lab.sampling_in_words}; judged by topic words. First row: share of "
-            "completions with a word of each topic; others: what steering adds to it (95 %).\n\n")
+            "completions with a word of each topic; others: what steering adds to it (95 %), or random "
+            f"vectors do (mean, lowest to highest); {control_in_words(n, len(NEUTRAL))}.\n\n")
     result = {"n": n * len(NEUTRAL), "layer": layer, "coeff": coeff, "prompts": NEUTRAL, "topics": names,
               "hits": [[*key, rows] for key, rows in hits.items()]}
     return result, text + table(["steered toward", *names], lines)
@@ -257,7 +286,7 @@ def dots(axis, result, label, value_and_interval):
     names = list(result)
     for y, name in enumerate(names):
         value, (low, high) = value_and_interval(result[name])
-        color = GREY if name == "unsteered" else ORANGE if name == "random" else BLUE
+        color = "black" if name == "unsteered" else GREY if name in RANDOM else BLUE
         axis.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", capsize=3, color=color)
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
@@ -343,13 +372,13 @@ def grid(lab):
     layers = [l for l in (0, 1, 2, 3, 6, 10, 16) if l < lab.model.config.n_layer]
     coeffs = [1.0, 2.0, 4.0]
     places = [(l, c) for l in layers for c in coeffs]
-    cells = [(0, 0.0, "unsteered")] + [(*place, kind) for place in places for kind in ("steered", "random")]
+    cells = [(0, 0.0, "unsteered")]
+    cells += [(*place, kind) for place in places for kind in ("steered", *RANDOM)]
 
     def part(start, size):
         """For each cell: the scores of so many prompts' continuations, and their (-sum log p, tokens)."""
         some_prompts, result = tuning[start:start + size], []
-        steers = [None if kind == "unsteered" else lab.conditions(lab.steer(" love", " hate", l, c))[kind]
-                  for l, c, kind in cells]
+        steers = [lab.conditions(lab.steer(" love", " hate", l, c))[kind] for l, c, kind in cells]
         for rows in lab.generate_all(some_prompts, steers, 1, 32, lab.sampling, args.seed):
             texts = [text for (text,) in rows]
             result.append([scorer([text.strip() for text in texts]),
@@ -384,13 +413,16 @@ def grid(lab):
             fig.colorbar(image)
 
     def in_words(l, c):
-        return "{:+.2f} / {:.0f} ({:+.2f} / {:.0f})".format(*results[l, c, "steered"],
-                                                            *results[l, c, "random"])
+        scores, disfluencies = zip(*(results[l, c, kind] for kind in RANDOM), strict=True)
+        score, disfluency = results[l, c, "steered"]
+        return (f"{score:+.2f} / {disfluency:.0f} ({min(scores):+.2f} to {max(scores):+.2f} / "
+                f"{min(disfluencies):.0f} to {max(disfluencies):.0f})")
 
     lines = [[f"layer {l}", *(in_words(l, c) for c in coeffs)] for l in layers]
     choice = f"layer {best[0]}, coeff {best[1]:g}" if best else "none"
     text = (f"\" love\" - \" hate\" on {len(tuning)} tuning prompts, 32 tokens, {lab.sampling_in_words}: "
-            f"mean {scorer.name} score / disfluency (random vector). Unsteered {base_score:+.2f} / "
+            f"mean {scorer.name} score / disfluency (the five random vectors, lowest to highest). "
+            f"Unsteered {base_score:+.2f} / "
             f"{base_disfluency:.0f}. Chosen, best score with disfluency at most 1.5 × unsteered: "
             f"{choice}.\n\n")
     text += table(["", *(f"coeff {c:g}" for c in coeffs)], lines)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.demo_grid
 
-One cell is 25 completions of each of four prompts, with the vector " weddings" - " " and with a random vector
-of the same norm. The choice is the smallest coefficient, then the lowest layer, whose count lies within the
-95 % interval of the highest, because a larger addition damages the text more.
+One cell is 25 completions of each of four prompts, with the vector " weddings" - " "; beside it as many that
+five random vectors of the same norm share. The choice is the smallest coefficient, then the lowest layer,
+whose count lies within the 95 % interval of the highest, because a larger addition damages the text more.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import argparse
 from tqdm import tqdm
 
 import ministeer
-from ministeer.cli import DEMO, SAMPLING
+from ministeer.cli import CONTROLS, DEMO, SAMPLING
 from ministeer.evaluation.judges import count_words
 from ministeer.evaluation.stats import wilson
 from ministeer.steering import random_like
@@ -28,13 +28,12 @@ def main():
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4, 6])
     parser.add_argument("--coeffs", type=float, nargs="+", default=[0.5, 1, 2, 4])
     parser.add_argument("--n", type=int, default=25, help="completions of each prompt (default 25)")
-    parser.add_argument("--seed", type=int, default=1,
-                        help="of the draws and of the random vectors (default 1; the demo has 0)")
+    parser.add_argument("--seed", type=int, default=1, help="of the draws (default 1; the demo has 0)")
     args = parser.parse_args()
     model, tokenizer = ministeer.load(args.model)
 
-    def count(*steer):
-        rows = ministeer.generate(model, tokenizer, PROMPTS, args.n, steer=steer,
+    def count(*steer, n=args.n):
+        rows = ministeer.generate(model, tokenizer, PROMPTS, n, steer=steer,
                                   **{**SAMPLING, "seed": args.seed})
         return sum(count_words(text) > 0 for row in rows for text in row)
 
@@ -42,8 +41,10 @@ def main():
     cells = [(l, c) for l in args.layers for c in args.coeffs]
     for l, c in tqdm(cells, "cells"):
         vector = c * ministeer.steering_vector(model, tokenizer, DEMO["plus"], DEMO["minus"], l)
-        counts[l, c] = count(vector), count(random_like(vector, args.seed))
-    print(f"completions of {n} that mention weddings, steered (random vector of the same norm); "
+        shares = {seed: len(range(seed, args.n, CONTROLS)) for seed in range(CONTROLS)}
+        counts[l, c] = count(vector), sum(count(random_like(vector, seed), n=share)
+                                          for seed, share in shares.items() if share)
+    print(f"completions of {n} that mention weddings, steered (five random vectors of the same norm); "
           f"unsteered {count()}\n")
     print("| layer | " + " | ".join(f"coeff {c:g}" for c in args.coeffs) + " |")
     print("|" + "---|" * (1 + len(args.coeffs)))

@@ -6,7 +6,9 @@ Read next: completions.py, texts.py. The work is shared among processes and kept
 import contextlib
 import hashlib
 import json
+import math
 import os
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -27,7 +29,8 @@ V1 = {"temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0}        # the paper'
 V6 = {"temperature": 1.0, "top_p": 1.0, "freq_penalty": 1.0}        # the version of ICLR 2025
 # Colours that the colour-blind can tell apart (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
-CONTROLS = ("unsteered", "steered", "random")
+RANDOM = tuple(f"random {seed}" for seed in range(5))   # the controls: random_like's seeds 0 to 4
+CONTROLS = ("unsteered", "steered", *RANDOM)
 
 
 class Lab:
@@ -90,10 +93,12 @@ class Lab:
         return coeff * steering_vectors(self.model, self.tokenizer, plus, minus, [layer])[0]
 
     def conditions(self, steer):
-        """-> {"unsteered": None, "steered": steer, "random": a random Steer with the same norms}"""
-        return dict(zip(CONTROLS, (None, steer, random_like(steer, self.args.seed)), strict=True))
+        """-> {"unsteered": None, "steered": steer, "random 0": random_like(steer, 0), …, "random 4": …}"""
+        controls = [random_like(steer, seed) for seed in range(len(RANDOM))]
+        return dict(zip(CONTROLS, (None, steer, *controls), strict=True))
 
     def generate(self, prompts, n, new, steer, sampling, seed):
+        steer = () if steer is None else steer
         return ministeer.generate(self.model, self.tokenizer, prompts, n, new, steer, seed=seed, **sampling)
 
     def generate_all(self, prompts, steers, n, new, sampling, seed):
@@ -152,6 +157,21 @@ def span(value, interval, form=".3f"):
     return f"{value:{form}} ({interval[0]:{form}} to {interval[1]:{form}})"
 
 
+def over_vectors(values, form=".1%"):
+    """One value for each random vector -> their mean, lowest and highest in words."""
+    return span(statistics.mean(values), (min(values), max(values)), form)
+
+
+def share_of(n, kind):
+    """How many of n completions a condition gets: all, or if it is one random vector of five, a fifth."""
+    return math.ceil(n / len(RANDOM)) if kind in RANDOM else n
+
+
+def control_in_words(n, prompts=1):
+    """How many completions each random vector has, where others have n of each of so many prompts."""
+    return f"{len(RANDOM)} random vectors with {prompts * share_of(n, RANDOM[0])} completions each"
+
+
 @contextlib.contextmanager
 def figure(lab, name, columns=1, width=7.0, height=3.6):
     """Axes to draw on. The first process saves them as OUT/name.png, complete or not at all."""
@@ -172,6 +192,13 @@ def band(axis, x, rates, color, label, marker="o-"):
     low, high = zip(*(wilson(k, n) for k, n in rates), strict=True)
     axis.plot(x, [k / n for k, n in rates], marker, color=color, label=label, markersize=4)
     axis.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def spread(axis, x, rows):
+    """The random vectors: rows (x, one value for each vector) as their mean, and from lowest to highest."""
+    axis.plot(x, [statistics.mean(row) for row in rows], "o-", color=GREY, markersize=4,
+              label="random, 5 vectors")
+    axis.fill_between(x, list(map(min, rows)), list(map(max, rows)), color=GREY, alpha=0.25, linewidth=0)
 
 
 def error_bars(values, intervals):

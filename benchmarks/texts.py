@@ -16,9 +16,23 @@ import torch
 from ministeer.evaluation import measure
 from ministeer.evaluation.judges import WEDDING_WORDS
 from ministeer.evaluation.stats import bootstrap, paired
-from ministeer.steering import random_like, relative_norm, sink_share, steering_vectors
+from ministeer.steering import relative_norm, sink_share, steering_vectors
 
-from .lab import BLUE, CONTROLS, GREEN, GREY, ORANGE, band, figure, percent, span, table
+from .lab import (
+    BLUE,
+    CONTROLS,
+    GREEN,
+    GREY,
+    ORANGE,
+    RANDOM,
+    band,
+    figure,
+    over_vectors,
+    percent,
+    span,
+    spread,
+    table,
+)
 from .paper_metrics import divergence, sentences, tails, word_frequency
 
 ESSAYS = {"weddings": "wedding", "shipping": "shipping", "Macedonia": "macedonia", "banana bread": "bread"}
@@ -81,8 +95,9 @@ def perplexity(lab):
             low, high = bootstrap(means, weights, args.seed) if len(members) > 1 else (math.nan, math.nan)
             ratio, interval = math.exp(-value), (math.exp(-high), math.exp(-low))
             points[name].append((b * 0.5, ratio, *interval))
-            line += [span(ratio, interval), f"{math.exp(-statistics.mean(means)):.3f}"]
-        lines.append(line)
+            if name == "steered":
+                line += [span(ratio, interval), f"{math.exp(-statistics.mean(means)):.3f}"]
+        lines.append([*line, over_vectors([points[name][-1][1] for name in RANDOM], ".3f")])
 
     essays = {}                                 # topic: sentences
     for path in sorted(Path(args.data).glob("*.txt")):
@@ -102,22 +117,22 @@ def perplexity(lab):
         if kind == "beside":                    # the vector on that space, so that it changes no word
             steered = lab.logprobs(texts, steer, skip=1, prompts=minus)
             return measure.perplexity_ratio(unsteered(topic, True), steered)
-        steer = random_like(steer, args.seed) if kind == "random" else steer
+        steer = lab.conditions(steer)[kind]
         return measure.perplexity_ratio(unsteered(topic, False), lab.logprobs(texts, steer, skip=skip))
 
     layers, coeffs = range(lab.model.config.n_layer), [-1.0, -0.5, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
     shown = [l for l in SHOWN_LAYERS if l in layers]
     units = [[topic, l, coeff, "steered"] for topic in essays for l in layers]
-    units += [[topic, l, coeff, "random"] for topic in essays for l in shown]
+    units += [[topic, l, coeff, kind] for topic in essays for l in shown for kind in RANDOM]
     units += [[topic, layer, c, "steered"] for topic in essays for c in coeffs if c != coeff]
     units += [[topic, layer, coeff, kind] for topic in essays for kind in ("beside", "prompted")]
     ratios = lab.run(units, essay)
 
     with figure(lab, "perplexity", 2, 10) as (_, (left, right)):
-        for name, color in (("steered", BLUE), ("random", GREY)):
-            x, y, low, high = zip(*points[name], strict=True)
-            left.plot(x, y, "o-", color=color, label=name)
-            left.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        x, y, low, high = zip(*points["steered"], strict=True)
+        left.plot(x, y, "o-", color=BLUE, label="steered")
+        left.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0)
+        spread(left, x, [[points[name][i][1] for name in RANDOM] for i in range(len(x))])
         left.axhline(1, color="black", linewidth=0.8)
         left.set_xlabel("words about weddings, % (bins of 0.5)")
         left.set_ylabel("perplexity ratio, steered / unsteered")
@@ -139,15 +154,17 @@ def perplexity(lab):
 
     by_layer, by_coeff, beside = [], [], []
     for topic in essays:
-        for kind, name in (("steered", topic), ("random", f"{topic}, random")):
-            by_layer.append([name, *cells(*((topic, l, coeff, kind) for l in shown))])
+        by_layer.append([topic, *cells(*((topic, l, coeff, "steered") for l in shown))])
+        controls = [[ratios[topic, l, coeff, kind] for kind in RANDOM] for l in shown]
+        by_layer.append([f"{topic}, random", *(f"{min(row):.3f} to {max(row):.3f}" for row in controls)])
         by_coeff.append([topic, *cells(*((topic, layer, c, "steered") for c in coeffs))])
         beside.append([topic, *cells(*((topic, layer, coeff, kind) for kind in ("beside", "prompted")))])
     text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}; "
-            f"the first {skip} predictions of each sentence left out.\n\n")
+            f"the first {skip} predictions of each sentence left out. Random: {len(RANDOM)} vectors, "
+            "lowest to highest, in the first table after their mean.\n\n")
     text += "\n".join([
         table(["frequency", "documents", "tokens", "steered, of tokens (95 %)", "of documents",
-               "random (95 %)", "of documents"], lines),
+               "random, of tokens (lowest to highest)"], lines),
         table([f"essay, coeff {coeff:g}", *(f"layer {l}" for l in shown)], by_layer),
         table([f"essay, layer {layer}", *(f"c {c:g}" for c in coeffs)], by_coeff),
         table(["essay, a space before each sentence", "vector on that space", "the word instead"], beside)])
@@ -162,27 +179,27 @@ def token_shifts(lab):
     skip = conditions["steered"].stop
     chosen = documents(lab, 250)                # 500 in all, as in the paper
     texts = [part for text in chosen for part in long_sentences(lab, text, skip)]
-    size = 100                                  # texts per unit
+    size, nothing = 100, [0] * (1 + len(conditions))    # texts per unit
 
     def part(start):
-        """{token: [n, sums of log p under each condition]}; JSON makes the token a string."""
+        """{token: [n, sum of log p under each condition]}; JSON makes the token a string."""
         some_texts = texts[start:start + size]
         scores = [lab.logprobs(some_texts, steer, skip=skip) for steer in conditions.values()]
         sums = {}
         for i, text in enumerate(some_texts):
             tokens = lab.tokenizer.encode(text)[1 + skip:]
             for token, *logps in zip(tokens, *(rows[i].double().tolist() for rows in scores), strict=True):
-                old = sums.get(str(token), [0] * 4)
+                old = sums.get(str(token), nothing)
                 sums[str(token)] = [a + b for a, b in zip(old, [1, *logps], strict=True)]
         return sums
 
     total = {}
     for sums in lab.run([[start] for start in range(0, len(texts), size)], part).values():
         for token, row in sums.items():
-            total[token] = [a + b for a, b in zip(total.get(token, [0] * 4), row, strict=True)]
+            total[token] = [a + b for a, b in zip(total.get(token, nothing), row, strict=True)]
     common = {int(token): row for token, row in total.items() if row[0] > 20}
     shifts = {}                                 # name: {token: mean log p minus that of the unsteered model}
-    for k, name in ((2, "steered"), (3, "random")):
+    for k, name in enumerate(CONTROLS[1:], 2):
         shifts[name] = {token: (row[k] - row[1]) / row[0] for token, row in common.items()}
     weights = {name: tails(list(shift.values())) for name, shift in shifts.items()}
     steered = shifts["steered"]
@@ -197,7 +214,8 @@ def token_shifts(lab):
     with figure(lab, "token-shifts", width=5, height=4) as (_, (axis,)):
         normal = torch.distributions.Normal(0.0, 1.0).icdf
         quantiles = normal((torch.arange(len(order)) + 0.5) / len(order)).tolist()
-        for name, color in (("random", GREY), ("steered", BLUE)):
+        for name in (*RANDOM, "steered"):
+            color = BLUE if name == "steered" else GREY
             axis.plot(quantiles, sorted(shifts[name].values()), ".", color=color, markersize=4,
                       label="{} (tails {:.1f}, {:.1f})".format(name, *weights[name]))
         for place in {*range(3), *range(len(order) - 3, len(order))}:
@@ -210,7 +228,10 @@ def token_shifts(lab):
         seen = sum(row[0] for row in total.values())
         axis.set_title(f"{len(order)} tokens seen more than 20 times, {seen:,} in all", fontsize="medium")
         axis.legend(frameon=False)
-    in_words = "; ".join("{} {:.2f}, {:.2f}".format(name, *pair) for name, pair in weights.items())
+    left, right = zip(*(weights[name] for name in RANDOM), strict=True)
+    in_words = "steered {:.2f}, {:.2f}; ".format(*weights["steered"])
+    in_words += (f"{len(RANDOM)} random vectors {min(left):.2f} to {max(left):.2f}, "
+                 f"{min(right):.2f} to {max(right):.2f}")
     text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}; {len(chosen)} documents, "
             f"{len(texts)} sentences, {len(order)} tokens seen more than 20 times. "
             f"Tails (left, right; 1 is normal): {in_words}.\n\n")
@@ -218,7 +239,8 @@ def token_shifts(lab):
     tokens = {}
     for token in order:
         n, plain, *_ = common[token]
-        tokens[piece[token]] = [n, steered[token], shifts["random"][token], plain / n]
+        controls = [shifts[name][token] for name in RANDOM]
+        tokens[piece[token]] = [n, steered[token], controls, plain / n]
     return {"layer": layer, "coeff": coeff, "sentences": len(texts), "tails": weights, "tokens": tokens}, text
 
 
@@ -247,28 +269,29 @@ def knowledge(lab):
             here = {name: [rank for row, rank in zip(rows, ranks[name], strict=True)
                            if row["source"] == source and rank is not None] for name in CONTROLS}
             n = len(here["unsteered"])
-            for name, color, marker in (("unsteered", "black", "o--"), ("steered", BLUE, "o-"),
-                                        ("random", ORANGE, "o-")):
-                curves[f"{source}, {name}"] = measure.precision_at(here[name], ks)
-                band(axis, ks, [(sum(rank < k for rank in here[name]), n) for k in ks], color, name, marker)
             for name in CONTROLS:
-                cells = []
-                for k in (1, 5, 10, 50, 100):
-                    hits = [float(rank < k) for rank in here[name]]
-                    base = [float(rank < k) for rank in here["unsteered"]]
-                    if name == "unsteered":
-                        cells.append(percent(int(sum(hits)), n))
-                    else:
-                        difference, interval, _ = paired(hits, base, args.seed, 2000)
-                        cells.append(span(difference, interval, "+.1%"))
-                lines.append([f"{source}, {name}", n, *cells])
+                curves[f"{source}, {name}"] = measure.precision_at(here[name], ks)
+            for name, color, marker in (("unsteered", "black", "o--"), ("steered", BLUE, "o-")):
+                band(axis, ks, [(sum(rank < k for rank in here[name]), n) for k in ks], color, name, marker)
+            spread(axis, ks, list(zip(*(curves[f"{source}, {name}"] for name in RANDOM), strict=True)))
+            cells = {"unsteered": [], "steered": [], "random": []}
+            for k in (1, 5, 10, 50, 100):
+                hits = {name: [float(rank < k) for rank in here[name]] for name in CONTROLS}
+                base = hits["unsteered"]
+                cells["unsteered"].append(percent(int(sum(base)), n))
+                difference, interval, _ = paired(hits["steered"], base, args.seed, 2000)
+                cells["steered"].append(span(difference, interval, "+.1%"))
+                controls = [statistics.mean(hits[name]) - statistics.mean(base) for name in RANDOM]
+                cells["random"].append(over_vectors(controls, "+.1%"))
+            lines += [[f"{source}, {name}", n, *row] for name, row in cells.items()]
             axis.set_xscale("log")
             axis.set_xlabel("K")
             axis.set_title(f"{source}, n {n}, 95 % bands", fontsize="medium")
         axes[0].set_ylabel("P@K")
         axes[0].legend(frameon=False)
     text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}; "
-            "P@K unsteered, and what steering adds to it (95 %, paired).\n\n")
+            "P@K unsteered, and what steering adds to it (95 %, paired); "
+            f"random: {len(RANDOM)} vectors, their mean (lowest to highest).\n\n")
     text += table(["", "n", "P@1", "P@5", "P@10", "P@50", "P@100"], lines)
     return {"layer": layer, "coeff": coeff, "ks": ks, "curves": curves}, text
 
@@ -302,19 +325,19 @@ def anatomy(lab):
     def disturbed(start, layer, coeff, kind):
         """(KL, entropy) of ten texts."""
         steer = lab.steer("Anger", "Calm", layer, coeff)
-        if kind == "random":
-            steer = random_like(steer, args.seed)
-        elif kind == "embedding":               # the difference of the embeddings, with the norms of `steer`
+        if kind == "embedding":                 # the difference of the embeddings, with the norms of `steer`
             vector = lab.steer("Anger", "Calm", 0, coeff).vector
             scale = steer.vector.norm(dim=-1, keepdim=True) / vector.norm(dim=-1, keepdim=True)
             steer = replace(steer, vector=vector * scale)
+        else:
+            steer = lab.conditions(steer)[kind]
         return divergence(lab.model, lab.tokenizer, texts[start:start + 10], steer, skip=3)
 
     pair_norms = {f'"{plus}" - "{minus}"': rows
                   for (plus, minus), rows in lab.run([list(pair) for pair in PAIRS], norms).items()}
     streams, pieces = lab.run([[]], stream)[()]
     places = [(l, c) for l in (2, late) for c in (1.0, 10.0)]
-    kinds, starts = ("steered", "random", "embedding"), range(0, len(texts), 10)
+    kinds, starts = ("steered", *RANDOM, "embedding"), range(0, len(texts), 10)
     units = [[start, l, c, kind] for l, c in places for kind in kinds for start in starts]
     divergences = lab.run(units, disturbed)
     lines = []
@@ -323,10 +346,12 @@ def anatomy(lab):
         for kind in kinds:
             pairs = [pair for start in starts for pair in divergences[start, l, c, kind]]
             ratios[kind] = [kl / entropy for kl, entropy in pairs]
-        below = sum(a < b for a, b in zip(ratios["steered"], ratios["random"], strict=True))
-        cells = [span(statistics.mean(values), bootstrap(values, seed=args.seed))
-                 for values in ratios.values()]
-        lines.append([f"layer {l}, c {c:g}", *cells, f"{below} of {len(texts)}"])
+        below = [sum(a < b for a, b in zip(ratios["steered"], ratios[kind], strict=True)) for kind in RANDOM]
+        steered, embedding = (span(statistics.mean(ratios[kind]), bootstrap(ratios[kind], seed=args.seed))
+                              for kind in ("steered", "embedding"))
+        control = over_vectors([statistics.mean(ratios[kind]) for kind in RANDOM], ".3f")
+        lines.append([f"layer {l}, c {c:g}", steered, control, embedding,
+                      f"{min(below)} to {max(below)} of {len(texts)}"])
     with figure(lab, "anatomy", 3, 13, 3.6) as (_, (left, middle, right)):
         for (name, rows), color in zip(pair_norms.items(), (BLUE, ORANGE, GREEN, GREY), strict=True):
             short = name if len(name) < 25 else name[:22] + " …"
@@ -354,7 +379,7 @@ def anatomy(lab):
                   [[name, *(f"{statistics.mean(rows[l][0]):.2f} / {rows[l][1]:.2f}" for l in shown)]
                    for name, rows in pair_norms.items()])
     text += (f"\nKL(unsteered || steered) / entropy, \"Anger\" - \"Calm\", {len(texts)} sentences, "
-             "the first 3 positions left out (95 %):\n\n")
+             f"the first 3 positions left out (95 %; random: {len(RANDOM)} vectors, lowest to highest):\n\n")
     text += table(["", "steered", "random", "embeddings, same norm", "steered below random"], lines)
     return {"n": len(texts), "norms": pair_norms, "streams": streams,
             "divergence": [[*key, value] for key, value in divergences.items()]}, text
