@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .utils import check_target, check_whole, printable
 
 if TYPE_CHECKING:
     from .checkpoints.tokenizer import Tokenizer
@@ -149,7 +150,6 @@ def run_demo(args: argparse.Namespace) -> None:
     from .faster import fast
     from .generation import generate
     from .steering import random_like, steering_vector
-    from .utils import check_whole
     n, sampling = check_whole("-n", args.n, 1), {**SAMPLING, "seed": args.seed}
     model, tokenizer = load(DEFAULT, fetch=True)
     with warnings.catch_warnings():
@@ -189,9 +189,8 @@ def run_steer(args: argparse.Namespace) -> None:
         raise ValueError("--plus needs --layer, the block that reads the changed stream (0 is the first).")
     if args.any_model and args.vector is None:
         raise ValueError("--any-model needs --vector.")
-    folder = os.path.dirname(args.save or "") or "."
-    if args.save is not None and (not args.save or os.path.isdir(args.save) or not os.path.isdir(folder)):
-        raise ValueError(f"--save {args.save!r}: give the name of a file in an existing folder.")
+    if args.save is not None:
+        check_target(args.save)
     steer = None if args.vector is None else Steer.load(args.vector, any_model=args.any_model)
     if args.coeff is None and steer and not isinstance(steer.coeff, float):
         raise ValueError(f"{args.vector} has a coeff for each row of a batch; choose one with --coeff.")
@@ -316,11 +315,6 @@ def width() -> int:
 
 def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def printable(text: str) -> str:
-    """The text, with a dot for each character that could command the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
 
 
 @contextlib.contextmanager

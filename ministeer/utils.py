@@ -3,8 +3,12 @@
 import contextlib
 import math
 import os
+import secrets
+import shutil
+import time
 from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 
 
 def check_whole(name: str, value: object, low: int = 0) -> int:
@@ -40,15 +44,47 @@ def batches(lengths: Sequence[int], max_batch_tokens: int, equal: bool = False) 
         start += len(batch)
 
 
+def printable(text: object) -> str:
+    """The text, with a dot for each character that could command the terminal. For whatever a file holds."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in str(text))
+
+
+def check_target(path: str | os.PathLike) -> Path:
+    """-> the file that writing to `path` replaces: for a link, what it points to.
+
+    Raises ValueError, before any work is done, unless that is a file that may be written or a new one in an
+    existing folder. A device or a pipe is not replaced, and neither is a file that is marked read-only.
+    """
+    target = Path(os.path.realpath(path))
+    if not os.fspath(path) or target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"{os.fspath(path)!r} cannot be written: give the name of a file "
+                         "in an existing folder.")
+    if target.exists():
+        if not target.is_file():
+            raise ValueError(f"{os.fspath(path)!r} cannot be written: it is a device, a pipe or a socket.")
+        if not target.stat().st_mode & 0o222:       # root may write it all the same; its owner said no
+            raise ValueError(f"{os.fspath(path)!r} cannot be written: it is read-only.")
+    return target
+
+
 def write(path: str | os.PathLike, data: bytes) -> None:
-    """Write a new file beside `path`, then rename it. If that fails, `path` keeps what it held before."""
-    part = f"{os.fspath(path)}.{os.getpid()}.part"
+    """Write a new file beside `path`, then rename it. If that fails, `path` keeps what it held before.
+
+    Raises ValueError as check_target does, and OSError.
+    """
+    target = check_target(path)
+    for old in target.parent.glob(".ministeer-*.part"):         # a process that was killed left it there
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 86_400:
+                old.unlink()
+    part = target.with_name(f".ministeer-{secrets.token_hex(8)}.part")
     try:
         with open(part, "xb") as file:
             file.write(data)
-        os.replace(part, path)
-    except BaseException as error:
-        if not isinstance(error, FileExistsError):          # then another process owns it
-            with contextlib.suppress(OSError):
-                os.unlink(part)
+        if target.exists():
+            shutil.copymode(target, part)
+        os.replace(part, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise

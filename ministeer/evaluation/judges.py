@@ -9,6 +9,8 @@ import os
 import re
 from collections.abc import Collection, Sequence
 
+from ..utils import printable
+
 # The topics (section 4.2) and the nine words for weddings (section 4.1) are the paper's; the others are ours.
 TOPIC_WORDS = {topic: frozenset(words.split()) for topic, words in {
     "weddings": """wedding weddings wed marry married marriage bride groom honeymoon""",
@@ -183,8 +185,7 @@ class Hub:
 
 def one_line(text: object) -> str:
     """`text`, from whatever source, as one printable line of at most 200 characters without a full stop."""
-    printable = "".join(c if c.isprintable() else " " for c in str(text))
-    return " ".join(printable.split())[:200].rstrip(".")
+    return printable(" ".join(str(text).split()))[:200].rstrip(".")
 
 
 def _import(module):
