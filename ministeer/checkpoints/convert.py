@@ -42,7 +42,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     """
     if not path.is_file():      # Trap: to open a pipe is to wait for whoever writes to it
         raise ValueError(f"{path} is not a file.")
-    with faults_named(f"{path.name} cannot be converted"):
+    with faults_named(f"{path.name} cannot be converted"), np.errstate(all="ignore"):      # NaN is looked for
         weights, texts = _converted(Reader(path))
     stored = folder / "model.safetensors"
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 # Jinja's sandbox keeps a template from files and from Python, but not from loops or texts without end.
 SECONDS = 10
-MEMORY = 2**30              # bytes; Linux holds to it
+MEMORY = 2**29              # bytes; Linux holds to it
 CHARACTERS = 1_000_000      # of a template, and of what it makes
 
 

@@ -21,7 +21,7 @@ MAX_BYTES = 100_000_000     # of a file; the largest tokenizer.json of a known m
 
 @contextlib.contextmanager
 def faults_named(what: str) -> Iterator[None]:
-    """Turn whatever fails in the block into a ValueError that begins with `what`.
+    """Turn whatever fails in the block into a ValueError of one line that begins with `what`.
 
     Trap: `tokenizers` raises bare Exceptions, and a panic of its Rust code is no Exception at all.
     """
@@ -30,7 +30,8 @@ def faults_named(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise           # Ctrl-C
-        raise ValueError(f"{what}: {printable(error) or type(error).__name__:.200}") from None
+        reason = " ".join(printable(error).split()) or type(error).__name__
+        raise ValueError(f"{what}: {reason:.200}") from None
 
 
 class Tokenizer:
