@@ -1,4 +1,4 @@
-"""GGUF files that are damaged, hostile or of another model: each fault has a sentence, and nothing is written."""
+"""GGUF files that are damaged, hostile or of another model: a sentence for each fault, and nothing written."""
 
 import os
 import struct

@@ -1,8 +1,12 @@
 """Tokenizer: one BOS and no second, text that survives, sandboxed templates, the tokens of transformers."""
 
+import io
 import json
+import os
+import subprocess
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -12,8 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from ministeer.checkpoints import template as limits
 from ministeer.checkpoints.config import parse_config, read_config
-from ministeer.checkpoints.tokenizer import Tokenizer
+from ministeer.checkpoints.tokenizer import Tokenizer, faults_named
 
 CONFIG = parse_config({"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 32, "n_positions": 192,
                        "vocab_size": N_VOCAB, "bos_token_id": 0, "eos_token_id": 1})
@@ -200,14 +205,16 @@ def test_the_space_that_pads(backend, space):
     assert TINY.encode(" ") == [0, TINY.space_id]
 
 
-def test_forgets_the_lengths_that_a_training_run_left_in_the_file(tmp_path):
+def test_forgets_what_a_training_run_left_in_the_file(folder):
     backend = tiny_tokenizer()
     backend.enable_truncation(4)
     backend.enable_padding(length=16)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.load(tmp_path, CONFIG)
-    for text in ("I", TEXT[0]):
+    backend.model.dropout = 0.5
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.load(folder, CONFIG)
+    for text in ("I", *TEXT):
         assert tokenizer.encode(text) == TINY.encode(text)
+    assert tokenizer.fingerprint == TINY.fingerprint
 
 
 @pytest.mark.parametrize("text", [None, b"b", ["text"], 5, "\ud800", "a\udcff", "\ud83d\ude00"], ids=ascii)
@@ -215,6 +222,44 @@ def test_rejects_what_is_not_text(text):
     says = "surrogate" if isinstance(text, str) else f"must be a string; given: {type(text).__name__}"
     with pytest.raises(ValueError, match=says):
         TINY.encode(text)
+
+
+@pytest.mark.parametrize(("ids", "given"), [
+    ([-1], "-1"), ([5, 2**32], "4294967296"), ([10**20], "10{20}"), ([-10**999], "-1000"), ([0.5], "0.5"),
+    ([1.0], "1.0"), (["a"], "'a'"), ("12", "'1'"), ([None], "None"), ([True], "True"), ([[1]], r"\[1\]"),
+    (5, "5"), (None, "None"), (["\x1b[31m" * 99], r"'\\x1b\[31m"), (torch.tensor(3), r"tensor\(3\)"),
+    (torch.tensor([0.5]), r"tensor\(0.5"), (torch.tensor([[1, 2]]), r"tensor\(\[1, 2"), (np.ones(2), "1.0"),
+], ids=lambda x: ascii(x)[:40])
+@pytest.mark.parametrize("method", ["decode", "pieces"])
+def test_rejects_what_is_not_token_numbers(method, ids, given):
+    with pytest.raises(ValueError, match=rf"go from 0 to {TINY.n_vocab - 1}; given: .*{given}") as error:
+        getattr(TINY, method)(ids)
+    assert str(error.value).isprintable() and len(str(error.value)) < 200
+
+
+@both
+def test_a_row_of_the_embedding_that_no_token_has_is_no_text(tokenizer):
+    beyond = [tokenizer.n_vocab, 2**32 - 1]
+    ids = tokenizer.encode(TEXT[1])
+    assert tokenizer.decode([*ids, *beyond]) == tokenizer.decode(ids) == tokenizer.decode(np.array(ids))
+    assert tokenizer.pieces(beyond) == ["", ""]
+
+
+@pytest.mark.parametrize("change", [
+    lambda backend: backend.add_tokens(["new"]),
+    lambda backend: setattr(backend, "normalizer", normalizers.NFC()),
+    {"bos_id": 2}, {"eos_ids": ()}, {"eos_ids": (1, 2)}, {"chat_template": "{{ messages }}"},
+], ids=["vocabulary", "normaliser", "bos", "no eos", "two eos", "template"])
+def test_the_fingerprint_is_of_the_content(folder, change):
+    backend, arguments = tiny_tokenizer(), {"bos_id": 0, "eos_ids": (1,)}
+    if callable(change):
+        change(backend)
+    else:
+        arguments |= change
+    prints = [Tokenizer(backend, **arguments).fingerprint for _ in range(2)]
+    assert prints[0] == prints[1] != TINY.fingerprint
+    assert Tokenizer.load(folder, CONFIG).fingerprint == TINY.fingerprint
+    assert len(bytes.fromhex(TINY.fingerprint)) == 32
 
 
 # The same as transformers
@@ -322,11 +367,51 @@ def test_rejects_a_template_that_cannot_be_read(folder, name, content):
         Tokenizer.load(folder, CONFIG)
 
 
-def test_says_why_a_template_refuses():
+def test_a_base_model_has_no_chat():
     with pytest.raises(ValueError, match="no chat template"):
         TINY.chat(CHATS[0])
-    with pytest.raises(ValueError, match="refuses these messages: roles must alternate"):
-        with_template("{{ raise_exception('roles must alternate') }}").chat(CHATS[0])
+
+
+LOOP = "{% for i in range(99999) %}"
+GROW = "{% set n = namespace(x=['a']) %}{% for i in range(99) %}{% set n.x = "
+REFUSALS = [
+    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ("{{ raise_exception('\x1b[31m\n\nall is well') }}", r"·\[31m all is well"),
+    ("{{ raise_exception('a' * 1000) }}", "a{150}"),
+    (LOOP * 2 + "{% endfor %}" * 2, "did not end within 2 seconds"),
+    ("{% macro f() %}" + LOOP + "{% endfor %}{{ f() }}{% endmacro %}{{ f() }}", "2 seconds|recursion"),
+    *((GROW + text, "MemoryError|2 seconds") for text in (
+        "n.x + n.x %}{% endfor %}", "[n.x] * 9 %}{% endfor %}{{ n.x }}")),
+    *((f"{{{{ {text} }}}}", "MemoryError|2 seconds|characters") for text in (
+        "'a' * 10**9", "'a' * 10**12", "'a'.zfill(10**10)", "'%1000000000d' % 5", "'a' | center(10**10)",
+        "'{:>10000000000}'.format(1)", "9 ** (9 ** 9)", "range(99999) | join('a' * 99999)",
+        "lipsum(10**9)", "messages | tojson(indent=10**10)", "'a' * (10**6 + 1)")),
+    ("a" * 1_000_001, "it has 1,000,001 characters; at most"),
+    ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "recursion"),
+    ("{{ messages | tojson(default=cycler) }}", "unexpected keyword argument 'default'"),
+    ("{{ 10**5000 }}", "4300 digits"),
+]
+
+
+@pytest.mark.parametrize(("template", "says"), REFUSALS, ids=lambda x: ascii(x[:40]))
+def test_says_why_a_template_refuses(template, says, monkeypatch):
+    monkeypatch.setattr(limits, "SECONDS", 2)
+    with pytest.raises(ValueError, match=f"the chat template refuses these messages: .*({says})") as error:
+        with_template(template).chat(CHATS[0])
+    assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+def test_the_process_of_a_template_prints_one_line_of_json(monkeypatch, capsys):
+    for template, answer in (("{{ 'é' * 9 }}", ["é" * 9, None]), ("{{ f() }}", [None, "'f' is undefined"])):
+        monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps([["/packages"], template, {}])))
+        monkeypatch.setattr(limits, "MEMORY", -1)       # without a limit, which would stay in this process
+        monkeypatch.setattr("sys.path", [])
+        limits.main()
+        assert json.loads(capsys.readouterr().out) == answer
+    crash = subprocess.CompletedProcess([], -11, "", "")
+    monkeypatch.setattr(limits.subprocess, "run", lambda *a, **how: crash)
+    with pytest.raises(ValueError, match=r"messages: its process broke off \(exit -11\)"):
+        with_template("x").chat(CHATS[0])
 
 
 HOSTILE = [
@@ -381,3 +466,85 @@ def test_rejects_a_tokenizer_that_does_not_fit_the_config(folder, changes, says)
     else:
         with pytest.raises(ValueError, match=says):
             Tokenizer.load(folder, replace(CONFIG, **changes))
+
+
+TOKENS = {"<|endoftext|>": 0, "<|im_end|>": 1, "a": 2}
+TOO_LONG = "can be read: its steps can make a text 65,536 times as long"
+
+
+def step(kind, **settings):
+    return {"type": kind, **settings}
+
+
+def split(pattern):
+    return step("Split", pattern={"Regex": pattern}, behavior="Isolated", invert=False)
+
+
+@pytest.mark.parametrize(("part", "value", "says"), [
+    ("model", step("WordLevel", vocab=TOKENS, unk_token="no"), "encode this text: .*Missing .UNK. token"),
+    ("model", step("Unigram", vocab=[*TOKENS.items()], unk_id=None), "encode this text: .*`unk_id` is mis"),
+    *(("model", model, "can be read: ") for model in (step("\x1b[31m"), {}, 5)),
+    ("version", "\x1b[31m\n", r"can be read: .*·\[31m"), ("version", "v" * 10_000, "can be read: .*vvv"),
+    ("pre_tokenizer", split("(a+)+$"), "encode this text: .*retry-limit-in-match"),
+    ("pre_tokenizer", split("("), "can be read: .*Oniguruma error"),
+    ("pre_tokenizer", step("FixedLength", length=0), "encode this text: chunk size must be non-zero"),
+    ("pre_tokenizer", step("Sequence", pretokenizers=[step("Whitespace")] * 17), TOO_LONG),
+    ("normalizer", step("Prepend", prepend=""), "encode this text: index out of bounds"),
+    ("normalizer", step("Precompiled", precompiled_charsmap="AAAA"), "can be read: .*precompiled_charsmap"),
+    ("normalizer", step("Precompiled", precompiled_charsmap="BAAAAP////94eA=="), "text: index out of bounds"),
+    ("normalizer", step("Replace", pattern={"Regex": "(a|a)*$"}, content=""), "text: .*retry-limit-in-match"),
+    ("normalizer", step("Replace", pattern={"String": "a"}, content="a" * 70_000), TOO_LONG),
+    ("normalizer", step("Sequence", normalizers=[step("ByteLevel")] * 17), TOO_LONG),
+    ("decoder", step("Strip", content="a", start=0, stop=2**40), "decode these ids: index out of bounds"),
+    ("decoder", step("Sequence", decoders=[step("Fuse")] * 17), TOO_LONG),
+], ids=lambda x: ascii(x)[:50])
+def test_a_fault_of_the_file_is_a_sentence_and_no_panic(folder, part, value, says):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: value}))
+
+    def use():
+        tokenizer = Tokenizer.load(folder, CONFIG)
+        tokenizer.decode(tokenizer.encode("a" * 60 + " b"))
+
+    with pytest.raises(ValueError, match=says) as error:
+        use()
+    reason = str(error.value).replace(str(folder), "")
+    assert reason.isprintable() and len(reason) < 300
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_ctrl_c_is_not_a_fault(signal):
+    with pytest.raises(signal), faults_named("x"):
+        raise signal
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, os.unlink], ids=["folder", "pipe", "nothing"])
+@pytest.mark.parametrize("name", ["tokenizer.json", CONFIG_FILE, JINJA])
+def test_what_is_not_a_file_is_not_opened(folder, name, make):
+    path = folder / name
+    path.unlink() if name == "tokenizer.json" else None
+    if make is not os.unlink:
+        make(path)
+    if name == "tokenizer.json":
+        with pytest.raises(FileNotFoundError, match=r"no tokenizer.json in"):
+            Tokenizer.load(folder, CONFIG)
+    else:
+        assert Tokenizer.load(folder, CONFIG).chat_template is None
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", CONFIG_FILE, JINJA])
+def test_rejects_a_file_of_gigabytes_without_reading_it(folder, name):
+    with open(folder / name, "ab") as file:
+        file.truncate(2**33)            # it takes no room on the disk
+    with pytest.raises(ValueError, match=f"{name} .* 8,589,934,592 bytes; at most 100,000,000 are read"):
+        Tokenizer.load(folder, CONFIG)
+
+
+def test_reads_a_folder_whose_name_is_not_utf_8(folder):
+    latin_1 = os.fsdecode(os.fsencode(folder) + b"/caf\xe9")
+    try:
+        os.mkdir(latin_1)
+    except OSError:
+        pytest.skip("this system has no such names")
+    os.rename(folder / "tokenizer.json", os.path.join(latin_1, "tokenizer.json"))
+    assert Tokenizer.load(latin_1, CONFIG).fingerprint == TINY.fingerprint
