@@ -1,4 +1,4 @@
-"""GGUF files that are damaged, hostile or of another model: a sentence for each fault, and nothing written."""
+"""GGUF files that are damaged, hostile or of another model: each fault has a sentence, nothing is written."""
 
 import os
 import struct
@@ -15,6 +15,7 @@ from ministeer.checkpoints import convert
 from ministeer.checkpoints.convert import convert_gguf
 
 U32, U64, F32 = struct.Struct("<I"), struct.Struct("<Q"), struct.Struct("<f")
+make_pipe = getattr(os, "mkfifo", os.mkdir)     # Windows has none
 STRING, ARRAY = 8, 9        # GGUF's types of a value
 
 
@@ -195,7 +196,7 @@ def test_refuses_the_byte_order_of_other_machines(tmp_path):
     check_refused(tmp_path, "byte order of other machines")
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: None], ids=["folder", "pipe", "nothing"])
+@pytest.mark.parametrize("make", [os.mkdir, make_pipe, lambda path: None], ids=["folder", "pipe", "nothing"])
 def test_refuses_what_is_not_a_file_without_opening_it(tmp_path, make):
     make(tmp_path / "model.gguf")
     check_refused(tmp_path, "is not a file")

@@ -22,6 +22,7 @@ from ministeer.checkpoints.tokenizer import Tokenizer, faults_named
 
 CONFIG = parse_config({"model_type": "gpt2", "n_layer": 4, "n_head": 4, "n_embd": 32, "n_positions": 192,
                        "vocab_size": N_VOCAB, "bos_token_id": 0, "eos_token_id": 1})
+make_pipe = getattr(os, "mkfifo", os.mkdir)     # Windows has none
 AWKWARD = [
     "", " ", "   leading", "trailing  ", "a  5", "x\n\n5", "1234567890 3.14 2nd", "don't I'll THEY'RE 'tis",
     "\t\ttabs\r\nlines\n\n\n end", "\x00\x01\x1b[31m\x7f\x85", "\u200b\ufeff\u2028\u00a0\u3000",
@@ -518,7 +519,7 @@ def test_ctrl_c_is_not_a_fault(signal):
         raise signal
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, os.unlink], ids=["folder", "pipe", "nothing"])
+@pytest.mark.parametrize("make", [os.mkdir, make_pipe, os.unlink], ids=["folder", "pipe", "nothing"])
 @pytest.mark.parametrize("name", ["tokenizer.json", CONFIG_FILE, JINJA])
 def test_what_is_not_a_file_is_not_opened(folder, name, make):
     path = folder / name

@@ -30,7 +30,7 @@ INSIDE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"
           "attn_output": "self_attn.o_proj",
           "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 SPECIAL = 3         # GGUF's type of a special token
-MOST_VALUES = 2_000_000     # in a header, at some 400 bytes of memory each; SmolLM's has 250,000
+MOST_VALUES = 1_000_000     # in a header, at some 400 bytes of memory each; SmolLM's has 250,000
 
 
 def convert_gguf(path: Path, folder: Path) -> None:

@@ -30,7 +30,7 @@ def faults_named(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise           # Ctrl-C
-        reason = " ".join(printable(error).split()) or type(error).__name__
+        reason = " ".join(printable(str(error)[:400]).split()) or type(error).__name__
         raise ValueError(f"{what}: {reason:.200}") from None
 
 
