@@ -18,7 +18,8 @@ PACKAGE = ROOT / "ministeer"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a file imports from floors below its own, or from its own folder.
 FLOORS = [
-    ["utils", "checkpoints.config", "checkpoints.convert", "checkpoints.tokenizer"],
+    ["utils"],
+    ["checkpoints.config", "checkpoints.convert", "checkpoints.template", "checkpoints.tokenizer"],
     ["attention"],
     ["model"],
     ["gpt2", "llama"],
