@@ -19,11 +19,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a file imports from floors below its own, or from its own folder.
 FLOORS = [
     ["utils"],
-    ["checkpoints.config", "checkpoints.convert", "checkpoints.template", "checkpoints.tokenizer"],
+    ["checkpoints.config", "checkpoints.template", "checkpoints.tokenizer"],
     ["attention"],
     ["model"],
     ["gpt2", "llama"],
-    ["checkpoints.weights", "checkpoints.fetch", "checkpoints.loading"],
+    ["checkpoints.weights", "checkpoints.convert", "checkpoints.fetch", "checkpoints.loading"],
     ["steering", "faster"],
     ["generation"],
     ["evaluation.stats", "evaluation.judges", "evaluation.measure",
