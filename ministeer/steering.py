@@ -96,10 +96,10 @@ class Steer:
         """
         if self.vector.ndim == 1:
             raise ValueError("a vector (d_model,) goes to all positions from start on and cannot be aligned.")
-        n = len(self.vector)
+        n, n_prompt = len(self.vector), check_whole("n_prompt", n_prompt, 1)
         starts = {"front": 1, "middle": n_prompt // 2 - (n + 1) // 2 + 1, "back": n_prompt - n}
-        if where not in starts:
-            raise ValueError(f"align to {where!r}; possible: front, middle, back.")
+        if not isinstance(where, str) or where not in starts:
+            raise ValueError(f"align to {where!r:.40}; possible: front, middle, back.")
         if not 0 <= starts[where] <= n_prompt - n:
             raise ValueError(f"a vector of {n} rows does not fit the {where} "
                              f"of a prompt of {n_prompt} tokens.")
@@ -198,12 +198,13 @@ Steers = Steer | Sequence[Steer]
 
 
 def _is_plain(x, dtypes):
-    """Whether x is a tensor of one of these types that has its numbers in memory: not sparse, not meta."""
-    return isinstance(x, Tensor) and x.dtype in dtypes and x.layout == torch.strided and not x.is_meta
+    """Whether x is a tensor of one of these types with all its numbers in memory: not sparse, not meta."""
+    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta and not x.is_nested
+    return dense and x.dtype in dtypes
 
 
 def _kind(x):
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or x.is_nested:
         return type(x).__name__
     return f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
 

@@ -48,6 +48,7 @@ def find(name_or_folder: str | Path, fetch: bool = False) -> Path:
             return folder
     if fetch:
         return fetch_checkpoint(name)
+    name, where = short(name), " or ".join(map(short, places))
     raise FileNotFoundError(
-        f"no model {name!r} here: there is no config.json in {' or '.join(map(str, places))}. To get it, run "
-        f"`ministeer fetch {short(name)}` in a shell, or load({name!r}, fetch=True) in Python.")
+        f"no model {name!r} here: there is no config.json in {where}. To get it, run "
+        f"`ministeer fetch {name}` in a shell, or load({name!r}, fetch=True) in Python.")
