@@ -53,11 +53,8 @@ class Steer:
     __array_ufunc__ = None      # Trap: without this, a NumPy array times a Steer is an array of Steers.
 
     def __post_init__(self):
-        v = self.vector
-        if not _is_plain(v, FLOATS) or v.ndim not in (1, 2) or 0 in v.shape:
-            raise ValueError(f"vector must be a float tensor (n, d_model) or (d_model,); given: {_kind(v)}.")
-        if not torch.isfinite(v.float()).all():
-            raise ValueError("the vector holds NaN or infinite numbers, or float64 beyond float32.")
+        if fault := _fault(self.vector, (1, 2)):
+            raise ValueError(f"vector must be a float tensor (n, d_model) or (d_model,); given: {fault}.")
         if not isinstance(self.fingerprint, str) or not isinstance(self.note, dict):
             raise ValueError("fingerprint must be text and note a dict; given: "
                              f"{type(self.fingerprint).__name__} and {type(self.note).__name__}.")
@@ -65,8 +62,8 @@ class Steer:
         object.__setattr__(self, "coeff", _checked_coeff(self.coeff))
         for name in ("layer", "start"):
             number = check_whole(name, getattr(self, name))
-            if number >= 2 ** 31:       # so that positions can be computed in 64 bits
-                raise ValueError(f"{name} must be less than {2 ** 31:,}; no model is that large.")
+            if number >= 2 ** 31:
+                raise ValueError(f"{name} must be less than 2^31, beyond any model.")
             object.__setattr__(self, name, number)
 
     @property
@@ -168,7 +165,7 @@ class Steer:
         about = {"ministeer": __version__, "layer": self.layer, "start": self.start,
                  "fingerprint": self.fingerprint, "note": self.note}
         if isinstance(self.coeff, Tensor):
-            tensors["coeff"] = self.coeff.contiguous()
+            tensors["coeff"] = self.coeff.clone()       # safetensors refuses memory that two tensors share
         else:
             about["coeff"] = self.coeff
         write(path, save(tensors, {"steer": json.dumps(about)}))
@@ -188,25 +185,22 @@ class Steer:
                 steer = cls(about["layer"], file.get_tensor("vector"), coeff, about["start"],
                             about["fingerprint"], about["note"])
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            path = os.fspath(path)
-            why = short(error)
-            raise ValueError(f"{path} is not a steering vector that ministeer saved: {why}") from None
+            raise ValueError(f"{os.fspath(path)} is not a steering vector that ministeer saved: "
+                             f"{short(error, 200)}") from None
         return replace(steer, fingerprint="") if any_model else steer
 
 
 Steers = Steer | Sequence[Steer]
 
 
-def _is_plain(x, dtypes):
-    """Whether x is a tensor of one of these types with all its numbers in memory: not sparse, not meta."""
-    dense = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta and not x.is_nested
-    return dense and x.dtype in dtypes
-
-
-def _kind(x):
+def _fault(x, dimensions):
+    """What keeps x from being a tensor of finite numbers with so many dimensions; "" if nothing does."""
     if not isinstance(x, Tensor) or x.is_nested:
         return type(x).__name__
-    return f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
+    stored = x.dtype in FLOATS and x.layout == torch.strided and not x.is_meta
+    if not stored or x.ndim not in dimensions or 0 in x.shape:
+        return f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
+    return "" if torch.isfinite(x.float()).all() else "NaN or infinite numbers, or some beyond float32"
 
 
 def _checked_coeff(c, name="coeff"):
@@ -214,17 +208,16 @@ def _checked_coeff(c, name="coeff"):
     if isinstance(c, np.ndarray) and c.dtype.kind in "fiu":
         c = torch.from_numpy(c.astype(np.float64)).float()
     if isinstance(c, Tensor):
-        numbers = _is_plain(c, (*FLOATS, torch.int64, torch.int32)) and c.ndim < 2 and 0 not in c.shape
-        if not numbers or not torch.isfinite(c.float()).all():
-            raise ValueError(f"{name} must be one finite number for each row of the batch; "
-                             f"given: {_kind(c)}.")
+        c = c.float() if c.dtype in (torch.int64, torch.int32) else c
+        if fault := _fault(c, (0, 1)):
+            raise ValueError(f"{name} must be one finite number for each row of the batch; given: {fault}.")
         if c.ndim:
             return c
         c = c.item()
     try:
         return check_number(name, c)
     except OverflowError:
-        raise ValueError(f"{name} must be a finite number; given: a whole number beyond float64.") from None
+        raise ValueError(f"{name} must be a finite number; given: one too large for float64.") from None
 
 
 def steering_vector(model: LM, tokenizer: Tokenizer, plus: str, minus: str, layer: int) -> Steer:

@@ -184,7 +184,7 @@ def check_manifest(folder: Path) -> int:
     path = own_file(folder / "manifest.json")
     try:
         digests = json.loads(path.read_text(encoding="utf-8"))["files"]
-        understood = digests and all(re.fullmatch("[0-9a-f]{64}", digest) and name == Path(name).name
+        understood = digests and all(name and name == Path(name).name and re.fullmatch("[0-9a-f]{64}", digest)
                                      for name, digest in digests.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         understood = False
