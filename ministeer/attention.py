@@ -62,7 +62,7 @@ class KVCache:
         self.max_len, self.batch = check_whole("max_len", max_len, 1), check_whole("batch", batch, 1)
         self.layers = {}            # l -> (k, v), each (batch, H_kv, room, D)
         self.length = 0             # positions that every block has read
-        self.model_id = None        # id() of the model that read them, and
+        self.model = None           # a weak reference to the model that read them, and
         self.steer = None           # what steered them: a run must go on with the same model and steering
         self.mask = None            # of the latest chunk, shared by all blocks
 

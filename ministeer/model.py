@@ -6,6 +6,7 @@ Read first: attention.py, gpt2.py, llama.py. Read next: steering.py. Turner et a
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Protocol
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import KVCache
+from .checkpoints.config import short
 
 
 class Addition(Protocol):
@@ -34,7 +36,7 @@ class LM(nn.Module):
     """
 
     name = "unnamed"
-    fingerprint = ""        # set by `load`: tells checkpoints apart, so that a vector meets its own model
+    fingerprint = ""        # set by `load`: a digest of all weights and of the Config, kept with each vector
 
     @property
     def device(self) -> torch.device:
@@ -144,12 +146,13 @@ class LM(nn.Module):
                                  f"{T} more do not fit.")
             if B not in (1, cache.batch) or (start and B != cache.batch):
                 raise ValueError(f"the cache is for a batch of {cache.batch}, and ids has a batch of {B}.")
-            if start and cache.model_id != id(self):
+            if start and cache.model() is not self:
                 raise ValueError("the cache was filled by another model. Start a new cache.")
             if start and steer != cache.steer:
                 raise ValueError("the cache was filled under other steering. "
                                  "Pass the same steer list to every call, or start a new cache.")
-            cache.model_id, cache.steer = id(self), steer
+            # Trap: id(self) would not do, because a later model may get the id of one that is gone.
+            cache.model, cache.steer = weakref.ref(self), steer
         return steer
 
     def check_steer(self, steer: Additions, batch: int, length: int | None = None) -> tuple[Addition, ...]:
@@ -167,7 +170,7 @@ class LM(nn.Module):
                 raise ValueError(f"the vector is {given} wide, this model's residual stream {d_model}. "
                                  "Was it made with another model?")
             if s.fingerprint and self.fingerprint and s.fingerprint != self.fingerprint:
-                maker = s.note.get("model", s.fingerprint)
+                maker = short(s.note.get("model", s.fingerprint))
                 raise ValueError(f"the vector was made with another model ({maker}). "
                                  "To use it all the same, load it with Steer.load(path, any_model=True).")
             if isinstance(s.coeff, Tensor) and len(s.coeff) != batch:
@@ -182,7 +185,7 @@ class LM(nn.Module):
         """Raises ValueError unless `layer` is the number of a block."""
         n_layer = self.config.n_layer
         if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < n_layer:
-            raise ValueError(f"layer {layer}: this model has blocks 0 … {n_layer - 1} "
+            raise ValueError(f"layer {short(layer)}: this model has blocks 0 … {n_layer - 1} "
                              "(layer = the block that reads the changed stream).")
 
 

@@ -6,6 +6,7 @@ Read first: model.py, whose loop adds it. Read next: generation.py. Turner et al
 from __future__ import annotations
 
 import json
+import operator
 import os
 import warnings
 from collections.abc import Sequence
@@ -19,12 +20,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import __version__
+from .checkpoints.config import short
 from .utils import check_number, check_whole, write
 
 if TYPE_CHECKING:
     from .checkpoints.tokenizer import Tokenizer
     from .model import LM
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NARROW = 128        # a narrower stream has much of any vector in 4 dimensions, so no warning there
 
 
@@ -38,7 +41,7 @@ class Steer:
     coeff: a number, or a tensor (B,) with one number for each row of the batch (the paper's c)
     start: the first steered position; 1 because position 0 is BOS in both prompts of a pair
     fingerprint, note: which model it was made with, and from what; save and load keep both
-    `2 * s`, `s / 2` and `-s` scale coeff. Raises ValueError for what could never be added.
+    `2 * s`, `s / 2` and `-s` scale coeff. Raises ValueError for what no model could add.
     """
     layer: int
     vector: Tensor
@@ -50,24 +53,18 @@ class Steer:
     __array_ufunc__ = None      # Trap: without this, a NumPy array times a Steer is an array of Steers.
 
     def __post_init__(self):
-        v, c = self.vector, self.coeff
-        if not isinstance(v, Tensor) or not v.is_floating_point() or v.ndim not in (1, 2) or 0 in v.shape:
-            given = f"{v.dtype} {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
-            raise ValueError(f"vector must be a float tensor (n, d_model) or (d_model,); given: {given}.")
-        if not torch.isfinite(v).all():
-            raise ValueError("the vector holds NaN or infinite numbers.")
-        if isinstance(c, np.ndarray):
-            c = torch.from_numpy(c).float()
-        if isinstance(c, Tensor) and c.ndim > 0:
-            if c.ndim != 1 or not len(c) or not torch.isfinite(c).all():
-                raise ValueError("coeff must be one finite number for each row of the batch; "
-                                 f"given: {tuple(c.shape)}, {c.tolist()}.")
-        else:
-            c = check_number("coeff", c.item() if isinstance(c, Tensor) else c)
+        if fault := _fault(self.vector, (1, 2)):
+            raise ValueError(f"vector must be a float tensor (n, d_model) or (d_model,); given: {fault}.")
+        if not isinstance(self.fingerprint, str) or not isinstance(self.note, dict):
+            raise ValueError("fingerprint must be text and note a dict; given: "
+                             f"{type(self.fingerprint).__name__} and {type(self.note).__name__}.")
         # A frozen dataclass can be set in no other way.
-        object.__setattr__(self, "coeff", c)
+        object.__setattr__(self, "coeff", _checked_coeff(self.coeff))
         for name in ("layer", "start"):
-            object.__setattr__(self, name, check_whole(name, getattr(self, name)))
+            number = check_whole(name, getattr(self, name))
+            if number >= 2 ** 31:
+                raise ValueError(f"{name} must be less than 2^31, beyond any model.")
+            object.__setattr__(self, name, number)
 
     @property
     def stop(self) -> int | None:
@@ -96,10 +93,10 @@ class Steer:
         """
         if self.vector.ndim == 1:
             raise ValueError("a vector (d_model,) goes to all positions from start on and cannot be aligned.")
-        n = len(self.vector)
+        n, n_prompt = len(self.vector), check_whole("n_prompt", n_prompt, 1)
         starts = {"front": 1, "middle": n_prompt // 2 - (n + 1) // 2 + 1, "back": n_prompt - n}
-        if where not in starts:
-            raise ValueError(f"align to {where!r}; possible: front, middle, back.")
+        if not isinstance(where, str) or where not in starts:
+            raise ValueError(f"align to {where!r:.40}; possible: front, middle, back.")
         if not 0 <= starts[where] <= n_prompt - n:
             raise ValueError(f"a vector of {n} rows does not fit the {where} "
                              f"of a prompt of {n_prompt} tokens.")
@@ -116,7 +113,7 @@ class Steer:
     def __repr__(self):
         pair = "a vector"
         if {"plus", "minus"} <= set(self.note):
-            pair = f"{self.note['plus']!r} - {self.note['minus']!r}"
+            pair = " - ".join(f"{self.note[name]!r:.60}" for name in ("plus", "minus"))
         n = len(self.vector)
         where = f"position {self.start}" if n == 1 else f"positions {self.start} to {self.start + n - 1}"
         if self.vector.ndim == 1:
@@ -125,12 +122,19 @@ class Steer:
         return f"<Steer {pair}: coeff {self.coeff} at {where} before block {self.layer}, d_model {width}>"
 
     def __mul__(self, factor: float | Tensor | np.ndarray) -> Steer:
-        return replace(self, coeff=factor * self.coeff)
+        return self._rescaled(operator.mul, factor)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> Steer:
-        return replace(self, coeff=self.coeff / divisor)
+    def __truediv__(self, divisor: float | Tensor | np.ndarray) -> Steer:
+        return self._rescaled(operator.truediv, divisor)
+
+    def _rescaled(self, operation, number):
+        number = _checked_coeff(number, "the factor")
+        try:
+            return replace(self, coeff=operation(self.coeff, number))
+        except (RuntimeError, ZeroDivisionError) as error:      # as many factors as rows; 0
+            raise ValueError(f"coeff {short(self.coeff)} and {short(number)} do not fit: {error}") from None
 
     def __neg__(self) -> Steer:
         return -1 * self
@@ -161,7 +165,7 @@ class Steer:
         about = {"ministeer": __version__, "layer": self.layer, "start": self.start,
                  "fingerprint": self.fingerprint, "note": self.note}
         if isinstance(self.coeff, Tensor):
-            tensors["coeff"] = self.coeff.contiguous()
+            tensors["coeff"] = self.coeff.clone()       # safetensors refuses memory that two tensors share
         else:
             about["coeff"] = self.coeff
         write(path, save(tensors, {"steer": json.dumps(about)}))
@@ -177,16 +181,43 @@ class Steer:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["steer"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return cls(layer=about["layer"], start=about["start"], vector=tensors["vector"],
-                       coeff=tensors.get("coeff", about.get("coeff")), note=dict(about["note"]),
-                       fingerprint="" if any_model else str(about["fingerprint"]))
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            path = os.fspath(path)
-            raise ValueError(f"{path} is not a steering vector that ministeer saved: {error}") from None
+                coeff = file.get_tensor("coeff") if "coeff" in file.keys() else about["coeff"]  # noqa: SIM118
+                steer = cls(about["layer"], file.get_tensor("vector"), coeff, about["start"],
+                            about["fingerprint"], about["note"])
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a steering vector that ministeer saved: "
+                             f"{short(error, 200)}") from None
+        return replace(steer, fingerprint="") if any_model else steer
 
 
 Steers = Steer | Sequence[Steer]
+
+
+def _fault(x, dimensions):
+    """What keeps x from being a tensor of finite numbers with so many dimensions; "" if nothing does."""
+    if not isinstance(x, Tensor) or x.is_nested:
+        return type(x).__name__
+    stored = x.dtype in FLOATS and x.layout == torch.strided and not x.is_meta
+    if not stored or x.ndim not in dimensions or 0 in x.shape:
+        return f"{x.dtype} {tuple(x.shape)}, {x.layout}, on {x.device}"
+    return "" if torch.isfinite(x.float()).all() else "NaN or infinite numbers, or some beyond float32"
+
+
+def _checked_coeff(c, name="coeff"):
+    """-> a finite float, or a tensor (B,) of them for the rows of a batch. Raises ValueError."""
+    if isinstance(c, np.ndarray) and c.dtype.kind in "fiu":
+        c = torch.from_numpy(c.astype(np.float64)).float()
+    if isinstance(c, Tensor):
+        c = c.float() if c.dtype in (torch.int64, torch.int32) else c
+        if fault := _fault(c, (0, 1)):
+            raise ValueError(f"{name} must be one finite number for each row of the batch; given: {fault}.")
+        if c.ndim:
+            return c
+        c = c.item()
+    try:
+        return check_number(name, c)
+    except OverflowError:
+        raise ValueError(f"{name} must be a finite number; given: one too large for float64.") from None
 
 
 def steering_vector(model: LM, tokenizer: Tokenizer, plus: str, minus: str, layer: int) -> Steer:

@@ -1,5 +1,7 @@
 """Steer, steering_vector and the controls. For what the model does with them, see test_identities.py."""
 
+import gc
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +13,11 @@ import torch
 from conftest import hub_config, hub_model, save_checkpoint
 from safetensors.torch import save_file
 
-from ministeer import Steer, load, steering_vector
+from ministeer import KVCache, Steer, load, steering_vector
 from ministeer.steering import pad_together, random_like, relative_norm, sink_share, steering_vectors
+
+NAN, INF, HUGE = float("nan"), float("inf"), 10 ** 400
+ONES = torch.ones(2, 4)
 
 
 @pytest.fixture
@@ -123,38 +128,67 @@ def test_align_gives_the_positions_of_the_papers_code(n, prompt, starts):
     assert s.align("back", prompt).stop == prompt
 
 
-def test_align_rejects_bad_places_and_prompts():
-    with pytest.raises(ValueError, match="does not fit the front of a prompt of 3"):
-        Steer(0, torch.ones(3, 4)).align("front", 3)
-    with pytest.raises(ValueError, match="possible: front, middle, back"):
-        Steer(0, torch.ones(3, 4)).align("end", 9)
-    with pytest.raises(ValueError, match="cannot be aligned"):
-        Steer(0, torch.ones(4)).align("back", 9)
+@pytest.mark.parametrize(("shape", "arguments", "message"), [
+    ((3, 4), ("front", 3), "does not fit the front of a prompt of 3"),
+    ((4,), ("back", 9), "cannot be aligned"),
+    *(((3, 4), (where, 9), "possible: front, middle, back") for where in ("end", "x" * 10 ** 6, None, [], 1)),
+    *(((3, 4), ("back", n), "n_prompt must be a whole number") for n in (0, -1, 2.5, "9", None, ONES, 1j))])
+def test_align_rejects_bad_places_and_prompts(shape, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Steer(0, torch.ones(shape)).align(*arguments)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"layer": -1}, "layer must be a whole number"),
-    ({"layer": 1.0}, "layer must be"),
-    ({"layer": True}, "layer must be"),
-    ({"start": -1}, "start must be"),
-    ({"start": "1"}, "start must be"),
-    ({"vector": [1.0]}, "given: list"),
-    ({"vector": torch.ones(2, 2, 2)}, r"given: torch.float32 \(2, 2, 2\)"),
-    ({"vector": torch.ones(2, dtype=torch.int64)}, "given: torch.int64"),
-    ({"vector": torch.ones(0, 4)}, r"\(0, 4\)"),
-    ({"vector": torch.tensor([1.0, float("nan")])}, "NaN or infinite"),
-    ({"vector": torch.tensor([[float("inf")]])}, "NaN or infinite"),
-    ({"coeff": float("nan")}, "finite number"),
-    ({"coeff": float("-inf")}, "finite number"),
-    ({"coeff": "2"}, "finite number"),
-    ({"coeff": None}, "finite number"),
-    ({"coeff": True}, "finite number"),
-    ({"coeff": torch.tensor([1.0, float("nan")])}, "one finite number for each row"),
-    ({"coeff": torch.ones(2, 2)}, "for each row"),
-])
+# Tensors whose numbers cannot be added, by what an error says of them.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")         # torch says of some that they are new, and of others that they go
+    ODD = {"torch.float8_e4m3fn": ONES.to(torch.float8_e4m3fn), "torch.complex64": ONES.to(torch.complex64),
+           "on meta": ONES.to("meta"), "torch.sparse_coo": ONES.to_sparse(),
+           "torch.sparse_csr": ONES.to_sparse_csr(), "given: Tensor": torch.nested.nested_tensor([ONES]),
+           "torch.qint8": torch.quantize_per_tensor(ONES, 1, 0, torch.qint8), "torch.bool": ONES.bool(),
+           "NaN or infinite": ONES * NAN, "beyond float32": ONES.double() * 1e300}
+BAD = [
+    *(({name: value}, f"{name} must be a whole number, 0 or more") for name in ("layer", "start")
+      for value in (-1, 1.0, True, "1", None, NAN, 1e300, 1j)),
+    *(({name: value}, f"{name} must be less than 2.31") for name in ("layer", "start")
+      for value in (HUGE, 2 ** 63, 2 ** 31)),
+    *(({"vector": x}, f"vector must be a float tensor .*{says}") for says, x in {
+        **ODD, "given: list": [1.0], r"given: torch.float32 \(2, 2, 2\)": torch.ones(2, 2, 2),
+        r"\(\)": ONES[0, 0],
+        "given: torch.int64": ONES.long(), r"\(0, 4\)": ONES[:0], "NaN": ONES * INF}.items()),
+    *(({"coeff": c}, "coeff must be a finite number") for c in (
+        NAN, -INF, "2", None, True, 1j, HUGE, -HUGE, [1.0], b"1", {}, np.array(["2"]), np.array([None]))),
+    *(({"coeff": c}, f"coeff must be one finite number for each row.*{says}") for says, c in [
+        *((says, x if says in ("torch.sparse_csr", "given: Tensor") else x[0]) for says, x in ODD.items()),
+        *(("NaN or infinite", c) for c in (
+            torch.tensor([1.0, NAN]), torch.tensor(NAN), torch.tensor(INF), np.array([1.0, NAN]))),
+        (r"\(2, 4\)", ONES), (r"\(0,\)", ONES[0, :0]), ("torch.complex64", torch.tensor(1j)),
+        ("torch.bool", torch.tensor(True)), ("on meta", torch.ones((), device="meta"))]),
+    *(({name: value}, "fingerprint must be text and note a dict; given: ") for name, value in (
+        ("fingerprint", None), ("fingerprint", 5), ("note", "ab"), ("note", [["a", "b"]]), ("note", None))),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
 def test_rejects_bad_steers(change, message):
     with pytest.raises(ValueError, match=message):
         Steer(**{"layer": 0, "vector": torch.ones(4), **change})
+
+
+@pytest.mark.parametrize("operation", [
+    lambda s, x: s * x, lambda s, x: x * s, lambda s, x: s / x, lambda s, x: s.scaled(x)])
+@pytest.mark.parametrize("x", [change["coeff"] for change, _ in BAD if "coeff" in change] + ["x" * 99, Steer])
+def test_rejects_odd_factors(operation, x):
+    for coeff in (2.0, torch.ones(2)):
+        with pytest.raises(ValueError, match="must be (a|one) finite number"):
+            operation(Steer(0, torch.ones(4), coeff), x)
+
+
+@pytest.mark.parametrize("operation", [
+    lambda s: s / torch.zeros(2), lambda s: s / 0.0 / torch.ones(2), lambda s: 1e300 * (1e300 * s),
+    lambda s: torch.ones(2) * (s * torch.ones(3)), lambda s: torch.ones(2) * s / torch.ones(3)])
+def test_rejects_factors_that_give_no_coeff(operation):
+    with pytest.raises(ValueError, match="finite number|do not fit"):
+        operation(Steer(0, torch.ones(4), 2.0))
 
 
 def test_accepts_numbers_of_numpy_and_torch():
@@ -165,27 +199,23 @@ def test_accepts_numbers_of_numpy_and_torch():
 
 
 def test_equality_is_by_value():
-    s = Steer(1, torch.ones(2, 4))
-    assert s == Steer(1, torch.ones(2, 4))
-    assert s != Steer(2, torch.ones(2, 4))
-    assert s != 2 * s
-    assert s != Steer(1, torch.zeros(2, 4))
-    assert s != Steer(1, torch.ones(3, 4))
-    assert s != Steer(1, torch.ones(2, 4), start=2)
-    assert s * torch.ones(2) == s * torch.ones(2)
-    assert s * torch.ones(2) != s * torch.ones(3)
-    assert s != "s"
+    s, two = Steer(1, ONES), torch.ones(2)
+    assert s == Steer(1, torch.ones(2, 4)) and s * two == s * torch.ones(2)
+    for other in (Steer(2, ONES), 2 * s, Steer(1, 0 * ONES), Steer(1, torch.ones(3, 4)),
+                  Steer(1, ONES, start=2), s * two, s * torch.ones(3), "s"):
+        assert s != other and s * torch.ones(4) != other
 
 
 def test_repr_is_one_line_without_the_numbers(love):
-    assert "'I love you' - 'I hate'" in repr(love)
-    assert len(repr(love)) < 160
-    assert "every position" in repr(Steer(0, torch.ones(4)))
+    assert "'I love you' - 'I hate'" in repr(love) and len(repr(love)) < 160
+    for vector, start, where in ((ONES[:1], 1, "position 1"), (torch.ones(3, 4), 2, "positions 2 to 4"),
+                                 (ONES[0], 4, "every position from 4 on")):
+        assert f"at {where} before" in repr(Steer(2, vector, start=start))
 
 
-@pytest.mark.parametrize("coeff", [2.5, torch.tensor([0.5, -1.0])])
+@pytest.mark.parametrize("coeff", [2.5, torch.tensor([0.5, -1.0]), torch.ones(1).expand(3), "its vector"])
 def test_save_and_load_give_the_same_steer(love, tmp_path, coeff):
-    s = love.scaled(coeff)
+    s = love.scaled(love.vector[:, 0] if coeff == "its vector" else coeff)
     s.save(tmp_path / "love.safetensors")
     again = Steer.load(tmp_path / "love.safetensors")
     assert again == s
@@ -207,31 +237,73 @@ def test_a_save_that_fails_leaves_the_old_file(love, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["love.safetensors"]
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", b"\xff" * 100])
-def test_rejects_files_that_are_not_safetensors(tmp_path, content):
-    (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ValueError, match="is not a steering vector"):
-        Steer.load(tmp_path / "x")
+GOOD = {"layer": 0, "start": 1, "coeff": 1, "fingerprint": "", "note": {}}
+BAD_FILES = [
+    *((content, {}, "") for content in (b"", b"garbage", b"\xff" * 100, b"\0" * 7 + b"\x7f{}")),
+    (None, {}, "'steer'"), ("[1]", {}, "list indices"), ("{", {}, "Expecting property"), ("[" * 9999, {}, ""),
+    (GOOD, {"other": ONES, "vector": None}, "vector"), *(
+        ({**GOOD, "coeff": c}, {}, "coeff must be") for c in (NAN, INF, True, None, "2", HUGE, [1])),
+    *(({**GOOD, name: value}, {}, f"{name} must be") for name in ("layer", "start")
+      for value in (-3, 1e300, HUGE, 2 ** 63, None, "1", True)),
+    *(({**GOOD, "note": note}, {}, "note a dict") for note in ("ab", [["a", "b"]], None, 5)),
+    ({**GOOD, "fingerprint": 5}, {}, "must be text"), *(
+        ({name: x for name, x in GOOD.items() if name != key}, {}, f"'{key}'") for key in GOOD),
+    *((GOOD, {"vector": x}, says) for says, x in {
+        "float8_e4m3fn": ODD["torch.float8_e4m3fn"], "complex64": ODD["torch.complex64"], "bool": ONES.bool(),
+        "NaN": ONES * NAN, "beyond": ONES.double() * 1e300, "int64": ONES.long()}.items()),
+    *((GOOD, {"coeff": c}, "coeff must be one finite") for c in (
+        ONES, torch.tensor([1.0, NAN]), torch.ones(0), torch.tensor([True]), torch.tensor([1j]))),
+    ("\x1b[31m", {}, ""),
+]
 
 
-def test_rejects_safetensors_files_that_hold_no_steer(love, tmp_path):
+@pytest.mark.parametrize(("about", "tensors", "reason"), BAD_FILES)
+def test_rejects_files_that_hold_no_steer(tmp_path, about, tensors, reason):
     path = tmp_path / "x.safetensors"
-    good = '{"layer": 0, "start": 1, "coeff": 1, "fingerprint": "", "note": {}}'
-    for tensors, metadata, reason in [
-        ({"vector": love.vector}, None, "'steer'"),
-        ({"vector": love.vector}, {"steer": "[1]"}, "list indices"),
-        ({"vector": love.vector}, {"steer": "{"}, "Expecting property name"),
-        ({"other": love.vector}, {"steer": good}, "vector"),
-        ({"vector": love.vector}, {"steer": good.replace('"layer": 0', '"layer": -3')}, "layer must be"),
-        ({"vector": love.vector * float("nan")}, {"steer": good}, "NaN or infinite"),
-    ]:
-        save_file(tensors, path, metadata)
-        with pytest.raises(ValueError, match=f"is not a steering vector that ministeer saved: .*{reason}"):
-            Steer.load(path)
-    save_file({"vector": love.vector}, path, {"steer": good})
-    assert torch.equal(Steer.load(path).vector, love.vector)
-    with pytest.raises(FileNotFoundError, match="no file"):
-        Steer.load(tmp_path / "missing.safetensors")
+    if isinstance(about, bytes):
+        path.write_bytes(about)
+    else:
+        about = json.dumps(about) if isinstance(about, dict) else about
+        tensors = {name: x.clone() for name, x in ({"vector": ONES} | tensors).items() if x is not None}
+        save_file(tensors, path, about and {"steer": about})
+    says = f"is not a steering vector that ministeer saved: .*{reason}"
+    with pytest.raises(ValueError, match=says) as error:
+        Steer.load(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+def test_loads_a_file_written_by_hand_and_no_pipe(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"vector": ONES, "other": ODD["torch.float8_e4m3fn"]}, path, {"steer": json.dumps(GOOD)})
+    assert Steer.load(path) == Steer(0, ONES)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("missing", "pipe", "."):
+        with pytest.raises(FileNotFoundError, match="no file"):
+            Steer.load(tmp_path / name)
+
+
+def test_what_a_file_notes_is_shown_in_one_short_line(tiny, tmp_path):
+    note = {"model": "\x1b[31m\n" + "x" * 10 ** 6, "plus": "\x1b\n" * 10 ** 6, "minus": ["y" * 10 ** 6]}
+    Steer(0, torch.ones(32), fingerprint="f", note=note).save(tmp_path / "x")
+    steer = Steer.load(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"made with another model \(·\[31m x+…\)") as error:
+        tiny[0](torch.tensor([[0, 3]]), steer)
+    for text in (str(error.value), repr(steer)):
+        assert text.isprintable() and len(text) < 400
+
+
+def test_a_cache_knows_its_model_even_after_that_is_gone(checkpoint):
+    """A later model may get the id of one that is gone."""
+    cache, ids = KVCache(9), torch.tensor([[0, 3]])
+    model, _ = load(checkpoint)
+    model(ids, cache=cache)
+    del model
+    gc.collect()
+    models = [load(checkpoint)[0] for _ in range(3)]
+    for other in models:
+        with pytest.raises(ValueError, match="the cache was filled by another model"):
+            other(ids, cache=cache)
+    assert cache.model() is None
 
 
 def test_rejects_a_vector_of_another_model_without_any_model(tiny, family, love, tmp_path):
@@ -346,7 +418,7 @@ def test_an_array_gives_a_coeff_for_each_row(love):
     for scaled in (np.linspace(0, 2, 3) * love, love * np.linspace(0, 2, 3), torch.linspace(0, 2, 3) * love):
         assert isinstance(scaled, Steer)
         assert scaled.coeff.tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match="coeff must be one finite number for each row"):
+    with pytest.raises(ValueError, match="must be one finite number for each row"):
         np.ones((2, 2)) * love
 
 
@@ -371,15 +443,6 @@ def test_random_vectors_of_different_layers_and_seeds_point_elsewhere(tiny):
     assert cosines.mean() < 0.25
     for s, control in zip(steers, controls[::2], strict=True):
         torch.testing.assert_close(control.vector.norm(dim=-1), s.vector.norm(dim=-1))
-
-
-@pytest.mark.parametrize(("rows", "start", "where"), [
-    (1, 1, "at position 1 before"),
-    (3, 2, "at positions 2 to 4 before"),
-    (None, 4, "at every position from 4 on before"),
-])
-def test_repr_shows_the_positions(rows, start, where):
-    assert where in repr(Steer(2, torch.ones(rows, 8) if rows else torch.ones(8), start=start))
 
 
 def test_a_layer_may_be_a_numpy_number_and_no_truth_value(tiny):

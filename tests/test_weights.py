@@ -1,11 +1,13 @@
 """weights.py and config.py: an intact checkpoint loads exactly, and every fault has a message of its own."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -19,19 +21,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ministeer import load
+from ministeer import load, steering_vector
+from ministeer.baselines.classifier import PrefixClassifier
 from ministeer.checkpoints import weights
-from ministeer.checkpoints.config import read_config
+from ministeer.checkpoints.config import read_config, short
 from ministeer.checkpoints.loading import find
 from ministeer.checkpoints.weights import load_model
 
 # What tensors and settings are called in the files of a family, and the shape of "up".
 NAMES = {"gpt2": {"embedding": "transformer.wte.weight", "norm": "transformer.ln_f.weight",
                   "up": "transformer.h.1.mlp.c_fc.weight", "shape": "(32, 128)", "transposed": "(128, 32)",
-                  "layers": "n_layer", "heads": "n_head", "width": "n_embd"},
+                  "layers": "n_layer", "heads": "n_head", "width": "n_embd",
+                  "eps": "layer_norm_epsilon"},
          "llama": {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight",
                    "up": "model.layers.1.mlp.up_proj.weight", "shape": "(48, 32)", "transposed": "(32, 48)",
-                   "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size"}}
+                   "layers": "num_hidden_layers", "heads": "num_attention_heads", "width": "hidden_size",
+                   "eps": "rms_norm_eps"}}
 INDEX = "model.safetensors.index.json"
 NAN, INF = float("nan"), float("inf")
 
@@ -115,8 +120,7 @@ def test_names_and_numbers_are_those_of_the_file(checkpoint, tiny):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_by_name_or_as_in_torch(checkpoint, dtype):
     by_name, by_type = load_model(checkpoint, dtype), load_model(checkpoint, getattr(torch, dtype))
-    assert same(by_name, by_type)
-    assert {p.dtype for p in by_name.parameters()} == {getattr(torch, dtype)}
+    assert same(by_name, by_type) and {p.dtype for p in by_name.parameters()} == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "torch.float32", torch.int8, torch.float64, None, []])
@@ -133,6 +137,7 @@ def test_converts_other_float_types(copy, stored):
         assert torch.equal(model.state_dict()[name.removeprefix(model.prefix)], x.float())
 
 
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 99999}}
 OLD = {"transformer.h.0.attn.bias": torch.ones(4), "h.1.attn.masked_bias": torch.ones(4, dtype=torch.bool),
        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
 
@@ -169,8 +174,9 @@ def test_follows_the_links_of_the_hubs_cache(copy, tmp_path, tiny, sharded, shar
 def test_a_tied_head_may_be_stored_too(tied):
     assert "lm_head.weight" not in load_file(tied.weights)
     plain = load_model(tied.path)
-    tied.set(**{"lm_head.weight": tied.tensor("embedding").clone()})
-    assert same(load_model(tied.path), plain)
+    for dtype in (torch.float32, torch.float64):
+        tied.set(**{"lm_head.weight": tied.tensor("embedding").clone().to(dtype)})
+        assert same(load_model(tied.path), plain)
 
 
 @pytest.mark.parametrize("tied", [False], indirect=True)
@@ -191,40 +197,56 @@ def test_large_weights_are_not_bad_ones(copy):
         load_model(copy.path, "float16")
 
 
-def test_the_fingerprint_tells_checkpoints_apart(copy, tiny):
-    """Whatever type their numbers are loaded as, and wherever they are."""
-    prints = {load_model(copy.path, dtype).fingerprint for dtype in ("float32", "bfloat16", "float16")}
-    assert prints == {tiny[0].fingerprint}
-    assert len(tiny[0].fingerprint) == 16
-    for name in ("embedding", "norm"):
-        x = copy.tensor(name)
-        x.view(-1)[5] += 1e-3
-        copy.set(**{name: x})
-        prints.add(load_model(copy.path).fingerprint)
-    assert len(prints) == 3
+@pytest.mark.parametrize("change", [
+    *(lambda c, name=name: c.set_last(name, 0.5) for name in ("embedding", "norm", "up")),
+    lambda c: c.set(**{name: x.half() for name, x in load_file(c.weights).items()}),
+    lambda c: c.configure(eps=1e-4), lambda c: c.configure(eos_token_id=[1, 2]),
+    lambda c: c.configure(**ROPE if "rms" in c.names["eps"] else {"bos_token_id": 1}),
+], ids=["embedding", "norm", "up", "float16", "eps", "eos", "rope"])
+def test_the_fingerprint_is_of_all_weights_and_settings(copy, family, tiny, change):
+    """Whatever type the numbers are loaded as. A vector of one model is refused by another."""
+    model, tokenizer = tiny
+    assert re.fullmatch("[0-9a-f]{32}", model.fingerprint)
+    assert load_model(copy.path, "float16").fingerprint == model.fingerprint
+    change(copy)
+    other = load_model(copy.path)
+    assert load_model(copy.path, "bfloat16").fingerprint == other.fingerprint != model.fingerprint
+    steer = steering_vector(model, tokenizer, "I love", "I hate", 1)
+    with pytest.raises(ValueError, match=f"made with another model .tiny-{family}"):
+        other(torch.tensor([[0, 3, 4, 5]]), steer)
+
+
+def test_a_whole_number_and_its_float_are_one_setting(copy, tiny):
+    copy.configure(**{copy.names["layers"]: 4.0})
+    assert load_model(copy.path).fingerprint == tiny[0].fingerprint
 
 
 # Where a name is looked up
 
-def test_looks_for_a_folder_then_in_the_weights_folders_then_in_the_cache(tmp_path, monkeypatch):
+def test_looks_for_a_known_name_in_the_weights_folders_and_for_others_here_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MINISTEER_WEIGHTS", str(tmp_path / "shelf"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    places = [Path("gpt2"), *(tmp_path / root / "gpt2" for root in ("shelf", "weights", "cache/ministeer"))]
-    for place in places:
-        place.mkdir(parents=True)
-        (place / "config.json").write_text("{}")
-    for place in places:
-        assert find("gpt2") == place
-        (place / "config.json").unlink()        # a folder without it does not hide one that has it
-    says = (f"in {' or '.join(map(str, places))}. To get it, run `ministeer fetch gpt2` in a shell, "
-            "or load('gpt2', fetch=True) in Python.")
-    with pytest.raises(FileNotFoundError, match=re.escape(says)):
-        find("gpt2")
-    (places[2] / "config.json").write_text("{}")
-    assert find(Path("weights/gpt2")) == Path("weights/gpt2")
+    for name in ("gpt2", "own"):
+        here = Path(name)
+        places = [here, *(tmp_path / root / name for root in ("shelf", "weights", "cache/ministeer"))]
+        for place in places:
+            place.mkdir(parents=True)
+            (place / "config.json").write_text("{}")
+        assert find(f"./{name}") == find(here) == here
+        assert find(here.resolve()) == find(str(here.resolve())) == here.resolve()
+        places = places[name == "gpt2":]
+        for place in places:
+            assert find(name) == place
+            (place / "config.json").unlink()        # a folder without it does not hide one that has it
+        says = (f"in {' or '.join(map(str, places))}. To get it, run `ministeer fetch {name}` in a shell, "
+                f"or load('{name}', fetch=True) in Python.")
+        with pytest.raises(FileNotFoundError, match=re.escape(says)):
+            find(name)
+    (tmp_path / "weights/own/config.json").write_text("{}")
+    assert find("weights/own") == Path("weights/own")
     monkeypatch.setenv("MINISTEER_WEIGHTS", "")
-    assert find("gpt2") == places[2]
+    assert find("own") == tmp_path / "weights/own"
 
 
 @pytest.mark.parametrize("variable", ["MINISTEER_WEIGHTS", "XDG_CACHE_HOME"])
@@ -242,11 +264,17 @@ def test_loads_a_name_from_any_working_folder(smollm2, tmp_path, monkeypatch, va
     assert (model.name, model.config.n_vocab) == (smollm2.name, tokenizer.n_vocab)
 
 
-@pytest.mark.parametrize("name", ["nonsense", "owner/nonsense", "a\0b", "", "../nonsense"])
-def test_rejects_an_unknown_name(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "shown"), [
+    ("nonsense", "nonsense"), ("owner/nonsense",) * 2, ("a\0b", "a·b"), ("\x1b[31m", r"·\[31m"), ("", ""),
+    ("../nonsense",) * 2, ("n" * 100_000, "n{100}…")])
+def test_rejects_an_unknown_name(name, shown, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"no model .* here: .*`ministeer fetch {name}`"):
+    with pytest.raises(FileNotFoundError, match=f"no model .* here: .*`ministeer fetch {shown}`") as error:
         load(name)
+    assert str(error.value).isprintable()
+    for other in (None, 5, b"gpt2", ["gpt2"]):
+        with pytest.raises(ValueError, match="must be a name or a folder; given: "):
+            load(other)
 
 
 # What is refused
@@ -256,9 +284,20 @@ def set_in_both_shards(c):
         save_file({**load_file(path), c.names["norm"]: torch.ones(32)}, path)
 
 
-def link_out_of_the_folder(c):
-    shard = c.shard()[0]
-    shard.symlink_to(shard.rename(c.path.parent / "outside.safetensors"))
+def pipe(c, file, shard=False):
+    """A named pipe in place of a file: whoever opens it waits for ever."""
+    if shard:
+        c.shard()
+    (c.path / file).unlink(missing_ok=True)
+    os.mkfifo(c.path / file)
+
+
+def link(c, file, target, shard=False):
+    if shard:
+        c.shard()
+    copied = shutil.copyfile(c.path / file, c.path.parent / "outside")
+    (c.path / file).unlink()
+    (c.path / file).symlink_to(copied if target == "outside" else target)
 
 
 def link_to_itself(c):
@@ -285,6 +324,7 @@ def fault(name, says, damage, *arguments, error=ValueError):
     return pytest.param(lambda c: damage(c, *arguments), says, error, id=name)
 
 
+SHARD = "model-00002-of-00002.safetensors"
 DAMAGED = "is damaged, cut short or not safetensors"
 NO_SHARD = r"no model-00002-of-00002.safetensors in \S+, but its index names it: an interrupted download\?"
 NOT_JSON = (b"", b"{", b"<html>", b"\xed\xa0\x80", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000)
@@ -328,11 +368,27 @@ FAULTS = [
     fault("a tensor in two shards", r"there twice: <norm> in \S+1-of-00002.safetensors and <norm> in \S+2-of",
           set_in_both_shards),
 
+    fault("an unprintable shard", r"no ·\[31m.safetensors in", Copy.write, INDEX,
+          b'{"weight_map": {"a": "\\u001b[31m.safetensors"}}', error=FileNotFoundError),
+    fault("a tensor named by a million letters", "Surplus: a{100}…",
+          lambda c: c.set(**{"a" * 1_000_000: torch.ones(2)})),
+    fault("an unprintable tensor", r"Surplus: ·\[31m", lambda c: c.set(**{"\x1b[31m": torch.ones(2)})),
+    fault("a thousand dimensions", r"<up> is \(1, 1, .*…", lambda c: c.set(up=torch.ones([1] * 60))),
+
     *(fault(f"an index that names {name!r}", "names .*, not a .safetensors file in the same folder",
             Copy.write, INDEX, json.dumps({"weight_map": {"wte.weight": name}}).encode())
       for name in ("../../etc/passwd", "/etc/passwd", "../outside.safetensors", "sub/x.safetensors", "..", "",
                    "x.bin", "pytorch_model.bin", "/x.safetensors", 5, None, True)),
-    fault("a shard elsewhere", r"is a link to \S+outside.safetensors, outside", link_out_of_the_folder),
+    *(fault(f"{file} elsewhere", rf"{file} is a link to \S+outside, outside", link, file, "outside",
+            "0000" in file) for file in ("config.json", "model.safetensors", SHARD)),
+    fault("an index elsewhere", r"index.json is a link to \S+outside, outside",
+          lambda c: c.shard() and link(c, INDEX, "outside")),
+    *(fault(f"a pipe for {file}", f"no {file} ", pipe, file, "0000" in file, error=FileNotFoundError)
+      for file in ("config.json", "model.safetensors", "tokenizer.json", SHARD)),
+    *(fault(f"{file} is {target}", f"no {file} ", link, file, target, error=FileNotFoundError)
+      for file in ("config.json", "model.safetensors") for target in ("/dev/zero", "/", "nowhere")),
+    fault("a pipe for the index", f"no {INDEX} in .*: it is not a file",
+          lambda c: c.shard() and pipe(c, INDEX), error=FileNotFoundError),
     fault("a missing shard", NO_SHARD, lambda c: c.shard()[1].unlink(), error=FileNotFoundError),
     fault("a shard that links to itself", NO_SHARD, link_to_itself, error=FileNotFoundError),
 
@@ -355,14 +411,21 @@ FAULTS = [
 @pytest.mark.parametrize(("damage", "says", "error"), FAULTS)
 def test_refuses(copy, damage, says, error):
     damage(copy)
-    with pytest.raises(error, match=re.sub(r"<(\w+)>", lambda name: re.escape(copy.names[name[1]]), says)):
+    says = re.sub(r"<(\w+)>", lambda name: re.escape(copy.names[name[1]]), says)
+    signal.alarm(60)            # whoever waits for a pipe is killed
+    with pytest.raises(error, match=says) as raised:
         load(copy.path)
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 1000
+    signal.alarm(0)
 
 
 @pytest.mark.parametrize(("head", "says"), [
     (torch.zeros(N_VOCAB, 32), "differs from"), (torch.zeros(3), "differs from"), (None, "differs from"),
-    (torch.zeros(N_VOCAB, 32, dtype=torch.int8), "is stored as I8"),
-], ids=["zeros", "short", "one number", "quantised"])
+    *((torch.zeros(N_VOCAB, 32).to(dtype), f"is stored as {name}") for dtype, name in (
+        (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2"),
+        (torch.complex64, "C64"))),
+    (torch.zeros(N_VOCAB, 32).half(), "differs from"),
+], ids=["zeros", "short", "one number", "I8", "F8_E4M3", "F8_E5M2", "C64", "float16"])
 def test_refuses_a_tied_head_that_is_not_the_embedding(tied, head, says):
     if head is None:
         head = tied.tensor("embedding").clone()
@@ -370,7 +433,7 @@ def test_refuses_a_tied_head_that_is_not_the_embedding(tied, head, says):
     tied.set(**{"lm_head.weight": head})
     with pytest.raises(ValueError, match=f"lm_head.weight {says} ") as error:
         load(tied.path)
-    assert "I8" in says or '"tie_word_embeddings": false' in str(error.value)
+    assert "stored" in says or '"tie_word_embeddings": false' in str(error.value)
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
@@ -439,6 +502,7 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_
     ("llama", {"num_key_value_heads": 8}, "n_head 4 is not a multiple of n_kv_head 8"),
     ("llama", {"head_dim": 7}, "a head is 7 wide"),
     ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_parameters and rope_scaling differ"),
     ("llama", {"rope_parameters": "default"}, "the rotary settings are 'default', not an object"),
     *(("llama", {"rope_parameters": rope}, says) for rope, says in [
         ({"rope_type": "yarn", "factor": 4}, "is 'yarn'; ministeer has 'default', 'linear' and 'llama3'"),
@@ -448,7 +512,7 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_type": "linear"}, "factor is missing"),
         ({"rope_type": "linear", "factor": 0.5}, "factor is 0.5; it must be a number from 1"),
-        (LLAMA_3, "high_freq_factor 1 must be above low_freq_factor 4"),
+        (LLAMA_3, "high_freq_factor 1.0 must be above low_freq_factor 4.0"),
         ({**LLAMA_3, "original_max_position_embeddings": 64.5}, "it must be a whole number"),
         ({"rope_theta": 0}, "rope_theta is 0; it must be a number from 1"),
     ]),
@@ -459,11 +523,28 @@ def test_refuses_settings_that_are_not_computed(copy, settings, says):
         load(copy.path)
 
 
-def test_names_unknown_settings_in_a_warning(copy, tiny):
-    copy.configure(wobble=1, attention_multiplier=0.5)
-    with pytest.warns(UserWarning, match=r"settings that ministeer ignores: attention_multiplier, wobble\."):
-        model = load_model(copy.path)
-    assert same(model, tiny[0])
+@pytest.mark.parametrize("settings", [
+    {"auto_map": {"AutoModel": "x.Y"}}, {"final_logit_softcapping": 30.0}, {"attn_logit_softcapping": 50},
+    {"logit_scale": 0.06}, {"logits_scaling": 8}, {"embedding_multiplier": 12.0}, {"residual_multiplier": 2},
+    {"attention_multiplier": 0.5}, {"query_pre_attn_scalar": 256}, {"use_qk_norm": True}, {"qk_norm": True},
+    {"layer_types": ["sliding_attention"]}, {"no_rope_layers": [1, 0]}, {"num_local_experts": 8},
+    {"num_experts_per_tok": 2}, {"alibi": True}, {"parallel_residual": True}, {"is_causal": False},
+    {"use_sliding_window": True}, {"add_cross_attention": True}, {"pruned_heads": {"0": [1]}},
+    {"hidden_activation": "gelu"}, {"wobble": 0}, {"\x1b[31m": 1}, {"k" * 100_000: 1}, {"logit_scale": True}])
+def test_refuses_settings_it_does_not_know(copy, settings):
+    copy.configure(**settings)
+    key, value = *settings, *settings.values()
+    known, unknown = re.escape(f"{key} is {json.dumps(value)}; minist"), re.escape(short(key))
+    says = f"{known}|not know the settings {unknown}, so it cannot compute them"
+    with pytest.raises(ValueError, match=says) as error:
+        load_model(copy.path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_settings_that_change_nothing_may_be_there(copy, tiny):
+    copy.configure(logit_scale=1.0, alibi=False, pruned_heads={}, is_causal=True, wobble=None, n_special=0,
+                   temperature=0.7, use_sliding_window=False, auto_map=None, task_specific_params={"a": 1})
+    assert load_model(copy.path).fingerprint == tiny[0].fingerprint
 
 
 def test_the_settings_that_transformers_writes_give_no_warning(checkpoint):
@@ -584,13 +665,86 @@ def test_the_check_of_an_unknown_checkpoint(checkpoint, capsys, monkeypatch):
     assert "there is no known value to compare it with" in capsys.readouterr().out
 
 
+NO_MANIFEST = "manifest.json is not a manifest: it must hold"
+
+
+def set_manifest(c, **changes):
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(c.path.iterdir())}
+    c.write("manifest.json", json.dumps({"ministeer": "1", "source": "x", "files": files | changes}).encode())
+
+
+def test_the_check_compares_the_manifest(copy, capsys, monkeypatch):
+    monkeypatch.setattr(weights, "PARAGRAPH", "I love you")
+    set_manifest(copy)
+    weights.main(copy.path)
+    assert re.match(r"manifest    \d files as fetched\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("damage", "says"), [
+    *((lambda c, content=content: c.write("manifest.json", content), NO_MANIFEST) for content in (
+        *NOT_JSON, b"[]", b"null", b"{}", b'{"files": []}', b'{"files": {}}', b'{"files": null}',
+        b'{"files": {"a": 5}}', b'{"files": {"a": "00"}}')),
+    *((lambda c, name=name: set_manifest(c, **{name: "0" * 64}), NO_MANIFEST)
+      for name in ("../x", "/etc/passwd", "a/b", "")),
+    (lambda c: set_manifest(c, **{"\x1b[31m": "0" * 64}), r"no ·\[31m in"),
+    (lambda c: set_manifest(c, LICENSE="0" * 64), "no LICENSE in"),
+    (lambda c: set_manifest(c, **{"..": "0" * 64}), r"no \.\. in"),
+    (lambda c: set_manifest(c, **{"config.json": "0" * 64}), "^config.json in .* another sha256"),
+    (lambda c: (set_manifest(c), c.set_last("up", 0.5)), "^model.safetensors in .* another sha256"),
+    (lambda c: (set_manifest(c), pipe(c, "tokenizer.json")), "no tokenizer.json in"),
+    (lambda c: pipe(c, "manifest.json"), "no manifest.json in"),
+])
+def test_the_check_refuses_what_differs_from_the_manifest(copy, damage, says):
+    damage(copy)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        weights.main(copy.path)
+
+
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
-def test_the_check_says_what_is_wrong(copy):
-    cut(copy, -1)
-    code, out, err = check(copy.path.name, cwd=copy.path.parent)
+@pytest.mark.parametrize(("damage", "says"), [
+    (lambda c: cut(c, -1), "model.safetensors ("),
+    (lambda c: c.configure(**{"\x1b[31m\n": 1}), "config.json: "),
+    (lambda c: c.set(**{"\x1b\n[31m": torch.ones(1)}), "the tensors in"),
+    (lambda c: set_manifest(c, none="0" * 64), "no none in")])
+def test_the_check_says_what_is_wrong(copy, damage, says):
+    damage(copy)
+    home = copy.path.rename(copy.path.parent / "x\x1b[31m")
+    code, out, err = check(home.name, cwd=home.parent)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(f"ministeer: {copy.path.name}/model.safetensors (")
+    assert err.startswith("ministeer: ") and says in err and err[:-1].isprintable()
+
+
+def test_the_check_prints_the_bos_without_commands(copy, capsys, monkeypatch):
+    monkeypatch.setattr(weights, "PARAGRAPH", "I love you")
+    tiny_tokenizer(bos="\x1b[31m<|x|>\n").save(str(copy.path / "tokenizer.json"))
+    weights.main(copy.path)
+    out = capsys.readouterr().out
+    assert "BOS 0 ·[31m<|x|>" in out and out.replace("\n", "").isprintable()
 
 
 def test_the_check_without_a_folder():
     assert check() == (1, "", "usage: python -m ministeer.checkpoints.weights FOLDER\n")
+
+
+# A classifier's file
+
+BAD_CLASSIFIERS = {
+    **{f"{name} of {n}": {name: torch.zeros(n)} for n in ((), (1,), (0, 4), (4, 0), (1, 10 ** 6), (2, 2, 2))
+       for name in ("embedding.weight", "head.weight", "gru.weight_hh_l0")},
+    **{f"{x} in {name}": {name: torch.full(shape, x)} for name, shape in (
+        ("embedding.weight", (10, 4)), ("head.bias", (1,)), ("gru.bias_ih_l0", (18,))) for x in (NAN, INF)},
+    **{str(dtype): {"head.bias": torch.zeros(1).to(dtype)} for dtype in (
+        torch.float16, torch.float64, torch.int8, torch.float8_e4m3fn, torch.complex64)},
+    "surplus": {"x": torch.ones(1)}, "unprintable": {"\x1b[31m": torch.ones(1)},
+    "long": {"a" * 1_000_000: torch.ones(1)}, "missing": {"head.weight": None}}
+
+
+@pytest.mark.parametrize("change", BAD_CLASSIFIERS.values(), ids=BAD_CLASSIFIERS)
+def test_refuses_a_file_that_is_no_classifier(tmp_path, change):
+    path = tmp_path / "x.safetensors"
+    PrefixClassifier(10, 4, 6).save(path)
+    tensors = load_file(path) | change
+    save_file({name: x for name, x in tensors.items() if x is not None}, path)
+    with pytest.raises(ValueError, match="x.safetensors is not a classifier that ministeer saved: ") as error:
+        PrefixClassifier.load(path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 500

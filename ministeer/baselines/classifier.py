@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..checkpoints.config import short
 from ..utils import write
 
 
@@ -55,8 +57,13 @@ class PrefixClassifier(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            classifier = cls(*tensors["embedding.weight"].shape, tensors["head.weight"].shape[1])
-            classifier.load_state_dict(tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a classifier that ministeer saved: {error}") from None
+            with torch.device("meta"):          # shapes only: those that lie must not take memory
+                classifier = cls(*tensors["embedding.weight"].shape, tensors["head.weight"].shape[1])
+            classifier.load_state_dict(tensors, assign=True)
+            for name, x in tensors.items():
+                if x.dtype != torch.float32 or not x.numel() or not torch.isfinite(x).all():
+                    raise ValueError(f"{name} must hold finite float32 numbers")
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            path = os.fspath(path)
+            raise ValueError(f"{path} is not a classifier that ministeer saved: {short(error)}") from None
         return classifier.requires_grad_(False).eval()

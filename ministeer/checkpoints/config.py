@@ -4,10 +4,12 @@ Read next: attention.py. Keys as in Hugging Face transformers 4 and 5, configura
 """
 
 import json
-import warnings
+import os
 from dataclasses import dataclass
-from os import PathLike
+from pathlib import Path
 from typing import Any
+
+from ..utils import printable
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,40 @@ class Config:
                 raise ValueError(f"special token {i!r:.40} is outside the vocabulary 0 … {self.n_vocab - 1}.")
 
 
-def read_config(path: str | PathLike) -> Config:
-    """config.json at `path` -> Config. Raises ValueError for what would not be computed as the file asks."""
+def short(text: object, most: int = 100) -> str:
+    """`text` as one printable line of a message, cut after `most` characters. For whatever a file holds."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
+def own_file(path: str | os.PathLike) -> Path:
+    """-> `path`, a file of a checkpoint, after checking that it is a file and lies in its folder.
+
+    Raises FileNotFoundError if it is missing, a folder, a pipe or a device; ValueError for a link elsewhere.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):
+        fault = "is not a file" if path.name and os.path.lexists(path) else "is missing"
+        raise FileNotFoundError(f"no {short(path.name)} in {path.parent}: it {fault}.")
+    # In the Hub's cache the folder is repository/snapshots/commit. It links to the blobs of the repository,
+    # which may link to blobs that repositories share. Any other way out of the folder is refused.
+    home = path.parent.resolve()
+    allowed, repository = [home], home.parent.parent
+    if home.parent.name == "snapshots":
+        allowed += repository / "blobs", repository.parent / "blobs"
+    if not any(path.resolve().is_relative_to(place) for place in allowed):
+        raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder. "
+                         "Put the file itself there.")
+    return path
+
+
+def read_config(path: str | os.PathLike) -> Config:
+    """config.json at `path` -> Config.
+
+    Raises FileNotFoundError, and ValueError for what would not be computed as the file asks.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            raw = json.load(file)
+        raw = json.loads(own_file(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     try:
@@ -81,12 +112,22 @@ def parse_config(raw: dict[str, Any]) -> Config:
         raise ValueError("the checkpoint is quantised (quantization_config). Use the one in 16 or 32 bits.")
     keys = _Keys(raw)
     config = _gpt2(keys) if family == "gpt2" else _llama(keys)
-    unknown = sorted(set(raw) - keys.used - IRRELEVANT)
+    for key, value in NEUTRAL.items():
+        keys.one_of(key, value)
+    unknown = [key for key in raw if key not in keys.used | IRRELEVANT and raw[key] is not None]
     if unknown:
-        warnings.warn(f"config.json has settings that ministeer ignores: {', '.join(unknown)}.", stacklevel=3)
+        raise ValueError(f"ministeer does not know the settings {short(', '.join(sorted(unknown)))}, "
+                         "so it cannot compute them. Take out those that do not change the logits.")
     return config
 
 
+# What relatives of these families compute and ministeer does not, with the value that leaves it out.
+NEUTRAL = {
+    "logit_scale": 1, "logits_scaling": 1, "embedding_multiplier": 1, "residual_multiplier": 1,
+    "is_causal": True, "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {},
+    "alibi": False, "parallel_residual": False, "use_parallel_residual": False, "use_sliding_window": False,
+    "qk_norm": False, "use_qk_norm": False, "qk_layernorm": False, "use_bidirectional_attention": False,
+}
 # Settings that cannot change the logits of a trained model: training, bookkeeping, generation defaults.
 IRRELEVANT = set("""
     model_type quantization_config architectures dtype torch_dtype transformers_version use_cache
@@ -95,6 +136,14 @@ IRRELEVANT = set("""
     _name_or_path name_or_path task_specific_params gradient_checkpointing n_ctx max_sequence_length
     pretraining_tp is_llama_config transformers.js_config output_attentions output_hidden_states
     return_dict _attn_implementation_autoset id2label label2id torchscript unsloth_version unsloth_fixed
+    _attn_implementation attn_implementation _commit_hash tokenizer_class num_labels problem_type is_decoder
+    finetuning_task tf_legacy_loss use_bfloat16 chunk_size_feed_forward n_special predict_special_tokens
+    output_past output_scores return_dict_in_generate prefix bad_words_ids decoder_start_token_id
+    sep_token_id forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
+    begin_suppress_tokens exponential_decay_length_penalty do_sample early_stopping max_length max_new_tokens
+    min_length num_beams num_beam_groups num_return_sequences diversity_penalty length_penalty
+    repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size temperature top_k top_p typical_p
+    classifier_dropout hidden_dropout resid_dropout
 """.split())     # noqa: SIM905
 
 
@@ -103,7 +152,6 @@ def _gpt2(keys):
     keys.one_of("scale_attn_weights", True)
     keys.one_of("scale_attn_by_inverse_layer_idx", False)
     keys.one_of("reorder_and_upcast_attn", False)
-    keys.one_of("add_cross_attention", False)
     d_model = keys.size("n_embd")
     n_head = keys.size("n_head", most=1_000)
     return Config(
@@ -119,7 +167,7 @@ def _llama(keys):
     keys.one_of("hidden_act", "silu")
     keys.one_of("rope_interleaved", False)
     keys.one_of("sliding_window", None)
-    keys.one_of("partial_rotary_factor", None, 1, 1.0)
+    keys.one_of("partial_rotary_factor", None, 1)
     d_model = keys.size("hidden_size")
     n_head = keys.size("num_attention_heads", most=1_000)
     if keys.raw.get("head_dim") is None and d_model % n_head:
@@ -139,14 +187,17 @@ def _llama(keys):
 def _rope(keys):
     """transformers 5 writes rope_parameters; 4 wrote rope_theta beside rope_scaling, or neither."""
     keys.used |= {"rope_theta", "rope_scaling", "rope_parameters"}
-    raw = keys.raw.get("rope_parameters") or keys.raw.get("rope_scaling") or {}
+    new, old = keys.raw.get("rope_parameters"), keys.raw.get("rope_scaling")
+    if new and old and new != old:
+        raise ValueError("rope_parameters and rope_scaling differ; keep the one that is meant.")
+    raw = new or old or {}
     if not isinstance(raw, dict):
         raise ValueError(f"the rotary settings are {raw!r:.40}, not an object.")
     rope = _Keys({"rope_theta": keys.raw.get("rope_theta"), **raw})
     rope.used |= {"rope_type", "type"}
     kind = raw.get("rope_type", raw.get("type", "default"))
     theta = rope.number("rope_theta", 1, 1e12, default=10000.0)
-    rope.one_of("partial_rotary_factor", None, 1, 1.0)
+    rope.one_of("partial_rotary_factor", None, 1)
     if kind == "default":
         result = Rope(theta)
     elif kind == "linear":
@@ -161,7 +212,8 @@ def _rope(keys):
         raise ValueError(f"rope_type is {kind!r:.40}; ministeer has 'default', 'linear' and 'llama3'.")
     unused = sorted(set(raw) - rope.used)
     if unused:
-        raise ValueError(f"rope_type {kind!r} does not use {', '.join(unused)}, so its meaning is unclear.")
+        raise ValueError(f"rope_type {kind!r} does not use {short(', '.join(unused))}, "
+                         "so its meaning is unclear.")
     return result
 
 
@@ -183,19 +235,20 @@ class _Keys:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not low <= value <= high:      # Trap: NaN is neither below nor above
             raise ValueError(f"{key} is {value!r:.40}; it must be a number from {low} to {high:,}.")
-        return value
+        return float(value)     # 100000 and 100000.0 are one Config and one fingerprint
 
     def size(self, key, default=None, most=20_000_000):
         """A whole number. No model of these families has more, and all tensors' sizes fit 64 bits."""
         value = self.number(key, 1, most, default)
         if value != int(value):
-            raise ValueError(f"{key} is {value!r}; it must be a whole number.")
+            raise ValueError(f"{key} is {value}; it must be a whole number.")
         return int(value)
 
     def one_of(self, key, *possible):
         """The value, which must be one of these. The first stands for a value that is not given."""
         value = self.get(key, possible[0])
-        if value not in possible or type(value) not in map(type, possible):     # Trap: 1 == True
+        # Trap: 1 == True, and 1 == 1.0
+        if not any(value == p and isinstance(value, bool) == isinstance(p, bool) for p in possible):
             raise ValueError(f"{key} is {json.dumps(value):.80}; "
                              f"ministeer computes only {' and '.join(map(json.dumps, possible))}.")
         return value

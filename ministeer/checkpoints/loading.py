@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from ..model import LM
-from .config import read_config
+from .config import read_config, short
+from .fetch import KNOWN, roots
 from .fetch import fetch as fetch_checkpoint
-from .fetch import roots
 from .tokenizer import Tokenizer
 from .weights import load_model
 
@@ -21,8 +21,8 @@ def load(name_or_folder: str | Path, dtype: torch.dtype | str = torch.float32,
     """-> (model, tokenizer), ready to run.
 
     name_or_folder: a folder that holds config.json, model.safetensors (or shards and their index) and
-        tokenizer.json; or a name (`ministeer models` lists the known ones), looked up in $MINISTEER_WEIGHTS,
-        then in ./weights, then in the user's cache
+        tokenizer.json; or a name, looked up in $MINISTEER_WEIGHTS, then in ./weights, then in the user's
+        cache. A known name (`ministeer models`) is always a name: "gpt2" is the model, "./gpt2" a folder
     dtype: torch.float32, bfloat16 or float16, or its name; the file's numbers are converted to it
     device: as in torch
     fetch: True fetches a name that is not here, as `ministeer fetch` does
@@ -37,13 +37,18 @@ def load(name_or_folder: str | Path, dtype: torch.dtype | str = torch.float32,
 
 def find(name_or_folder: str | Path, fetch: bool = False) -> Path:
     """-> the folder of a checkpoint. One that is not here is fetched, or FileNotFoundError says how to."""
+    if not isinstance(name_or_folder, str | os.PathLike):
+        raise ValueError(f"the model must be a name or a folder; given: {type(name_or_folder).__name__}.")
     name = os.fspath(name_or_folder)
-    places = [Path(name), *(root / name for root in roots())]
+    places = [root / name for root in roots()]
+    if name not in KNOWN or not isinstance(name_or_folder, str):
+        places.insert(0, Path(name))
     for folder in places:
-        if (folder / "config.json").is_file():
+        if os.path.isfile(folder / "config.json"):
             return folder
     if fetch:
         return fetch_checkpoint(name)
+    name, where = short(name), " or ".join(map(short, places))
     raise FileNotFoundError(
-        f"no model {name!r} here: there is no config.json in {' or '.join(map(str, places))}. To get it, run "
+        f"no model {name!r} here: there is no config.json in {where}. To get it, run "
         f"`ministeer fetch {name}` in a shell, or load({name!r}, fetch=True) in Python.")

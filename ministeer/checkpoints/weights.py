@@ -6,8 +6,11 @@ such folders. `python -m ministeer.checkpoints.weights FOLDER` checks one.
 
 import hashlib
 import json
+import os
 import re
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..gpt2 import GPT2
 from ..llama import Llama
 from ..model import LM
-from .config import Config, read_config
+from .config import Config, own_file, read_config, short
 from .tokenizer import Tokenizer
 
 FAMILIES = {"gpt2": GPT2, "llama": Llama}
@@ -24,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 FILE_DTYPES = ("F32", "F16", "BF16", "F64")
 
 # Constants that old checkpoints carry and the code computes: causal masks, rotary frequencies.
-COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
+COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
@@ -40,15 +43,17 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
         raise ValueError(f"device {device!r} cannot be used: {error}") from None
     c = config or read_config(folder / "config.json")
     model, places = match_tensors(folder, c)
-    weights = {}
-    digest = hashlib.sha256(f"{c.family} {c.n_layer} {c.d_model} {c.n_vocab}".encode())
-    for name, (path, full_name) in places.items():
-        stored = _read(path, full_name)
-        digest.update(stored.flatten()[:1024].float().numpy().tobytes())    # the same for every dtype of load
-        weights[name] = _converted(stored, dtype, full_name, path).to(device)
+    weights, digest = {}, hashlib.sha256(repr(c).encode())
+    with ThreadPoolExecutor(1) as hasher:       # hashing and converting take equally long, so do both at once
+        for name, (path, full_name) in places.items():
+            stored = _read(path, full_name)
+            digest.update(f"{name} {stored.dtype}".encode())
+            hashed = hasher.submit(digest.update, stored.flatten().view(torch.uint8).numpy())
+            weights[name] = _converted(stored, dtype, full_name, path).to(device)
+            hashed.result()
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
-    model.fingerprint = digest.hexdigest()[:16]
+    model.fingerprint = digest.hexdigest()[:32]
     model.name = folder.resolve().name
     return model
 
@@ -66,18 +71,19 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
     for path in shards(folder):
         for full_name, dtype, shape in _header(path):
             name = full_name.removeprefix(model.prefix)
-            if COMPUTED.match(name):
+            if COMPUTED.fullmatch(name):
                 continue
             if name in stored:
                 other, other_name = stored[name]
-                raise ValueError(f"{name} is there twice: {other_name} in {other.name} "
-                                 f"and {full_name} in {path.name}.")
+                raise ValueError(f"{short(name)} is there twice: {short(other_name)} in {other.name} "
+                                 f"and {short(full_name)} in {path.name}.")
             if dtype not in FILE_DTYPES:
-                raise ValueError(f"{full_name} is stored as {dtype} in {path.name}: quantised or "
+                raise ValueError(f"{short(full_name)} is stored as {dtype} in {path.name}: quantised or "
                                  "not a weight. ministeer reads float32, float16, bfloat16 and float64.")
             if name in wanted and shape != wanted[name]:
                 hint = " It looks transposed: was this file saved from nn.Linear layers?"
-                raise ValueError(f"{full_name} is {shape} in {path.name}, but {kind} wants {wanted[name]}."
+                raise ValueError(f"{full_name} is {short(shape)} in {path.name}, "
+                                 f"but {kind} wants {wanted[name]}."
                                  + (hint if shape == wanted[name][::-1] else ""))
             stored[name] = path, full_name
     head = stored.pop("lm_head.weight", None) if config.tied else None      # then it is the embedding
@@ -98,15 +104,16 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
 
 def _listed(names):
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "none") + more
+    return (", ".join(map(short, names[:3])) or "none") + more
 
 
 def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one, or those in its index. Only the folder's own are opened."""
+    """The safetensors files of a checkpoint: one, or those in its index. None lies outside the folder."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
+    if os.path.lexists(single):
+        return [own_file(single)]
+    if os.path.lexists(index):
+        own_file(index)
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -115,8 +122,8 @@ def shards(folder: Path) -> list[Path]:
         return [_shard(folder, name) for name in names]
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
-        raise ValueError(f"{folder} holds {pickles[0]}, a pickle. Opening one can run any code, so ministeer "
-                         "never does. On a machine that you would trust it on, convert it: "
+        raise ValueError(f"{folder} holds {short(pickles[0])}, a pickle. Opening one can run any code, so "
+                         "ministeer never does. On a machine that you would trust it on, convert it: "
                          "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).")
     raise FileNotFoundError(f"no model.safetensors in {folder}. Run `ministeer fetch {folder.name}`, or see "
                             "weights/README.md.")
@@ -124,18 +131,12 @@ def shards(folder: Path) -> list[Path]:
 
 def _shard(folder, name):
     if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-        raise ValueError(f"the index in {folder} names {name!r}, not a .safetensors file in the same folder.")
-    path = folder / name
-    if not path.is_file():
-        raise FileNotFoundError(f"no {name} in {folder}, but its index names it: an interrupted download?")
-    # In the Hub's cache the folder is repository/snapshots/commit. It links to the blobs of the repository,
-    # which may link to blobs that repositories share. Any other way out of the folder is refused.
-    home = folder.resolve()
-    repository = home.parent.parent
-    allowed = home, repository / "blobs", repository.parent / "blobs"
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise ValueError(f"{path} is a link to {path.resolve()}, outside the folder, where a shard must be.")
-    return path
+        raise ValueError(f"the index in {folder} names {short(repr(name))}, "
+                         "not a .safetensors file in the same folder.")
+    if not os.path.isfile(folder / name):
+        raise FileNotFoundError(f"no {short(name)} in {folder}, but its index names it: "
+                                "an interrupted download?")
+    return own_file(folder / name)
 
 
 def _header(path):
@@ -146,7 +147,7 @@ def _header(path):
             return [(name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is damaged, cut short or not safetensors: "
-                         f"{error}") from None
+                         f"{short(error)}") from None
 
 
 def _read(path, full_name):
@@ -172,12 +173,40 @@ has sold its first bread, the ferry has left for the islands, and the only sound
 somebody forgot to turn off."""
 
 # nats/token on the paragraph in float32, by fingerprint; the same numbers stand in weights/README.md.
-KNOWN_LOSS = {"673a8da46b535113": 3.8797}
+KNOWN_LOSS = {"56a9570646d11dc2f79854b011a0c8e6": 3.8797}
+
+
+def check_manifest(folder: Path) -> int:
+    """The number of files that manifest.json names, each of which has the sha256 that stands there.
+
+    Raises FileNotFoundError or ValueError for the first that is missing or differs.
+    """
+    path = own_file(folder / "manifest.json")
+    try:
+        digests = json.loads(path.read_text(encoding="utf-8"))["files"]
+        understood = digests and all(name and name == Path(name).name and re.fullmatch("[0-9a-f]{64}", digest)
+                                     for name, digest in digests.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        understood = False
+    if not understood:
+        raise ValueError(f'{path} is not a manifest: it must hold {{"files": {{file name: sha256 in hex}}}}, '
+                         "and the files must lie beside it.")
+    for name, wanted in digests.items():
+        digest = hashlib.sha256()
+        with open(own_file(folder / name), "rb") as file:
+            while block := file.read(2 ** 20):
+                digest.update(block)
+        if digest.hexdigest() != wanted:
+            raise ValueError(f"{short(name)} in {folder} has another sha256 than in manifest.json: "
+                             "it was changed or damaged after it was fetched.")
+    return len(digests)
 
 
 def main(folder: str | Path) -> None:
     """Print what a checkpoint is, and its mean loss on a fixed paragraph beside the known one."""
     folder = Path(folder)
+    if os.path.lexists(folder / "manifest.json"):
+        print(f"manifest    {check_manifest(folder)} files as fetched")
     model = load_model(folder)
     tokenizer = Tokenizer.load(folder, model.config)
     c, n = model.config, sum(p.numel() for p in model.parameters())
@@ -189,16 +218,22 @@ def main(folder: str | Path) -> None:
     print(f"sizes       {c.n_layer} layers, {c.n_head} query and {c.n_kv_head} key/value heads of "
           f"{c.d_head}, d_model {c.d_model}, d_mlp {c.d_mlp}")
     print(f"tokens      {c.n_vocab:,} in the vocabulary, context {c.n_ctx:,}, "
-          f"BOS {tokenizer.bos_id} {tokenizer.pieces([tokenizer.bos_id])[0]}")
+          f"BOS {tokenizer.bos_id} {short(tokenizer.pieces([tokenizer.bos_id])[0])}")
     print(f"loss        {loss:.4f} nats/token on the {ids.shape[1] - 1} tokens of a fixed paragraph; "
           + (f"it should be {known:.4f}" if known else "there is no known value to compare it with"))
+
+
+def complain(message: object, *_: object) -> None:
+    """Print one line on stderr."""
+    print(f"ministeer: {short(message, 2000)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m ministeer.checkpoints.weights FOLDER")
+    warnings.showwarning = complain
     try:
         main(sys.argv[1])
-    except (OSError, ValueError) as fault:
-        print(f"ministeer: {fault}", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError, MemoryError) as fault:
+        complain(fault)
         sys.exit(2)
