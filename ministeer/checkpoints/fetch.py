@@ -164,9 +164,10 @@ def fetch(name: str, root: str | Path | None = None) -> Path:
         with turn:
             if not folder.exists():             # the other fetch may have put it there
                 _build(KNOWN.get(name) or Source(name, "", "", ""), folder)
-    except (OSError, SafetensorError) as error:
-        raise FetchError(f"{name} could not be written to {folder.parent}: {_one_line(error)}. Nothing of it "
-                         "is left there. Make room, or set MINISTEER_WEIGHTS to another folder.") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FetchError(f"{name} could not be written to {_one_line(folder.parent)}: {_one_line(error)}. "
+                         "Nothing of it is left there. Make room, or set MINISTEER_WEIGHTS to another folder."
+                         ) from None
     return folder
 
 
@@ -193,7 +194,7 @@ def _build(source, folder):
 
 def _remove(path):
     with contextlib.suppress(OSError):
-        path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _manifest(source, files):
