@@ -234,10 +234,11 @@ def test_reads_a_common_prefix_once_and_keeps_to_max_batch_tokens(tiny):
 def test_rejects_bad_mixers_prompts_and_settings(tiny, classifier):
     model, tokenizer = tiny
     steer = steering_vector(model, tokenizer, " love", " hate", 1)
-    with pytest.raises(ValueError, match="n must be a whole number, 1 or more; given: 0"):
+    with pytest.raises(ValueError, match="n must be a whole number, from 1 to 1000000; given: 0"):
         generate(model, tokenizer, "x", mixers.unsteered(), n=0)
-    for prefixes, epsilon in (((), 0.01), ("x", -1), ("x", 2)):
-        with pytest.raises(ValueError, match="one or more prefixes and an epsilon from 0 to 1"):
+    for prefixes, epsilon, message in (((), 0.01, "one or more prefixes"), ("x", -1, "epsilon"),
+                                       ("x", 2, "epsilon must be a number from 0 to 1; given: 2")):
+        with pytest.raises(ValueError, match=message):
             mixers.self_debias(prefixes, epsilon=epsilon)
     with pytest.raises(ValueError, match="as many as branches"):
         mixers.weighted([Branch()], [1, 2])
