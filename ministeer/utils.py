@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -36,9 +36,10 @@ def check_number(name: str, value: object, low: float = -MAX, high: float = MAX)
 
 def check_list(name: str, values: object, what: str = "a list") -> list:
     """`values`, which may be any iterable but a text, as a list. Raises ValueError."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(f"{name} must be {what}; given: {short(values)}.")
-    return list(values)
+    with contextlib.suppress(TypeError):            # it is no iterable
+        if not isinstance(values, str | bytes):
+            return list(values)
+    raise ValueError(f"{name} must be {what}; given: {short(values)}.")
 
 
 def check_texts(name: str, texts: object, or_one: bool = False) -> list[str]:

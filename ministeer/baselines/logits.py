@@ -217,7 +217,7 @@ def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], mixe
         if reader.config.n_vocab != n_vocab:
             raise ValueError(f"a branch's model has {reader.config.n_vocab} tokens, the base {n_vocab}. "
                              "They must share a tokenizer.")
-        if any(isinstance(s.coeff, Tensor) for s in branch.steer):
+        if any(isinstance(getattr(s, "coeff", None), Tensor) for s in branch.steer):
             raise ValueError("a branch's Steers take a number as coeff.")
         n, _ = check_fit(reader, [prefix + ids[1:] for ids in encoded], n, sampling, branch.steer)
 

@@ -59,7 +59,7 @@ def next_logprobs(model: LM, ids: Tensor, steer: Steers = (), chunk: int = 128) 
     losses = []
     for rows, targets in zip(x.split(chunk), ids[:, 1:].flatten().split(chunk), strict=True):
         losses.append(F.cross_entropy(model.unembed(rows).float(), targets, reduction="none"))
-    return -torch.cat(losses).view(len(ids), ids.shape[1] - 1)
+    return -_finite(torch.cat(losses)).view(len(ids), ids.shape[1] - 1)
 
 
 def perplexity_ratio(plain: Sequence[Tensor], steered: Sequence[Tensor], mean_of: str = "tokens") -> float:
@@ -116,7 +116,7 @@ def ranks(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], answers
     for group, ids in _padded_batches(model, tokenizer, encoded, max_batch_tokens):
         x = model.residuals(ids, steer)[-1]
         x = x[range(len(group)), [len(encoded[i]) - 2 for i in group]]      # (B, d_model), before each answer
-        logits = model.unembed(x[:, None])[:, 0].float()
+        logits = _finite(model.unembed(x[:, None])[:, 0].float())
         answer = torch.tensor([[encoded[i][-1]] for i in group], device=ids.device)
         likelier = (logits > logits.gather(1, answer)).sum(dim=1)
         for i, rank in zip(group, likelier.tolist(), strict=True):
@@ -178,8 +178,16 @@ def sweep(model: LM, tokenizer: Tokenizer, prompt: str, plus: str, minus: str, l
         x = torch.cat([x, x[:1].expand(len(coeffs), -1, -1)])       # the loop will steer them
         swept = [s.scaled(torch.cat([torch.zeros(old), coeffs]))]
     x = model.run(x, pos, swept, first_layer=layer)[-1]
-    logits = model.unembed(x[1:, -1:])[:, 0].unflatten(0, (len(layers), len(coeffs)))
+    logits = _finite(model.unembed(x[1:, -1:]))[:, 0].unflatten(0, (len(layers), len(coeffs)))
     return logits[[sorted(layers).index(l) for l in layers]]
+
+
+def _finite(logits: Tensor) -> Tensor:
+    # Trap: NaN is not larger than anything, so a rank among logits that are NaN would be the best, 0.
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite any more. Lower the coeff, "
+                         "or load the model in float32 or bfloat16.")
+    return logits
 
 
 def _one_for_each(prompts: str | Sequence[str], texts: Sequence[str], what: str) -> Sequence[str]:

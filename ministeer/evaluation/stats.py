@@ -16,7 +16,7 @@ Interval = tuple[float, float]          # (low, high)
 def wilson(k: int, n: int, z: float = 1.96) -> Interval:
     """The 95 % interval (low, high) of a proportion k of n (Wilson 1927), which stays sensible at 0 and n."""
     check_number("z", z, 0, 1e6)
-    if check_whole("k", k) > check_whole("n", n, 1):
+    if check_whole("k", k) > check_whole("n", n, 1, 2**53):       # floats count no further
         raise ValueError(f"{k} of {n} is not a proportion.")
     centre = (k + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
@@ -68,7 +68,9 @@ def paired(a: Sequence[float], b: Sequence[float], seed: int = 0,
 
 def holm(p: Mapping[Hashable, float]) -> dict[Hashable, float]:
     """{name: p-value} -> the same names with each p-value corrected for their number (Holm 1979)."""
-    p = {name: check_number(f"the p-value of {name}", value, 0, 1) for name, value in dict(p).items()}
+    if not isinstance(p, Mapping):
+        raise ValueError(f"holm takes a dict of names and p-values; given: {short(p)}.")
+    p = {name: check_number(f"the p-value of {name}", value, 0, 1) for name, value in p.items()}
     corrected, highest = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.get)):
         highest = max(highest, min(1.0, (len(p) - i) * p[name]))
