@@ -179,9 +179,9 @@ def run_demo(args: argparse.Namespace) -> None:
     from .evaluation.judges import WEDDING_WORDS, count_words
     from .evaluation.stats import wilson
     from .faster import fast
-    from .generation import generate
+    from .generation import MOST, generate
     from .steering import random_like, steering_vector
-    n, sampling = check_whole("-n", args.n, 1), {**SAMPLING, "seed": args.seed}
+    n, sampling = check_whole("-n", args.n, 1, MOST), {**SAMPLING, "seed": check_whole("--seed", args.seed)}
     model, tokenizer = load(DEFAULT, fetch=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # a model that cannot be packed is only slower

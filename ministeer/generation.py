@@ -172,7 +172,9 @@ def decoder(model: LM, steer: tuple[Steer, ...], batch: int, max_len: int) -> St
     cache = KVCache(max_len, batch)
 
     def step(ids: Tensor) -> Tensor:
-        return (decode_step if len(cache) else prefill)(model, ids, steer, cache)
+        if not len(cache):
+            return prefill(model, ids, steer, cache)
+        return model.read(ids, steer, cache, last_only=True)[0][:, -1]
     return step
 
 
@@ -187,12 +189,6 @@ def prefill(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) ->
     if shared < T:
         logits, _ = model(ids[:, shared:], steer, cache, last_only=True)
     return logits[:, -1].expand(B, -1)
-
-
-def decode_step(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) -> Tensor:
-    """Read one more token of every row, ids (B, 1) -> logits (B, n_vocab)."""
-    logits, _ = model.read(ids, steer, cache, last_only=True)
-    return logits[:, -1]
 
 
 def uniforms(sampling: Sampling, ids: Sequence[int], k: int) -> np.ndarray:
@@ -255,11 +251,10 @@ class Completion:
         self.new, self.ended = [], False
 
     def add(self, token: int) -> None:
-        if self.ended or token in self.tokenizer.eos_ids:
-            self.ended = True
-            return
-        self.new.append(token)
-        self.ended = bool(self.stop) and len(self.text) < len(self.whole)
+        self.ended = self.ended or token in self.tokenizer.eos_ids
+        if not self.ended:
+            self.new.append(token)
+            self.ended = bool(self.stop) and len(self.text) < len(self.whole)
 
     @property
     def whole(self) -> str:
@@ -278,7 +273,8 @@ class Completion:
         text = self.text
         # Trap: part of a character may become the next character of a stop string that has already begun.
         sure = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        begun = [size for stop in self.stop for size in range(1, len(stop)) if sure.endswith(stop[:size])]
+        begun = [size for stop in self.stop for size in range(1, min(len(stop), len(sure) + 1))
+                 if sure.endswith(stop[:size])]
         return len(text) - len(sure) + max(begun, default=0)
 
 

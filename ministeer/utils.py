@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
-MAX = sys.float_info.max        # comparing with it, unlike math.isfinite, takes a whole number of any size
+MAX = sys.float_info.max
 
 
 def check_whole(name: str, value: object, low: int = 0, high: float = math.inf) -> int:
@@ -26,12 +26,16 @@ def check_whole(name: str, value: object, low: int = 0, high: float = math.inf) 
 
 def check_number(name: str, value: object, low: float = -MAX, high: float = MAX) -> float:
     """`value` as a float, if it is finite and from `low` to `high`. Raises ValueError."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    number = math.nan
+    with contextlib.suppress(OverflowError):        # a whole number of 400 digits
+        if isinstance(value, Real) and not isinstance(value, bool):
+            number = float(value)
+    if not low <= number <= high:
         limits = f"a number from {low:g} to {high:g}"
         if high == MAX:
             limits = "a finite number" if low == -MAX else f"a finite number, {low:g} or more"
         raise ValueError(f"{name} must be {limits}; given: {short(value)}.")
-    return float(value)
+    return number
 
 
 def check_list(name: str, values: object, what: str = "a list") -> list:
