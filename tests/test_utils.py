@@ -124,7 +124,7 @@ def test_part_files_are_swept_once_they_are_a_day_old(folder):
 ])
 def test_what_is_no_number_is_refused_on_less_than_a_line(value):
     for check, wanted in ((check_number, "a finite number"), (check_whole, "a whole number, 0 or more")):
-        if (check, value) != (check_whole, 10**400):
+        if not (check is check_whole and type(value) is int):
             with pytest.raises(ValueError, match=f"x must be {wanted}; given: ") as info:
                 check("x", value)
             assert len(str(info.value)) < 100
