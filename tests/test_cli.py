@@ -177,7 +177,7 @@ def test_columns_hold_the_texts_of_json_and_fit_the_terminal(run, steer, monkeyp
 def test_prints_model_vector_positions_and_sampling(run):
     options = ["--model", "tiny-llama", "--coeff", "0.5", "--top-p", "0.9", "--seed", "7", "-n", "1"]
     words = " ".join(run(*STEER, *options)[1].split())
-    assert words.startswith(f"model tiny-llama (llama, 4 layers) prompt "{PROMPT}" vector ")
+    assert words.startswith(f'model tiny-llama (llama, 4 layers) prompt "{PROMPT}" vector ')
     assert ' vector " love" - " hate" before block 2, coeff 0.5 added to "I' in words
     assert " × the norm of the residual stream there sampling n 1, 12 tokens, " in words
     assert " temperature 1, top-p 0.9, penalty 1, seed 7 unsteered" in words
@@ -402,7 +402,7 @@ def test_demo_counts_the_texts_that_it_shows(run, smollm2, monkeypatch):
     ([], "COMMAND"), (["dance"], "dance"), (["two\nlines", "\x1b[31m"], "COMMAND"), (["steer"], "PROMPT"),
     (["steer", "a", "--plus", "b", "--layer", "1", "two\nlines \x1b[31m"], "unrecognized arguments"),
     (["fetch"], "NAME"), (["fetch", "no-such-model"], "Known: smollm2-135m,"), (["fetch", ""], "Known"),
-    (["demo", "-n", "0"], "-n must be a whole number, from 1 to 1000000"), (["demo", "--seed", "x"], "--seed"),
+    (["demo", "-n", "0"], "-n must be a whole number, from 1 to"), (["demo", "--seed", "x"], "--seed"),
     (["demo", "-n", "1000000000"], "-n must be"), (["demo", "--seed", "-1"], "--seed must be"),
     (["steer", "", *PAIR, "--model", "tiny-gpt2"], "do not fit a prompt of 1 token"),
     (["steer", "caf\udcff", *PAIR, "--model", "tiny-gpt2"], "surrogate"),

@@ -224,6 +224,7 @@ def test_texts_end_before_the_first_stop_string(tiny):
 
 @pytest.mark.parametrize("how", [
     {"temperature": 0}, PAPER, {**PAPER, "seed": 3}, {"top_p": 0.9, "stop": ["e", "the wo"]},
+    {"stop": ["x" * 10**6]},
 ])
 def test_streamed_pieces_join_to_the_generated_text(tiny, love, how):
     pieces = list(stream(*tiny, PROMPT, 30, [2 * love], **how))

@@ -157,7 +157,7 @@ def test_a_sweep_runs_no_block_for_a_row_that_does_not_differ_there(tiny, monkey
 @pytest.mark.parametrize(("layers", "coeffs", "message"), [
     ([], [1.0], "one or more layers"), ([1, 1], [1.0], "each once"), ([1], [], "one or more finite numbers"),
     ([4], [1.0], "blocks 0 … 3"), ([1], [math.nan], "finite"), ([1.5], [1.0], "layer 1.5"),
-    ("12", [1.0], "layers must be a list"), ([1], "12", "finite numbers"), ([1], [1e30], "not finite"),
+    ("12", [1.0], "layers must be a list"), ([1], "12", "finite numbers"), ([1], [1e39], "finite"),
 ])
 def test_rejects_a_sweep_without_meaning(tiny, layers, coeffs, message):
     with pytest.raises(ValueError, match=message):
@@ -185,7 +185,7 @@ def test_the_perplexity_ratio_is_taken_in_float64():
 
 @pytest.mark.parametrize(("plain", "steered", "message"), [
     (PLAIN, STEERED[:1], "of the same texts"), ([], [], "one or more"),
-    (PLAIN, [STEERED[0], STEERED[0]], r"rows of \[2, 1\] and \[2, 2\] numbers"),
+    (PLAIN, [STEERED[0], STEERED[0]], r"given: rows of \[2, 1\] and .*\[2, 2\] numbers"),
     ([torch.tensor([math.nan])], [torch.tensor([1.0])], "finite numbers in a row"),
     ([torch.tensor([])], [torch.tensor([])], "one or more finite numbers"),
     ("ab", "cd", "must be a list"), (["a"], ["b"], "finite numbers"), (None, None, "must be a list"),
@@ -324,7 +324,7 @@ def test_precision_at_k_is_the_share_of_ranks_below_k():
 @pytest.mark.parametrize(("ranks", "ks", "message"), [
     ([None, None], [1], "no row has a rank"), ([], [1], "no row has a rank"),
     ([math.nan], [1], "a rank must be a whole number"), ("12", [1], "ranks must be a list"),
-    ([1], [0], "K must be a whole number, 1 or more"), ([1], "5", "ks must be a list"), ([1], 5, "ks must be"),
+    ([1], [0], "K must be a whole number, 1 or more"), ([1], "5", "ks must be a list"), ([1], 5, "a list"),
 ])
 def test_precision_needs_whole_numbers(ranks, ks, message):
     with pytest.raises(ValueError, match=message):
