@@ -246,7 +246,7 @@ def test_control_characters_do_not_reach_the_terminal(run, novel, tmp_path, monk
     assert 'prompt    "I love a\\u001b' in results["columns"][1]
     assert results["columns"][2].startswith("ministeer: warning: config.json")
     assert json.loads(results["json"][1])["steered"] == [evil]
-    assert results["models"][1].endswith("d·e model\n")
+    assert results["models"][1].endswith("c·d e model\n")
     assert "a·[31mred" in results["fetch"][1]
 
 

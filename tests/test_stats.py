@@ -204,7 +204,7 @@ def test_holm_keeps_the_order_and_lies_between_p_and_bonferroni():
 
 @pytest.mark.parametrize(("figure", "arguments", "message"), [
     (wilson, (1.5, 3), "k must be a whole number"), (wilson, (1, 2.5), "n must be"),
-    (wilson, ("1", 3), "k must be"), (wilson, (1, 10**400), "n must be"), (wilson, (1, 3, math.nan), "z must"),
+    (wilson, ("1", 3), "k must be"), (wilson, (1, 10**400), "n must be"), (wilson, (1, 3, math.nan), "z "),
     (bootstrap, ("ab",), "one or more finite numbers"), (bootstrap, (None,), "finite numbers"),
     (bootstrap, ([1e308] * 3,), "below 1e100"), (bootstrap, ([1.0], None, -1), "seed must be"),
     (bootstrap, ([1.0], None, 0, 0), "times must be"), (bootstrap, ([1.0], [[1.0]]), "finite numbers"),
