@@ -16,7 +16,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from . import __version__
 from .utils import check_target, check_whole, printable
@@ -51,9 +51,7 @@ STEER_EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 bad input, 130 interrupted."""
-    for out in (sys.stdout, sys.stderr):
-        if hasattr(out, "reconfigure"):
-            out.reconfigure(errors="replace")       # letters that the terminal lacks become ?
+    open_streams()
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: complain("ministeer: warning", message)
         try:
@@ -61,33 +59,66 @@ def main(argv: Sequence[str] | None = None) -> None:
                 args = parser().parse_args(argv)
                 args.run(args)
             finally:
-                flush()                             # also when --help leaves through SystemExit
+                flush(sys.stdout)                   # also when --help leaves through SystemExit
         except KeyboardInterrupt:
             complain("ministeer", "interrupted")
             sys.exit(130)
         except BrokenPipeError:                     # `ministeer models | head -1`: the reader has left
             pass
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            complain("ministeer", str(error) or type(error).__name__)
+        except Exception as error:
+            if sys.flags.dev_mode:
+                raise
+            kind, text = type(error).__name__, str(error)
+            if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError | Warning):
+                text = f"{kind} {text}: a fault of ministeer. Please report it; PYTHONDEVMODE=1 shows where."
+            complain("ministeer", text or kind)
             sys.exit(2)
 
 
-def flush() -> None:
+def open_streams() -> None:
+    """Put the null device where the caller closed a stream; let letters that a terminal lacks become ?.
+
+    Trap: a file opened later would get the free number, and what is printed would be written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)    # open takes the lowest free number
+    if sys.stdout is None:          # what is open for reading refuses a result, so that the user hears of it
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w")        # noqa: SIM115 (open until the exit)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")      # noqa: SIM115
+    for out in (sys.stdout, sys.stderr):
+        if hasattr(out, "reconfigure"):
+            out.reconfigure(errors="replace")
+
+
+def flush(out: TextIO) -> None:
     """Write out what was printed, or discard it.
 
     Trap: Python tries again at exit to write what is left, and an error there cannot be caught.
     """
     try:
-        if sys.stdout:                              # None if the caller closed it
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+        out.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        raise OSError(error.errno, error.strerror, "stdout") from None
 
 
 def complain(who: str, message: object) -> None:
     """Print one line on stderr, whatever characters are in the message."""
-    print(f"{who}: {printable(' '.join(str(message).split()))}", file=sys.stderr)
+    text = one_line(message)
+    text = text if len(text) < 1000 else f"{text[:500]} … {text[-500:]}"
+    with contextlib.suppress(OSError):              # the exit code still says it
+        try:
+            print(f"{who}: {text}", file=sys.stderr)
+        finally:
+            flush(sys.stderr)
+
+
+def one_line(text: object) -> str:
+    return printable(" ".join(str(text).split()))
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,9 +179,9 @@ def run_demo(args: argparse.Namespace) -> None:
     from .evaluation.judges import WEDDING_WORDS, count_words
     from .evaluation.stats import wilson
     from .faster import fast
-    from .generation import generate
+    from .generation import MOST, generate
     from .steering import random_like, steering_vector
-    n, sampling = check_whole("-n", args.n, 1), {**SAMPLING, "seed": args.seed}
+    n, sampling = check_whole("-n", args.n, 1, MOST), {**SAMPLING, "seed": check_whole("--seed", args.seed)}
     model, tokenizer = load(DEFAULT, fetch=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # a model that cannot be packed is only slower
@@ -189,8 +220,12 @@ def run_steer(args: argparse.Namespace) -> None:
         raise ValueError("--plus needs --layer, the block that reads the changed stream (0 is the first).")
     if args.any_model and args.vector is None:
         raise ValueError("--any-model needs --vector.")
-    if args.save is not None:
-        check_target(args.save)
+    if args.save is not None and check_target(args.save).exists() and os.path.getsize(args.save):
+        try:
+            Steer.load(args.save)
+        except ValueError:
+            raise ValueError(f"--save would replace {args.save!r}, which is not a steering vector. "
+                             "Give another name.") from None
     steer = None if args.vector is None else Steer.load(args.vector, any_model=args.any_model)
     if args.coeff is None and steer and not isinstance(steer.coeff, float):
         raise ValueError(f"{args.vector} has a coeff for each row of a batch; choose one with --coeff.")
@@ -208,22 +243,25 @@ def run_steer(args: argparse.Namespace) -> None:
     with progress(2 * max(args.n, 0) * sampling["max_new_tokens"], "sampling") as step:
         plain, steered = (generate(model, tokenizer, args.prompt, args.n, steer=s, **sampling, progress=step)
                           for s in ((), steer))
-    if args.save:
-        steer.save(args.save)
     if args.json:
         about = {**steer.note, "model": model.name, "layer": steer.layer, "coeff": steer.coeff,
                  "start": steer.start, **sampling}
         result = {"prompt": args.prompt, "setting": about, "unsteered": plain, "steered": steered}
         # ASCII with \u escapes, so that no encoding changes a text and no text commands the terminal.
-        print(json.dumps(result, indent=2))
+        shown = json.dumps(result, indent=2)
     else:
         about = setting(model, tokenizer, steer, args.prompt, args.n, sampling)
-        print(about, columns(plain, steered), sep="\n\n")
+        shown = f"{about}\n\n{columns(plain, steered)}"
+    try:
+        print(shown)
+    finally:                        # whichever of the two fails, the other is done
+        if args.save is not None:
+            steer.save(args.save)
 
 
 def run_fetch(args: argparse.Namespace) -> None:
     from .checkpoints.fetch import fetch
-    print(fetch(args.name))
+    print(printable(fetch(args.name)))
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -238,7 +276,7 @@ def run_models(args: argparse.Namespace) -> None:
     others = {name: root for name, root in sorted(here.items()) if name not in KNOWN and name[0] != "."}
     for root in dict.fromkeys(others.values()):
         names = [name for name, place in others.items() if place == root]
-        print(f"\nalso in {root}: {', '.join(names)}")
+        print("\n" + one_line(f"also in {root}: {', '.join(names)}"))
 
 
 def import_torch() -> None:
@@ -277,12 +315,13 @@ def setting(model: LM, tokenizer: Tokenizer, steer: Steer, prompt: str, n: int, 
     pair = "a vector"
     if {"plus", "minus"} <= set(steer.note):
         pair = f"{quoted(steer.note['plus'])} - {quoted(steer.note['minus'])}"
+    new = sampling["max_new_tokens"]
     lines = {
         "model": f"{model.name} ({model.config.family}, {model.config.n_layer} layers)",
-        "prompt": prompt,
+        "prompt": quoted(prompt),
         "vector": f"{pair} before block {steer.layer}, coeff {steer.coeff:g}",
         "added to": where,
-        "sampling": f"n {n}, {sampling['max_new_tokens']} tokens, temperature {sampling['temperature']:g}, "
+        "sampling": f"n {n}, {new} token{'s' * (new != 1)}, temperature {sampling['temperature']:g}, "
                     f"top-p {sampling['top_p']:g}, penalty {sampling['freq_penalty']:g}, "
                     f"seed {sampling['seed']}",
     }

@@ -30,6 +30,9 @@ def fast(model: LM, compile: bool = False) -> LM:
     why. A fast model is returned unchanged.
     deepcopy, state_dict, torch.save and .to() work; weights that cannot be packed there become plain again.
     """
+    if not isinstance(model, LM):
+        raise ValueError("fast takes a model, the first of the two things that `load` returns; "
+                         f"given: {type(model).__name__}.")
     if is_fast(model):
         if compile and not any(getattr(block, "compiled", False) for block in model.blocks):
             warnings.warn("fast returns the model unchanged: it was packed without what compiling needs. "

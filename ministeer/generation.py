@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import KVCache
-from .utils import batches, check_number, check_whole
+from .utils import batches, check_number, check_texts, check_whole
 
 if TYPE_CHECKING:
     from .checkpoints.tokenizer import Tokenizer
@@ -26,25 +26,31 @@ Step = Callable[[Tensor], Tensor]       # new ids (B, T) -> logits (B, n_vocab) 
 
 # These stand in for a drawn token, so that an error costs no extra wait for the device.
 NOT_FINITE, TOO_FEW = -1, -2
+MOST = 1_000_000        # completions in one call, which take a kilobyte or two each
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; see `generate`. Raises ValueError for a setting out of range."""
+    """How tokens are drawn, and until when; see `generate`. Raises ValueError for a setting out of range."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
     freq_penalty: float = 0.0
     max_new_tokens: int = 40
     seed: int = 0
+    stop: str | Sequence[str] = ()
 
     def __post_init__(self):
-        check_number("temperature", self.temperature, 0)
-        check_number("top_p", self.top_p, 0, 1)
-        check_number("freq_penalty", self.freq_penalty)
-        check_whole("top_k", self.top_k or 0)
-        check_whole("max_new_tokens", self.max_new_tokens, 1)
-        check_whole("seed", self.seed)
+        self.__dict__.update(                   # a frozen dataclass cannot be set by assignment
+            temperature=check_number("temperature", self.temperature, 0),
+            top_p=check_number("top_p", self.top_p, 0, 1),
+            top_k=check_whole("top_k", 0 if self.top_k is None else self.top_k),
+            freq_penalty=check_number("freq_penalty", self.freq_penalty, -1e30, 1e30),      # fits float32
+            max_new_tokens=check_whole("max_new_tokens", self.max_new_tokens, 1),
+            seed=check_whole("seed", self.seed),
+            stop=tuple(check_texts("stop", self.stop, or_one=True)))
+        if "" in self.stop:
+            raise ValueError("a stop string must not be empty.")
 
 
 def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], n: int = 1,
@@ -69,54 +75,58 @@ def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], n: i
     progress: called with each number of tokens done, len(prompts) * n * max_new_tokens in total
     Raises ValueError for a setting out of range, or if prompt, steer and new tokens do not fit the model.
     """
-    sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
-    encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-    for ids in encoded:
-        steer = check_fit(model, ids, max_new_tokens, steer, len(encoded) * check_whole("n", n, 1))
+    sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed, stop)
+    encoded = [tokenizer.encode(prompt) for prompt in check_texts("prompts", prompts, or_one=True)]
+    n, steer = check_fit(model, encoded, n, sampling, steer)
 
     def start(rows: list[int], max_len: int) -> Step:
         return decoder(model, tuple(s.rows(rows) for s in steer), len(rows), max_len)
 
-    completions = complete(start, tokenizer, encoded, n, sampling, stop,
-                           max_batch_tokens, model.device, progress)
+    completions = complete(start, tokenizer, encoded, n, sampling, max_batch_tokens, model.device, progress)
     return as_asked(completions, prompts, n, return_ids)
 
 
 def stream(model: LM, tokenizer: Tokenizer, prompt: str, max_new_tokens: int = 40, steer: Steers = (), *,
            temperature: float = 1.0, top_p: float = 1.0, top_k: int | None = None, freq_penalty: float = 0.0,
            seed: int = 0, stop: str | Sequence[str] = ()) -> Iterator[str]:
-    """Yield generate(…)[0] in pieces, as it grows. The arguments are those of `generate`.
+    """-> generate(…)[0] in pieces, as it grows. The arguments are those of `generate`.
 
     Text waits while it may still be part of a stop string or of a character.
     """
-    sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
+    sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed, stop)
     ids = tokenizer.encode(prompt)
-    steer = check_fit(model, ids, max_new_tokens, steer, 1)
-    row, shown = Completion(tokenizer, ids, stop), ""
-    step = decoder(model, steer, 1, len(ids) + max_new_tokens)
+    _, steer = check_fit(model, [ids], 1, sampling, steer)
+    step = decoder(model, steer, 1, len(ids) + sampling.max_new_tokens)
     draws = torch.from_numpy(uniforms(sampling, ids, 0)[None]).to(model.device)
-    for (token,) in sample(step, torch.tensor([ids], device=model.device), draws, sampling):
+    tokens = sample(step, torch.tensor([ids], device=model.device), draws, sampling)
+    return pieces(Completion(tokenizer, ids, sampling.stop), tokens)
+
+
+def pieces(row: Completion, tokens: Iterator[list[int]]) -> Iterator[str]:
+    """Add the tokens to the row and yield its text. (`stream` itself would check only at the first piece.)"""
+    shown = 0
+    for (token,) in tokens:
         row.add(token)
-        text = row.text if row.ended else row.text[:len(row.text) - row.unsure]
-        if len(text) > len(shown):
-            yield text[len(shown):]
-            shown = text
         if row.ended:
-            return
-    if len(row.text) > len(shown):
-        yield row.text[len(shown):]
+            break
+        sure = len(row.text) - row.unsure
+        if sure > shown:
+            yield row.text[shown:sure]
+            shown = sure
+    if rest := row.text[shown:]:
+        yield rest
 
 
 def complete(start: Callable[[list[int], int], Step], tokenizer: Tokenizer, encoded: list[list[int]],
-             n: int, sampling: Sampling, stop: str | Sequence[str], max_batch_tokens: int,
-             device: torch.device, progress: Callable[[int], object] | None = None) -> list[Completion]:
+             n: int, sampling: Sampling, max_batch_tokens: int, device: torch.device,
+             progress: Callable[[int], object] | None = None) -> list[Completion]:
     """n completions of each prompt in `encoded`, those of the first prompt first.
 
     start(rows, max_len): called with the numbers of the completions in one batch -> their step; see `sample`
     """
-    completions = [Completion(tokenizer, ids, stop) for ids in encoded for _ in range(n)]
+    completions = [Completion(tokenizer, ids, sampling.stop) for ids in encoded for _ in range(n)]
     lengths = [len(row.prompt) + sampling.max_new_tokens for row in completions]
-    for numbers in batches(lengths, check_whole("max_batch_tokens", max_batch_tokens, 1), equal=True):
+    for numbers in batches(lengths, max_batch_tokens, equal=True):
         rows = [completions[i] for i in numbers]
         ids = torch.tensor([row.prompt for row in rows], device=device)
         draws = np.stack([uniforms(sampling, completions[i].prompt, i % n) for i in numbers])
@@ -149,7 +159,7 @@ def sample(step: Step, ids: Tensor, draws: Tensor, sampling: Sampling) -> Iterat
             new = sample_token(logits, ids, draws[:, t], sampling, candidates)
             tokens = new.tolist()
         if NOT_FINITE in tokens:
-            raise ValueError("the logits are not finite any more. Lower the coeff, "
+            raise ValueError("the logits are not finite any more. Lower the coeff, or a baseline's strength, "
                              "or load the model in float32 or bfloat16.")
         yield tokens
         if t + 1 < sampling.max_new_tokens:
@@ -162,7 +172,9 @@ def decoder(model: LM, steer: tuple[Steer, ...], batch: int, max_len: int) -> St
     cache = KVCache(max_len, batch)
 
     def step(ids: Tensor) -> Tensor:
-        return (decode_step if len(cache) else prefill)(model, ids, steer, cache)
+        if not len(cache):
+            return prefill(model, ids, steer, cache)
+        return model.read(ids, steer, cache, last_only=True)[0][:, -1]
     return step
 
 
@@ -177,12 +189,6 @@ def prefill(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) ->
     if shared < T:
         logits, _ = model(ids[:, shared:], steer, cache, last_only=True)
     return logits[:, -1].expand(B, -1)
-
-
-def decode_step(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) -> Tensor:
-    """Read one more token of every row, ids (B, 1) -> logits (B, n_vocab)."""
-    logits, _ = model.read(ids, steer, cache, last_only=True)
-    return logits[:, -1]
 
 
 def uniforms(sampling: Sampling, ids: Sequence[int], k: int) -> np.ndarray:
@@ -201,10 +207,11 @@ def sample_token(logits: Tensor, ids: Tensor, u: Tensor, sampling: Sampling, can
     """
     logits = logits.float()
     if sampling.temperature not in (0, 1):
-        logits = logits / sampling.temperature
+        # Relative to the highest, which stays 0 when a tiny temperature sends the others to -inf.
+        logits = (logits - logits.max(dim=-1, keepdim=True).values) / max(sampling.temperature, 1e-30)
     if sampling.freq_penalty:
         # Each token of the row lowers its own logit by one penalty: in total, penalty * count.
-        penalty = torch.full(ids.shape, -float(sampling.freq_penalty), device=ids.device)
+        penalty = torch.full(ids.shape, -sampling.freq_penalty, device=ids.device)
         logits = logits.scatter_add(1, ids, penalty)
     highest, new = logits.max(dim=-1)
     if sampling.temperature > 0:
@@ -238,20 +245,16 @@ def nucleus(logits: Tensor, top_p: float, top_k: int | None = None,
 class Completion:
     """One continuation as it grows: its tokens, its text, and whether it has ended."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: str | Sequence[str] = ()):
-        self.tokenizer, self.prompt = tokenizer, prompt
-        self.stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in self.stop:
-            raise ValueError("a stop string must not be empty.")
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str] = ()):
+        self.tokenizer, self.prompt, self.stop = tokenizer, prompt, stop
         self.before = len(tokenizer.decode(prompt))
         self.new, self.ended = [], False
 
     def add(self, token: int) -> None:
-        if self.ended or token in self.tokenizer.eos_ids:
-            self.ended = True
-            return
-        self.new.append(token)
-        self.ended = bool(self.stop) and len(self.text) < len(self.whole)
+        self.ended = self.ended or token in self.tokenizer.eos_ids
+        if not self.ended:
+            self.new.append(token)
+            self.ended = bool(self.stop) and len(self.text) < len(self.whole)
 
     @property
     def whole(self) -> str:
@@ -270,7 +273,8 @@ class Completion:
         text = self.text
         # Trap: part of a character may become the next character of a stop string that has already begun.
         sure = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        begun = [size for stop in self.stop for size in range(1, len(stop)) if sure.endswith(stop[:size])]
+        begun = [size for stop in self.stop for size in range(1, min(len(stop), len(sure) + 1))
+                 if sure.endswith(stop[:size])]
         return len(text) - len(sure) + max(begun, default=0)
 
 
@@ -283,9 +287,13 @@ def as_asked(completions: list[Completion], prompts: str | Sequence[str], n: int
     return (texts, nested([row.prompt + row.new for row in completions])) if return_ids else texts
 
 
-def check_fit(model: LM, ids: list[int], max_new_tokens: int, steer: Steers, rows: int) -> tuple[Steer, ...]:
-    """The Steers as a tuple, if they, the prompt and its new tokens fit the model. Raises ValueError."""
-    if len(ids) + max_new_tokens > model.config.n_ctx:
-        raise ValueError(f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
-                         f"this model's context of {model.config.n_ctx}.")
-    return model.check_steer(steer, rows, len(ids))
+def check_fit(model: LM, encoded: list[list[int]], n: int, sampling: Sampling,
+              steer: Steers) -> tuple[int, tuple[Steer, ...]]:
+    """n, and the Steers as a tuple, if the model can continue each prompt n times. Raises ValueError."""
+    n = check_whole("n", n, 1, max(1, MOST // max(1, len(encoded))))
+    for ids in encoded:
+        if len(ids) + sampling.max_new_tokens > model.config.n_ctx:
+            raise ValueError(f"prompt and new tokens, {len(ids)} + {sampling.max_new_tokens}, do not fit "
+                             f"this model's context of {model.config.n_ctx}.")
+        steer = model.check_steer(steer, n * len(encoded), len(ids))
+    return n, steer

@@ -87,11 +87,14 @@ def environment(weights, **settings):
 
 @pytest.fixture
 def process(weights, tmp_path):
-    """process(*argv, **environment) -> (exit code, stdout, stderr) of a process in an empty folder."""
-    def process(*argv, program=MAIN, stdout=subprocess.PIPE, **settings):
-        env = environment(weights, **settings)
-        done = subprocess.run([*program, *argv], stdout=stdout, stderr=subprocess.PIPE, cwd=tmp_path, env=env,
-                              timeout=120)
+    """process(*argv, **environment) -> (exit code, stdout, stderr) of a process in an empty folder.
+
+    shell: redirections, as "2>&-"
+    """
+    def process(*argv, program=MAIN, stdout=subprocess.PIPE, shell="", **settings):
+        shell = ["sh", "-c", f'"$0" "$@" {shell}'] if shell else []
+        done = subprocess.run([*shell, *program, *argv], stdout=stdout, stderr=subprocess.PIPE, cwd=tmp_path,
+                              env=environment(weights, **settings), timeout=120)
         return done.returncode, (done.stdout or b"").decode(), done.stderr.decode()
 
     return process
@@ -123,6 +126,18 @@ def split_columns(out):
 def without_layout(texts):
     """Texts without the whitespace that wrapping moves, and with a dot for what is not printed."""
     return ["".join(c if c.isprintable() else "·" for c in text if c not in " \n") for text in texts]
+
+
+@pytest.fixture
+def novel(weights, tmp_path):
+    """novel(name, key) -> the folder of a model whose config.json has a key that nobody knows."""
+    def novel(name, key):
+        folder = shutil.copytree(weights / "tiny-gpt2", tmp_path / name)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: 1}))
+        return folder
+
+    return novel
 
 
 # What `steer` prints
@@ -162,7 +177,7 @@ def test_columns_hold_the_texts_of_json_and_fit_the_terminal(run, steer, monkeyp
 def test_prints_model_vector_positions_and_sampling(run):
     options = ["--model", "tiny-llama", "--coeff", "0.5", "--top-p", "0.9", "--seed", "7", "-n", "1"]
     words = " ".join(run(*STEER, *options)[1].split())
-    assert words.startswith(f"model tiny-llama (llama, 4 layers) prompt {PROMPT} vector ")
+    assert words.startswith(f'model tiny-llama (llama, 4 layers) prompt "{PROMPT}" vector ')
     assert ' vector " love" - " hate" before block 2, coeff 0.5 added to "I' in words
     assert " × the norm of the residual stream there sampling n 1, 12 tokens, " in words
     assert " temperature 1, top-p 0.9, penalty 1, seed 7 unsteered" in words
@@ -182,14 +197,9 @@ def test_coeff_0_gives_the_unsteered_texts(run, steer):
 
 
 @pytest.mark.parametrize("texts, option, value", [
-    ("steered", "--coeff", "-3"),
-    ("steered", "--minus", " "),
-    ("steered", "--layer", "0"),
-    ("steered", "--plus", "I love"),
-    ("unsteered", "--temperature", "0.2"),
-    ("unsteered", "--top-p", "0.99"),
-    ("unsteered", "--freq-penalty", "0"),
-    ("unsteered", "--seed", "3"),
+    ("steered", "--coeff", "-3"), ("steered", "--minus", " "), ("steered", "--layer", "0"),
+    ("steered", "--plus", "I love"), ("unsteered", "--temperature", "0.2"), ("unsteered", "--top-p", "0.99"),
+    ("unsteered", "--freq-penalty", "0"), ("unsteered", "--seed", "3"),
 ])
 def test_an_option_changes_setting_and_texts(steer, texts, option, value):
     answer, usual = steer(option, value, "-n", "5"), steer("-n", "5")
@@ -216,15 +226,28 @@ def test_n_and_max_new_tokens_set_number_and_length(steer):
     assert len(set(steer("--temperature", "0")["unsteered"])) == 1
 
 
-def test_control_characters_do_not_reach_the_terminal(run, monkeypatch):
+def test_control_characters_do_not_reach_the_terminal(run, novel, tmp_path, monkeypatch):
     evil = "a\x1b[31mred\x07 b\x9b1m c\u202ed\re"
+    folder = novel(f"{evil}\nmodel", f"{evil}\nkey")
+    monkeypatch.setattr("ministeer.checkpoints.fetch.fetch", lambda name: name)
     monkeypatch.setattr("ministeer.generation.generate", lambda *args, **options: [evil])
-    code, out, _ = run("steer", f"I love {evil}", *PAIR, "--model", "tiny-gpt2")
-    assert code == 0
-    assert "a·[31mred· b·1m c·d·e" in out
-    as_json = run(*STEER, "--json")[1]
-    assert json.loads(as_json)["steered"] == [evil]
-    assert all(c.isprintable() or c == "\n" for c in out + as_json)
+    monkeypatch.setenv("MINISTEER_WEIGHTS", str(tmp_path))
+    results = {}
+    for name, argv in {"columns": ["steer", f"I love {evil}", *PAIR], "json": [*STEER, "--json"],
+                       "models": ["models"], "fetch": ["fetch", evil], "command": [evil],
+                       "--save": [*STEER, "--save", f"no/{evil}"],
+                       "--vector": [*ON_GPT2, "--vector", evil]}.items():
+        more = ["--model", folder] if argv[0] == "steer" else []
+        results[name] = code, out, err = run(*argv, *more)
+        assert code == (name in ("--save", "--vector", "command")) * 2
+        assert all(c.isprintable() or c == "\n" for c in out + err)
+        assert all(line.startswith("ministeer: ") for line in err.splitlines())
+    assert "a·[31mred· b·1m c·d·e" in results["columns"][1]
+    assert 'prompt    "I love a\\u001b' in results["columns"][1]
+    assert results["columns"][2].startswith("ministeer: warning: config.json")
+    assert json.loads(results["json"][1])["steered"] == [evil]
+    assert results["models"][1].endswith("c·d e model\n")
+    assert "a·[31mred" in results["fetch"][1]
 
 
 def test_columns_wrap_long_texts_and_leave_out_empty_lines(monkeypatch):
@@ -237,14 +260,17 @@ def test_columns_wrap_long_texts_and_leave_out_empty_lines(monkeypatch):
                     "x" * 18 + " |", "x" * 18 + " |", "x" * 14 + "     |"]
 
 
-def test_warnings_about_a_checkpoint_are_lines_on_stderr(run, weights, tmp_path):
-    folder = shutil.copytree(weights / "tiny-gpt2", tmp_path / "novel")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "novel_setting": 1}))
-    code, out, err = run(*STEER, "--model", folder)
-    assert code == 0 and "unsteered" in out and err
-    for line in err.splitlines():
-        assert line.startswith("ministeer: warning: config.json") and "novel_setting" in line
+@pytest.mark.parametrize("error", [
+    KeyError("x" * 5000), UserWarning("torch\nwarns"), MemoryError(), ArithmeticError,
+])
+def test_an_error_that_nobody_expected_is_one_line_too(run, monkeypatch, error):
+    def fail(*_):
+        raise error
+    monkeypatch.setattr("ministeer.cli.run_models", fail)
+    code, out, err = run("models")
+    check_refused((code, out, err), "torch warns" if isinstance(error, UserWarning) else "Error")
+    assert len(err) < 1100
+    assert ("please report it" in err.lower()) == isinstance(error, KeyError | type)
 
 
 # Saved vectors
@@ -285,12 +311,28 @@ def test_prints_where_a_vector_for_every_position_begins(run, start):
     assert ("× the norm" in out) == (start == 1)         # position 50 is behind the prompt
 
 
-def test_a_save_that_fails_leaves_no_file(run, monkeypatch):
+def test_a_save_that_fails_leaves_no_file_and_shows_the_texts(run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("ministeer.steering.os.replace", full)
-    check_refused(run(*STEER, "--save", "love.safetensors"), "No space left on device")
+    monkeypatch.setattr("ministeer.utils.os.replace", full)
+    code, out, err = run(*STEER, "--save", "love.safetensors")
+    check_refused((code, "", err), "No space left on device: 'love.safetensors'")
     assert os.listdir() == []
+    assert out == run(*STEER)[1]
+
+
+def test_a_saved_vector_may_replace_itself_but_no_other_file(run, weights, tmp_path):
+    assert run(*STEER, "--save", "love.safetensors")[0] == 0
+    assert run(*ON_GPT2, "--vector", "love.safetensors", "--coeff", "3", "--save", "love.safetensors")[0] == 0
+    assert Steer.load("love.safetensors").coeff == 3
+    model = shutil.copytree(weights / "tiny-gpt2", tmp_path / "model")
+    Path("thesis").write_text("not to be lost")
+    for file in (*model.iterdir(), Path("thesis")):
+        before = file.read_bytes()
+        check_refused(run(*STEER, "--model", model, "--save", file), "--save would replace", "another name")
+        assert file.read_bytes() == before
+    Path("empty").touch()                       # as mktemp makes it
+    assert run(*STEER, "--save", "empty")[0] == 0
 
 
 # The other commands
@@ -357,18 +399,12 @@ def test_demo_counts_the_texts_that_it_shows(run, smollm2, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ([], "COMMAND"),
-    (["dance"], "dance"),
-    (["two\nlines", "\x1b[31m"], "COMMAND"),
-    (["steer"], "PROMPT"),
-    (["steer", "a", "--layer", "two", "--plus", "b"], "two"),
+    ([], "COMMAND"), (["dance"], "dance"), (["two\nlines", "\x1b[31m"], "COMMAND"), (["steer"], "PROMPT"),
     (["steer", "a", "--plus", "b", "--layer", "1", "two\nlines \x1b[31m"], "unrecognized arguments"),
-    (["fetch"], "NAME"),
-    (["fetch", "no-such-model"], "Known: smollm2-135m,"),
-    (["fetch", ""], "Known"),
-    (["demo", "-n", "0"], "-n must be a whole number, 1 or more"),
-    (["demo", "--seed", "x"], "--seed"),
-    (["steer", "", *PAIR, "--model", "tiny-gpt2"], "do not fit a prompt of 1 tokens"),
+    (["fetch"], "NAME"), (["fetch", "no-such-model"], "Known: smollm2-135m,"), (["fetch", ""], "Known"),
+    (["demo", "-n", "0"], "-n must be a whole number, from 1 to"), (["demo", "--seed", "x"], "--seed"),
+    (["demo", "-n", "1000000000"], "-n must be"), (["demo", "--seed", "-1"], "--seed must be"),
+    (["steer", "", *PAIR, "--model", "tiny-gpt2"], "do not fit a prompt of 1 token"),
     (["steer", "caf\udcff", *PAIR, "--model", "tiny-gpt2"], "surrogate"),
     (["steer", "word " * 200, *PAIR, "--model", "tiny-gpt2"], "context of 192"),
 ])
@@ -376,65 +412,52 @@ def test_rejects_bad_command_lines(run, argv, message):
     check_refused(run(*argv), message)
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--layer", "1"], "either --plus"),
-    (["--plus", "a"], "--plus needs --layer"),
-    (["--plus", "a", "--layer", "1", "--vector", "v"], "either --plus"),
-    (["--vector", "v", "--layer", "1"], "leave out --minus and --layer"),
-    (["--vector", "v", "--minus", " "], "leave out --minus and --layer"),
-    (["--vector", "v"], "no file v"),
-    (["--vector", ""], "no file"),
-    (["--vector", "garbage"], "not a steering vector"),
-    ([*PAIR, "--any-model"], "--vector"),
-    ([*PAIR, "--layer", "4"], "blocks 0 … 3"),
-    ([*PAIR, "--layer", "-1"], "blocks 0 … 3"),
-    ([*PAIR, "--layer", "1.5"], "1.5"),
-    ([*PAIR, "--plus", "  ", "--minus", "  "], "same tokens"),
-    ([*PAIR, "--plus", "\udcff"], "surrogate"),
-    ([*PAIR, "--plus", "kind " * 40], "do not fit"),
-    ([*PAIR, "--coeff", "nan"], "finite"),
-    ([*PAIR, "--coeff", "inf"], "finite"),
-    ([*PAIR, "--coeff=-inf"], "finite"),
-    ([*PAIR, "--coeff", "much"], "much"),
-    ([*PAIR, "-n", "0"], "n must be"),
-    ([*PAIR, "-n", "-5"], "n must be"),
-    ([*PAIR, "-n", "1.5"], "1.5"),
-    ([*PAIR, "--max-new-tokens", "0"], "max_new_tokens"),
-    ([*PAIR, "--max-new-tokens", "-1"], "max_new_tokens"),
-    ([*PAIR, "--max-new-tokens", "1000"], "context of 192"),
-    ([*PAIR, "--temperature", "-1"], "temperature"),
-    ([*PAIR, "--temperature", "nan"], "temperature"),
-    ([*PAIR, "--top-p", "2"], "top_p"),
-    ([*PAIR, "--freq-penalty", "inf"], "freq_penalty"),
-    ([*PAIR, "--seed", "-1"], "seed"),
-    ([*PAIR, "--dtype", "int8"], "float32"),
-    ([*PAIR, "--device", "nonsense"], "device 'nonsense' cannot be used"),
-    ([*PAIR, "--device", "meta"], "device 'meta' cannot be used"),
-    ([*PAIR, "--device", "privateuseone"], "device 'privateuseone' cannot be used"),
-    ([*PAIR, "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
-    ([*PAIR, "--model", "nowhere"], "ministeer fetch nowhere"),
-    ([*PAIR, "--model", "damaged"], "damaged"),
-    ([*PAIR, "--model", "."], "there is no config.json in"),
-    ([*PAIR, "--model", "a\nb\x1b[31m"], "no model"),
-    ([*PAIR, "--save", "nofolder/v"], "--save 'nofolder/v'"),
-    ([*PAIR, "--save", "."], "--save '.'"),
-    ([*PAIR, "--save", ""], "--save ''"),
-])
+# What the line says, and what it is said of: options alone, or behind + options after PAIR.
+REFUSED = {
+    "either --plus": ["--layer 1", "--plus a --layer 1 --vector v"],
+    "--plus needs --layer": ["--plus a"],
+    "leave out --minus and --layer": ["--vector v --layer 1", "--vector v --minus x"],
+    "no file": ["--vector v", "--vector="],
+    "not a steering vector": ["--vector garbage"],
+    "--vector": ["+ --any-model"],
+    "blocks 0 … 3": ["+ --layer 4", "+ --layer -1"],
+    "same tokens": ["+ --plus= --minus="],
+    "surrogate": ["+ --plus \udcff"],
+    "do not fit": ["+ --plus " + "kind" * 40],
+    "finite": ["+ --coeff nan", "+ --coeff inf", "+ --coeff=-inf", "+ --temperature nan"],
+    "invalid": ["+ --layer two", "+ --layer 1.5", "+ --coeff much", "+ -n 1.5", "+ --dtype int8"],
+    "n must be": ["+ -n 0", "+ -n -5", "+ -n 1000000000"],
+    "max_new_tokens": ["+ --max-new-tokens 0", "+ --max-new-tokens -1"],
+    "context of 192": ["+ --max-new-tokens 1000", "+ --max-new-tokens 1000000000"],
+    "temperature": ["+ --temperature -1"],
+    "top_p": ["+ --top-p 2"],
+    "freq_penalty": ["+ --freq-penalty inf", "+ --freq-penalty 1e300"],
+    "seed": ["+ --seed -1"],
+    "cannot be used": [f"+ --device {name}" for name in ("nonsense", "meta", "privateuseone", "cuda:99")],
+    "ministeer fetch nowhere": ["+ --model nowhere"],
+    "damaged": ["+ --model damaged"],
+    "there is no config.json in": ["+ --model ."],
+    "no model": ["+ --model a\nb\x1b[31m"],
+    "cannot be written": ["+ --save nofolder/v", "+ --save .", "+ --save="],
+    "it is a device": ["+ --save " + os.devnull],
+    "--save would replace": ["+ --save garbage"],
+}
+
+
+@pytest.mark.parametrize("options, message", [(row, key) for key, rows in REFUSED.items() for row in rows])
 def test_rejects_bad_options_of_steer_and_saves_nothing(run, options, message):
     Path("garbage").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00 no safetensors")
-    saved = [] if {"--save", "--vector"} & set(options) else ["--save", "love.safetensors"]
-    check_refused(run(*ON_GPT2, *saved, *options), message)
+    pair = PAIR if options.startswith("+ ") else []
+    saved = [] if "--save" in options or "--vector" in options else ["--save", "love.safetensors"]
+    check_refused(run(*ON_GPT2, *pair, *saved, *options.removeprefix("+ ").split(" ")), message)
     assert os.listdir() == ["garbage"]
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("config.json", None, "no config.json"),
-    ("config.json", b"{", "not valid JSON"),
+    ("config.json", None, "no config.json"), ("config.json", b"{", "not valid JSON"),
     ("config.json", b'{"model_type": "bert"}', "bert"),
-    ("model.safetensors", None, "no model.safetensors"),
-    ("model.safetensors", b"", "damaged"),
-    ("tokenizer.json", None, "no tokenizer.json"),
-    ("tokenizer.json", b"{}", "not a tokenizer"),
+    ("model.safetensors", None, "no model.safetensors"), ("model.safetensors", b"", "damaged"),
+    ("tokenizer.json", None, "no tokenizer.json"), ("tokenizer.json", b"{}", "not a tokenizer"),
     ("tokenizer_config.json", b"[]", "chat template"),
 ])
 def test_rejects_a_checkpoint_with_a_bad_file(run, weights, tmp_path, name, content, message):
@@ -468,14 +491,9 @@ def test_another_process_gives_the_same_texts(run, process):
     assert run(*argv) == (0, out, "")
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["dance"], "dance"),
-    (["steer", b"caf\xff", *PAIR, "--model", "tiny-gpt2"], "surrogate"),        # a byte that is not UTF-8
-    ([*STEER, "--model", "damaged"], "damaged"),
-    ([*STEER, "--device", "nonsense"], "device 'nonsense' cannot be used"),
-], ids=["command", "prompt", "model", "device"])
-def test_a_process_exits_with_2_on_bad_input(process, argv, message):
-    check_refused(process(*argv), message)
+def test_a_process_exits_with_2_on_bad_input(process):
+    # A byte that is not UTF-8.
+    check_refused(process("steer", b"caf\xff", *PAIR, "--model", "tiny-gpt2"), "surrogate")
 
 
 def test_an_ascii_stdout_shows_question_marks(process):
@@ -495,15 +513,30 @@ def test_a_reader_that_closes_the_pipe_is_no_error(process, argv, unbuffered):
     os.close(writer)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
-def test_a_full_disk_is_reported(process):
-    with open("/dev/full", "wb") as full:
-        check_refused(process("models", stdout=full), "No space left")
+@pytest.mark.parametrize("shell, fault", [(">&-", "Bad file descriptor: 'stdout'"), (">&- <&-", "'stdout'"),
+                                          (">/dev/full", "No space left on device: 'stdout'")])
+@pytest.mark.parametrize("argv", [["models"], [*STEER, "--save", "love.safetensors"]], ids=["models", "save"])
+def test_a_closed_or_full_stdout_is_reported_and_the_vector_saved(process, tmp_path, argv, shell, fault):
+    if "/dev/full" in shell and not os.path.exists("/dev/full"):
+        pytest.skip("there is no device that is always full")
+    check_refused(process(*argv, shell=shell), fault)
+    assert [Steer.load(file).layer for file in tmp_path.iterdir()] == [2] * ("--save" in argv)
 
 
-def test_a_closed_stdout_is_no_error(process):
-    closing = ["sh", "-c", '"$0" -m ministeer "$@" >&-', sys.executable]
-    assert process("models", program=closing) == (0, "", "")
+def test_what_cannot_be_said_on_stderr_leaves_the_result_and_the_exit_code(process, weights):
+    code, out, err = process(*STEER, "--json", "--save", "love.safetensors", shell="2>&-")
+    assert (code, err) == (0, "")
+    assert set(json.loads(out)) == {"prompt", "setting", "unsteered", "steered"}
+    for shell in ("2>&-", "2>&- >&-", "2>/dev/full"):
+        assert process("dance", shell=shell) == (2, "", "")
+
+
+def test_warnings_are_lines_on_stderr_and_with_W_error_an_error(run, process, novel):
+    argv = [*STEER, "--model", novel("novel", "novel_setting"), "--json"]
+    code, out, err = run(*argv)
+    assert code == 0 and json.loads(out) and err.count("\n") == 1
+    assert err.startswith("ministeer: warning: config.json") and "novel_setting" in err
+    check_refused(process(*argv, PYTHONWARNINGS="error::UserWarning"), "novel_setting")
 
 
 def in_a_terminal(weights, cwd, *argv, **streams):

@@ -248,3 +248,9 @@ def test_bfloat16_attends_faster_even_where_it_cannot_be_packed(tiny, monkeypatc
     one_by_one = torch.cat([quick(part, (), cache)[0] for part in ids.split(1, dim=1)], dim=1)
     assert len(calls) == ids.shape[1] * model.config.n_layer
     assert close(one_by_one.float(), half(ids)[0].float(), 0.03)
+
+
+def test_only_a_model_is_made_fast(tiny):
+    for other in (tiny, None, torch.nn.Linear(2, 2)):       # tiny is the pair that `load` returns
+        with pytest.raises(ValueError, match="fast takes a model, the first of the two things that `load`"):
+            fast(other)

@@ -1,6 +1,7 @@
 """Sampling and generation against slow recomputations that share no code with them."""
 
 import math
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -223,6 +224,7 @@ def test_texts_end_before_the_first_stop_string(tiny):
 
 @pytest.mark.parametrize("how", [
     {"temperature": 0}, PAPER, {**PAPER, "seed": 3}, {"top_p": 0.9, "stop": ["e", "the wo"]},
+    {"stop": ["x" * 10**6]},
 ])
 def test_streamed_pieces_join_to_the_generated_text(tiny, love, how):
     pieces = list(stream(*tiny, PROMPT, 30, [2 * love], **how))
@@ -264,31 +266,55 @@ def test_an_empty_prompt_is_continued_but_cannot_be_steered(tiny, love):
     model, tokenizer = tiny
     assert len(generate(model, tokenizer, "", 2, 5)) == 2
     assert generate(model, tokenizer, [], 2, 5) == []
-    with pytest.raises(ValueError, match="do not fit a prompt of 1 tokens"):
+    with pytest.raises(ValueError, match="do not fit a prompt of 1 token"):
         generate(model, tokenizer, "", 2, 5, love)
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
-    ("n", 0, "n must be"),
-    ("n", 1.5, "n must be"),
-    ("max_new_tokens", 0, "max_new_tokens must be"),
-    ("max_new_tokens", 500, "context of 192"),
-    ("temperature", -1, "temperature must be"),
-    ("temperature", float("nan"), "temperature must be"),
-    ("temperature", float("inf"), "temperature must be"),
-    ("top_p", 1.1, "top_p must be"),
-    ("top_p", -0.1, "top_p must be"),
-    ("top_k", -1, "top_k must be"),
-    ("freq_penalty", float("inf"), "freq_penalty must be"),
-    ("seed", -1, "seed must be"),
-    ("seed", None, "seed must be"),
-    ("stop", "", "must not be empty"),
-    ("stop", ["a", ""], "must not be empty"),
-    ("max_batch_tokens", 0, "max_batch_tokens must be"),
-])
-def test_rejects_bad_settings(tiny, name, value, message):
-    with pytest.raises(ValueError, match=message):
-        generate(*tiny, PROMPT, **{name: value})
+NAN, INF = float("nan"), float("inf")
+# What the error says, and the values of a setting that it answers.
+BAD = [
+    ("n", "n must be", [0, 1.5, True, "2", None, 10**9]),
+    ("max_new_tokens", "max_new_tokens must be", [0, 1.5, None]),
+    ("max_new_tokens", "context of 192", [500, 10**9]),
+    ("temperature", "temperature must be", [-1, NAN, INF, 10**400, None, "1"]),
+    ("top_p", "top_p must be", [1.1, -0.1, NAN, None]),
+    ("top_k", "top_k must be", [-1, 1.5, False, ""]),
+    ("freq_penalty", "freq_penalty must be", [INF, 1e300, -1e38]),
+    ("seed", "seed must be", [-1, None, 1.0, True]),
+    ("stop", "must not be empty", ["", ["a", ""]]),
+    ("stop", "stop must be a text or a list of texts", [None, 5, [1], b"a"]),
+    ("max_batch_tokens", "max_batch_tokens must be", [0, 1.5]),
+    ("prompts", "prompts must be a text or a list of texts", [None, 5, b"a", [1], ["a", b"b"], [["a"]]]),
+    ("prompts", "context of 192", ["a" * 10**6]),
+    ("prompts", "surrogate", ["\ud800", ["a", "\udcff"]]),
+]
+
+
+@pytest.mark.parametrize(("name", "message", "value"), [
+    (name, message, value) for name, message, values in BAD for value in values
+], ids=lambda given: str(given)[:30])
+def test_rejects_bad_settings(tiny, name, message, value):
+    with pytest.raises(ValueError, match=message) as info:
+        generate(*tiny, **{"prompts": PROMPT, name: value})
+    assert len(str(info.value)) < 150
+    if name not in ("n", "max_batch_tokens", "prompts"):
+        with pytest.raises(ValueError, match=message):
+            stream(*tiny, PROMPT, **{name: value})          # at the call, not at the first piece
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-45, 1e-38, 1e-10])
+@pytest.mark.parametrize("how", [{}, {"top_p": 0.3}, {"top_k": 5}])
+def test_a_tiny_temperature_takes_the_likeliest_token(tiny, temperature, how):
+    assert generate(*tiny, PROMPT, 1, 8, temperature=temperature, **how) == \
+        generate(*tiny, PROMPT, 1, 8, temperature=0)
+
+
+def test_settings_of_other_number_types_are_those_of_python(tiny):
+    how = {"n": np.int8(100), "max_new_tokens": np.int8(40), "seed": np.uint8(3), "top_p": np.float16(0.5),
+           "temperature": Fraction(1, 2)}
+    wanted = generate(*tiny, "I", 100, 40, seed=3, top_p=0.5, temperature=0.5)
+    assert generate(*tiny, "I", **how) == wanted
+    assert generate(*tiny, "I", 1, 5, seed=10**20) != generate(*tiny, "I", 1, 5)
 
 
 def test_rejects_steers_that_do_not_fit_before_running(tiny, love, monkeypatch):
@@ -297,7 +323,7 @@ def test_rejects_steers_that_do_not_fit_before_running(tiny, love, monkeypatch):
     with pytest.raises(ValueError, match="the steered positions 1 … [0-9]+ do not fit a prompt of 2 tokens"):
         generate(model, tokenizer, [PROMPT, "I"], 1, 5, love)
     with pytest.raises(ValueError, match="layer 9: this model has blocks 0 … 3"):
-        list(stream(model, tokenizer, PROMPT, 5, Steer(9, love.vector)))
+        stream(model, tokenizer, PROMPT, 5, Steer(9, love.vector))
 
 
 def test_overflowing_logits_raise(tiny):

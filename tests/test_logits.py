@@ -231,30 +231,49 @@ def test_reads_a_common_prefix_once_and_keeps_to_max_batch_tokens(tiny):
     assert [rows for rows, T in calls if T == 1] == [2] * 28
 
 
-def test_rejects_bad_mixers_prompts_and_settings(tiny, classifier):
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: mixers.self_debias(()), "one or more prefixes"),
+    (lambda: mixers.self_debias([1]), "prefixes must be a text or a list of texts"),
+    (lambda: mixers.self_debias("x", epsilon=-1), "epsilon must be a number from 0 to 1; given: -1"),
+    (lambda: mixers.self_debias("x", epsilon=2), "epsilon"),
+    (lambda: mixers.self_debias("x", math.nan), "strength"),
+    (lambda: mixers.preadd("x", math.inf), "strength must be a finite number"),
+    (lambda: mixers.lma("x", "1"), "strength"),
+    (lambda: mixers.weighted([Branch()], [1, 2]), "as many as branches"),
+    (lambda: mixers.weighted([Branch(), Branch()], [1, -1]), "a sum above 0"),
+    (lambda: mixers.weighted([Branch(), Branch()], [1, math.nan]), "a weight must be a finite number"),
+    (lambda: mixers.weighted([Branch(), Branch()], 5), "weights must be a list"),
+    (lambda: mixers.fudge(None, math.nan), "strength"),
+    (lambda: mixers.fudge(None, top=0), "top must be"),
+    (lambda: mixers.fudge(None, toward=2), "toward must be a whole number, from 0 to 1"),
+])
+def test_rejects_bad_mixers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_rejects_what_does_not_fit(tiny):
     model, tokenizer = tiny
     steer = steering_vector(model, tokenizer, " love", " hate", 1)
-    with pytest.raises(ValueError, match="n must be a whole number, 1 or more; given: 0"):
-        generate(model, tokenizer, "x", mixers.unsteered(), n=0)
-    for prefixes, epsilon in (((), 0.01), ("x", -1), ("x", 2)):
-        with pytest.raises(ValueError, match="one or more prefixes and an epsilon from 0 to 1"):
-            mixers.self_debias(prefixes, epsilon=epsilon)
-    with pytest.raises(ValueError, match="as many as branches"):
-        mixers.weighted([Branch()], [1, 2])
-    with pytest.raises(ValueError, match="a sum above 0"):
-        mixers.weighted([Branch(), Branch()], [1, -1])
-    with pytest.raises(ValueError, match="do not fit this model's context of"):
-        generate(model, tokenizer, "x", mixers.prompted(" ".join(TEXT)), max_new_tokens=150)
-    with pytest.raises(ValueError, match="do not fit a prompt of"):
-        generate(model, tokenizer, "", mixers.act_add(steer), max_new_tokens=2)
-    with pytest.raises(ValueError, match="a number as coeff"):
-        generate(model, tokenizer, "x y z", mixers.act_add(steer.scaled(torch.ones(1))), max_new_tokens=2)
-    with pytest.raises(ValueError, match="the classifier reads 9 tokens"):
-        generate(model, tokenizer, "x", mixers.fudge(PrefixClassifier(9, 2, 2)), max_new_tokens=2)
+    broken = PrefixClassifier(model.config.n_vocab, 2, 2).requires_grad_(False)
+    broken.head.bias.fill_(math.nan)
     other = type(model)(replace(model.config, n_vocab=300))
-    mixer = LogitMixer((Branch(), Branch(model=other)), lambda logps: logps[0])
-    with pytest.raises(ValueError, match="share a tokenizer"):
-        generate(model, tokenizer, "x", mixer, max_new_tokens=2)
+    for prompt, mixer, how, message in (
+        ("x", mixers.unsteered(), {"n": 0}, "n must be a whole number, from 1 to 1000000; given: 0"),
+        (["x"] * 10, mixers.unsteered(), {"n": 10**6}, "n must be a whole number, from 1 to 100000; given"),
+        ([5], mixers.unsteered(), {}, "prompts must be"),
+        ("x", mixers.unsteered, {}, "mixer must be a LogitMixer, .*; given: function"),
+        ("x", mixers.prompted(5), {}, "prefixes must be a list of texts"),
+        ("x", mixers.prompted(" ".join(TEXT)), {"max_new_tokens": 150}, "do not fit this model's context of"),
+        ("", mixers.act_add(steer), {}, "do not fit a prompt of"),
+        ("x y z", mixers.act_add(None), {}, "steer must be a Steer"),
+        ("x y z", mixers.act_add(steer.scaled(torch.ones(1))), {}, "a number as coeff"),
+        ("x", mixers.fudge(PrefixClassifier(9, 2, 2)), {}, "the classifier reads 9 tokens"),
+        ("x", mixers.fudge(broken), {}, "the classifier holds NaN"),
+        ("x", LogitMixer((Branch(), Branch(model=other)), lambda logps: logps[0]), {}, "share a tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, tokenizer, prompt, mixer, **{"max_new_tokens": 2, **how})
 
 
 def test_the_defaults_are_those_of_generate():

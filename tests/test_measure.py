@@ -99,6 +99,13 @@ def test_skip_counts_from_the_beginning_of_each_text(tiny, skip, prompts):
     (TEXT, {"prompts": " you" * 190}, "context of 192"),
     ([" you", TEXT[0]], {"steer": Steer(0, torch.ones(4, 32)), "prompts": "I love"},
      "do not fit a prompt of 4 tokens"),
+    ("abc", {}, "texts must be a list of texts; given: 'abc'"),
+    ([5], {}, "texts must be"),
+    (TEXT, {"prompts": 5}, "prompts must be a list of texts"),
+    (TEXT, {"skip": -1}, "skip must be a whole number, 0 or more"),
+    (TEXT, {"skip": 1.5}, "skip must be"),
+    (TEXT, {"max_batch_tokens": 0}, "max_batch_tokens must be"),
+    (TEXT, {"steer": Steer(0, torch.full((32,), 1e38), 10.0)}, "the logits are not finite"),
 ])
 def test_logprobs_rejects_what_does_not_fit(tiny, texts, options, message):
     with pytest.raises(ValueError, match=message):
@@ -148,8 +155,9 @@ def test_a_sweep_runs_no_block_for_a_row_that_does_not_differ_there(tiny, monkey
 
 
 @pytest.mark.parametrize(("layers", "coeffs", "message"), [
-    ([], [1.0], "one or more layers"), ([1, 1], [1.0], "each once"), ([1], [], "one or more coeffs"),
-    ([4], [1.0], "blocks 0 … 3"), ([1], [float("nan")], "finite"),
+    ([], [1.0], "one or more layers"), ([1, 1], [1.0], "each once"), ([1], [], "one or more finite numbers"),
+    ([4], [1.0], "blocks 0 … 3"), ([1], [math.nan], "finite"), ([1.5], [1.0], "layer 1.5"),
+    ("12", [1.0], "layers must be a list"), ([1], "12", "finite numbers"), ([1], [1e39], "finite"),
 ])
 def test_rejects_a_sweep_without_meaning(tiny, layers, coeffs, message):
     with pytest.raises(ValueError, match=message):
@@ -175,11 +183,23 @@ def test_the_perplexity_ratio_is_taken_in_float64():
     assert perplexity_ratio([torch.tensor([-2.0 ** -30])], [torch.tensor([-1.0])]) == math.exp(1 - 2.0 ** -30)
 
 
-def test_the_perplexity_ratio_rejects_what_it_cannot_compare():
+@pytest.mark.parametrize(("plain", "steered", "message"), [
+    (PLAIN, STEERED[:1], "of the same texts"), ([], [], "one or more"),
+    (PLAIN, [STEERED[0], STEERED[0]], r"given: rows of \[2, 1\] and .*\[2, 2\] numbers"),
+    ([torch.tensor([math.nan])], [torch.tensor([1.0])], "finite numbers in a row"),
+    ([torch.tensor([])], [torch.tensor([])], "one or more finite numbers"),
+    ("ab", "cd", "must be a list"), (["a"], ["b"], "finite numbers"), (None, None, "must be a list"),
+])
+def test_figures_need_numbers_for_the_same_tokens(plain, steered, message):
+    for figure in (perplexity_ratio, lambda *both: token_shifts(both[0], *both)):
+        with pytest.raises(ValueError, match=message):
+            figure(plain, steered)
+
+
+def test_the_perplexity_ratio_knows_two_means_and_has_no_largest_value():
     with pytest.raises(ValueError, match="mean_of 'words'; possible: 'tokens', 'texts'"):
         perplexity_ratio(PLAIN, STEERED, mean_of="words")
-    with pytest.raises(ValueError, match="argument"):
-        perplexity_ratio(PLAIN, STEERED[:1])
+    assert perplexity_ratio([[0.0]], [[-1000.0]]) == math.inf
 
 
 def test_token_shifts_of_numbers_made_by_hand():
@@ -298,9 +318,22 @@ def test_the_likeliest_token_has_rank_0_and_the_least_likely_the_last(tiny):
 def test_precision_at_k_is_the_share_of_ranks_below_k():
     assert precision_at([0, 3, None, 9, 10], [1, 3, 4, 10, 11]) == [0.25, 0.25, 0.5, 0.75, 1.0]
     assert precision_at([5], [5, 6]) == [0.0, 1.0]
-    for no_ranks in ([None, None], []):
-        with pytest.raises(ValueError, match="no row has a rank"):
-            precision_at(no_ranks, [1])
+    assert precision_at([0, 5], [10**400]) == [1.0]
+
+
+@pytest.mark.parametrize(("ranks", "ks", "message"), [
+    ([None, None], [1], "no row has a rank"), ([], [1], "no row has a rank"),
+    ([math.nan], [1], "a rank must be a whole number"), ("12", [1], "ranks must be a list"),
+    ([1], [0], "K must be a whole number, 1 or more"), ([1], "5", "ks must be a list"), ([1], 5, "a list"),
+])
+def test_precision_needs_whole_numbers(ranks, ks, message):
+    with pytest.raises(ValueError, match=message):
+        precision_at(ranks, ks)
+
+
+def test_ranks_of_logits_that_are_not_finite_are_refused(tiny):
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        ranks(*tiny, ["I"], [" love"], Steer(0, torch.full((32,), 1e38), 10.0))
 
 
 # Disfluency

@@ -173,7 +173,7 @@ def test_rejects_bad_pairs_layers_and_packed_models(tiny):
         inside_blocks.iti(model, tokenizer, PLUS[:3], MINUS[:3])
     for plus, minus in (("ab", PLUS[:2]), (PLUS[:2], "ab")):
         for make in (many_pairs.differences, inside_blocks.iti, inside_blocks.icv):
-            with pytest.raises(ValueError, match="must be lists of texts; given: a single text"):
+            with pytest.raises(ValueError, match="must be a list of texts; given: 'ab'"):
                 make(model, tokenizer, plus, minus)
     with pytest.raises(ValueError, match="Pass the plain model"):
         inside_blocks.iti(fast(model), tokenizer, PLUS, MINUS)

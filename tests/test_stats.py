@@ -200,3 +200,22 @@ def test_holm_keeps_the_order_and_lies_between_p_and_bonferroni():
         assert [got[name] for name in order] == sorted(got.values())
         assert all(p[name] <= got[name] <= min(1, 7 * p[name]) for name in p)
         assert got[order[0]] == min(1, 7 * p[order[0]])
+
+
+@pytest.mark.parametrize(("figure", "arguments", "message"), [
+    (wilson, (1.5, 3), "k must be a whole number"), (wilson, (1, 2.5), "n must be"),
+    (wilson, ("1", 3), "k must be"), (wilson, (1, 10**400), "n must be"), (wilson, (1, 3, math.nan), "z "),
+    (bootstrap, ("ab",), "one or more finite numbers"), (bootstrap, (None,), "finite numbers"),
+    (bootstrap, ([1e308] * 3,), "below 1e100"), (bootstrap, ([1.0], None, -1), "seed must be"),
+    (bootstrap, ([1.0], None, 0, 0), "times must be"), (bootstrap, ([1.0], [[1.0]]), "finite numbers"),
+    (paired, ([1.0], [2.0], 1.5), "seed must be"), (paired, ([1.0], [2.0], 0, 0), "times must be"),
+    (holm, ({"a": math.nan},), "the p-value of a must be a number from 0 to 1"),
+    (holm, ({"a": "x"},), "p-value"), (holm, ([0.5],), "a dict of names and p-values"),
+])
+def test_odd_input_is_answered_with_a_sentence(figure, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        figure(*arguments)
+
+
+def test_each_resample_counts_even_if_few_weights_are_above_0():
+    assert bootstrap([1.0, 2.0, 3.0], [0, 0, 1], times=1) == (3.0, 3.0)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..generation import Sampling, as_asked, check_fit, complete, decoder
-from ..utils import check_whole
+from ..utils import check_list, check_number, check_texts, check_whole, short
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -93,6 +93,8 @@ def preadd(prefix: str, strength: float = 1.5, base: str = "") -> LogitMixer:
     Their alpha is -strength. The paper's tables have 1.5 for large models and 1 for GPT-2.
     base: a prefix of the first branch, p, as for sentiment
     """
+    strength = check_number("strength", strength)
+
     def combine(logps):
         p, q = logps
         return p + strength * (p - q)
@@ -105,6 +107,8 @@ def lma(prefix: str, strength: float = 24.0, base: str = "") -> LogitMixer:
     Dekoninck et al. subtract the union of p and q: (log p - w max(log p, log q)) / (1 - w). Then strength is
     w / (1 - w): 24 for w 0.96, 9 for w 0.9.
     """
+    strength = check_number("strength", strength)
+
     def combine(logps):
         p, q = logps
         return p - strength * F.relu(q - p)
@@ -116,10 +120,12 @@ def weighted(branches: Sequence[Branch], weights: Sequence[float]) -> LogitMixer
 
     Weights may be negative; their sum may not.
     """
+    branches = check_list("branches", branches)
+    weights = [check_number("a weight", weight) for weight in check_list("weights", weights)]
     total = sum(weights)
-    if len(branches) != len(weights) or not branches or not total > 0 or not math.isfinite(total):
+    if len(branches) != len(weights) or not branches or not 0 < total < math.inf:
         raise ValueError("weights must be as many as branches, with a sum above 0; "
-                         f"given: {len(branches)} branches, weights {list(weights)}.")
+                         f"given: {len(branches)} branches, weights {short(weights)}.")
 
     def combine(logps):
         return sum(w * p for w, p in zip(weights, logps, strict=True)) / total
@@ -132,11 +138,10 @@ def self_debias(prefixes: str | Sequence[str] = SIX, strength: float = 50.0, eps
 
     Schick et al. 2021. The paper's tables have one prefix, strength 10 and no floor, which is epsilon 0.
     """
-    prefixes = (prefixes,) if isinstance(prefixes, str) else tuple(prefixes)
-    if not prefixes or not 0 <= epsilon <= 1:
-        raise ValueError("self_debias takes one or more prefixes and an epsilon from 0 to 1; "
-                         f"given: {len(prefixes)} prefixes, {epsilon!r}.")
-    floor = math.log(epsilon) if epsilon else -math.inf
+    prefixes, strength = check_texts("prefixes", prefixes, or_one=True), check_number("strength", strength)
+    if not prefixes:
+        raise ValueError("self_debias takes one or more prefixes; given: none.")
+    floor = math.log(epsilon) if check_number("epsilon", epsilon, 0, 1) else -math.inf
 
     def combine(logps):
         p, *others = logps
@@ -156,6 +161,11 @@ class Guide:
     strength: float = 1.0
     top: int = 50
     toward: int = 1
+
+    def __post_init__(self):
+        check_number("strength", self.strength)
+        check_whole("top", self.top, 1)
+        check_whole("toward", self.toward, 0, 1)
 
     def log_c(self, score: Tensor) -> Tensor:
         return F.logsigmoid(score if self.toward else -score)
@@ -190,29 +200,31 @@ def generate(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], mixe
     The penalty and max_batch_tokens count the prompt but not prefixes. Each branch costs a pass per token.
     Raises ValueError for what does not fit.
     """
-    sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed)
-    n_vocab, check_n = model.config.n_vocab, check_whole("n", n, 1)
-    classifier = mixer.guide.classifier if mixer.guide else None
+    sampling = Sampling(temperature, top_p, top_k, freq_penalty, max_new_tokens, seed, stop)
+    if not isinstance(mixer, LogitMixer):
+        raise ValueError(f"mixer must be a LogitMixer, as prompted(…) gives; given: {type(mixer).__name__}.")
+    n_vocab, classifier = model.config.n_vocab, mixer.guide.classifier if mixer.guide else None
     if classifier and classifier.n_vocab != n_vocab:
         raise ValueError(f"the classifier reads {classifier.n_vocab} tokens, the model {n_vocab}. "
                          "Train it for this model's tokenizer with `python -m benchmarks.train_classifier`.")
-    encoded = [tokenizer.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-    prefixes = [prefix_ids(tokenizer, branch.prefix) for branch in mixer.branches]
+    if classifier and not all(p.isfinite().all() for p in classifier.parameters()):
+        raise ValueError("the classifier holds NaN or infinite numbers. Train it again.")
+    encoded = [tokenizer.encode(prompt) for prompt in check_texts("prompts", prompts, or_one=True)]
+    prefixes = [prefix_ids(tokenizer, prefix)
+                for prefix in check_texts("prefixes", [branch.prefix for branch in mixer.branches])]
     for branch, prefix in zip(mixer.branches, prefixes, strict=True):
         reader = branch.model or model
         if reader.config.n_vocab != n_vocab:
             raise ValueError(f"a branch's model has {reader.config.n_vocab} tokens, the base {n_vocab}. "
                              "They must share a tokenizer.")
-        if any(isinstance(s.coeff, Tensor) for s in branch.steer):
+        if any(isinstance(getattr(s, "coeff", None), Tensor) for s in branch.steer):
             raise ValueError("a branch's Steers take a number as coeff.")
-        for ids in encoded:
-            check_fit(reader, prefix + ids[1:], max_new_tokens, branch.steer, 1)
+        n, _ = check_fit(reader, [prefix + ids[1:] for ids in encoded], n, sampling, branch.steer)
 
     def start(rows: list[int], max_len: int) -> Step:
         return mixed_decoder(model, mixer, prefixes, len(rows), max_len)
 
-    completions = complete(start, tokenizer, encoded, check_n, sampling, stop,
-                           max_batch_tokens, model.device, progress)
+    completions = complete(start, tokenizer, encoded, n, sampling, max_batch_tokens, model.device, progress)
     return as_asked(completions, prompts, n)
 
 

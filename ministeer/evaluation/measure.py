@@ -13,7 +13,8 @@ from torch import Tensor
 from ..checkpoints.tokenizer import Tokenizer
 from ..model import LM
 from ..steering import Steers, steering_vectors
-from ..utils import batches
+from ..utils import batches, check_list, check_texts, check_whole, short
+from .stats import numbers
 
 
 @torch.no_grad()
@@ -30,6 +31,7 @@ def logprobs(model: LM, tokenizer: Tokenizer, texts: Sequence[str], steer: Steer
         by itself (so " weddings" stays one token); predictions of the prompt's own tokens are left out.
     Raises ValueError for texts, prompts or Steers that do not fit, and for a text with no prediction left.
     """
+    texts, skip = check_texts("texts", texts), check_whole("skip", skip)
     encoded, first = [], []                 # first[i]: the first prediction of text i that counts
     for prompt, text in zip(_one_for_each(prompts, texts, "texts"), texts, strict=True):
         head = tokenizer.encode(prompt)
@@ -57,7 +59,7 @@ def next_logprobs(model: LM, ids: Tensor, steer: Steers = (), chunk: int = 128) 
     losses = []
     for rows, targets in zip(x.split(chunk), ids[:, 1:].flatten().split(chunk), strict=True):
         losses.append(F.cross_entropy(model.unembed(rows).float(), targets, reduction="none"))
-    return -torch.cat(losses).view(len(ids), -1)
+    return -_finite(torch.cat(losses)).view(len(ids), ids.shape[1] - 1)
 
 
 def perplexity_ratio(plain: Sequence[Tensor], steered: Sequence[Tensor], mean_of: str = "tokens") -> float:
@@ -69,9 +71,10 @@ def perplexity_ratio(plain: Sequence[Tensor], steered: Sequence[Tensor], mean_of
     """
     if mean_of not in ("tokens", "texts"):
         raise ValueError(f"mean_of {mean_of!r}; possible: 'tokens', 'texts'.")
-    differences = [s.cpu().double() - p.cpu().double() for p, s in zip(plain, steered, strict=True)]
+    differences = [s - p for p, s in zip(*_same_texts(plain, steered), strict=True)]
     means = torch.cat(differences) if mean_of == "tokens" else torch.stack([d.mean() for d in differences])
-    return math.exp(-means.mean())
+    exponent = -means.mean().item()
+    return math.exp(exponent) if exponent < 709 else math.inf       # e^710 is more than a float holds
 
 
 def token_shifts(ids: Sequence[Sequence[int] | Tensor], plain: Sequence[Tensor],
@@ -81,13 +84,13 @@ def token_shifts(ids: Sequence[Sequence[int] | Tensor], plain: Sequence[Tensor],
     Only for tokens that occur more than `more_than` times. Turner et al., section 4.1 (token-level effect).
     ids, plain, steered: for each text, the tokens predicted and their log-probabilities under both models
     """
-    ids = torch.cat([torch.as_tensor(row) for row in ids]).cpu()
-    plain, steered = torch.cat(list(plain)).cpu().double(), torch.cat(list(steered)).cpu().double()
+    check_whole("more_than", more_than)
+    ids, plain, steered = (torch.cat(rows) for rows in _same_texts(ids, plain, steered))
     tokens, place, n = ids.unique(return_inverse=True, return_counts=True)
     zeros = torch.zeros(len(tokens), dtype=torch.float64)
     shift = zeros.index_add(0, place, steered - plain) / n
     before = zeros.index_add(0, place, plain) / n
-    rows = zip(tokens.tolist(), n.tolist(), shift.tolist(), before.tolist(), strict=True)
+    rows = zip(tokens.long().tolist(), n.tolist(), shift.tolist(), before.tolist(), strict=True)
     return {token: (count, s, b) for token, count, s, b in rows if count > more_than}
 
 
@@ -100,6 +103,7 @@ def ranks(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], answers
     space before the answer belongs to it. None: the answer is more than one token, or only BOS stands before
     it. Petroni et al. 2019 (LAMA) for causal models, as in the paper's section 4.5.
     """
+    answers = check_texts("answers", answers)
     prompts = _one_for_each(prompts, answers, "answers")
     encoded, numbers = [], []               # of the rows that have a rank
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -112,7 +116,7 @@ def ranks(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], answers
     for group, ids in _padded_batches(model, tokenizer, encoded, max_batch_tokens):
         x = model.residuals(ids, steer)[-1]
         x = x[range(len(group)), [len(encoded[i]) - 2 for i in group]]      # (B, d_model), before each answer
-        logits = model.unembed(x[:, None])[:, 0].float()
+        logits = _finite(model.unembed(x[:, None])[:, 0].float())
         answer = torch.tensor([[encoded[i][-1]] for i in group], device=ids.device)
         likelier = (logits > logits.gather(1, answer)).sum(dim=1)
         for i, rank in zip(group, likelier.tolist(), strict=True):
@@ -122,7 +126,8 @@ def ranks(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], answers
 
 def precision_at(ranks: Sequence[int | None], ks: Sequence[int]) -> list[float]:
     """P@K, the share of ranks below K, for each K of `ks`. Rows without a rank (None) do not count."""
-    known = [rank for rank in ranks if rank is not None]
+    ks = [check_whole("K", k, 1) for k in check_list("ks", ks)]
+    known = [check_whole("a rank", rank) for rank in check_list("ranks", ranks) if rank is not None]
     if not known:
         raise ValueError("no row has a rank; is every answer more than one token?")
     return [sum(rank < k for rank in known) / len(known) for k in ks]
@@ -137,6 +142,7 @@ def disfluency(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str],
     Dekoninck et al. 2024, compute_perplexities.
     prompts: one for all continuations, or a list with one for each
     """
+    continuations = check_texts("continuations", continuations)
     prompts = _one_for_each(prompts, continuations, "continuations")
     result = [(0.0, 0)] * len(continuations)
     scorable = [i for i, text in enumerate(continuations) if len(tokenizer.encode(text, bos=False)) > 1]
@@ -157,10 +163,11 @@ def sweep(model: LM, tokenizer: Tokenizer, prompt: str, plus: str, minus: str, l
     layers: block numbers, each once, in any order. coeffs: numbers
     Raises ValueError for whatever `steering_vectors` or the prompt refuses.
     """
-    layers, coeffs = list(layers), torch.as_tensor(coeffs, dtype=torch.float32)
-    if not layers or len(set(layers)) < len(layers) or coeffs.ndim != 1 or not len(coeffs):
-        raise ValueError("a sweep takes one or more layers, each once, and one or more coeffs; "
-                         f"given: {layers}, {coeffs.tolist()}.")
+    layers, coeffs = check_list("layers", layers), torch.from_numpy(numbers(coeffs)).float()
+    for layer in layers:
+        model.check_layer(layer)
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"a sweep takes one or more layers, each once; given: {layers}.")
     ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
     steers = model.check(ids, steering_vectors(model, tokenizer, plus, minus, sorted(layers)), None)
     pos = torch.arange(ids.shape[1], device=ids.device)
@@ -171,16 +178,35 @@ def sweep(model: LM, tokenizer: Tokenizer, prompt: str, plus: str, minus: str, l
         x = torch.cat([x, x[:1].expand(len(coeffs), -1, -1)])       # the loop will steer them
         swept = [s.scaled(torch.cat([torch.zeros(old), coeffs]))]
     x = model.run(x, pos, swept, first_layer=layer)[-1]
-    logits = model.unembed(x[1:, -1:])[:, 0].unflatten(0, (len(layers), len(coeffs)))
+    logits = _finite(model.unembed(x[1:, -1:]))[:, 0].unflatten(0, (len(layers), len(coeffs)))
     return logits[[sorted(layers).index(l) for l in layers]]
 
 
+def _finite(logits: Tensor) -> Tensor:
+    # Trap: NaN is not larger than anything, so a rank among logits that are NaN would be the best, 0.
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite any more. Lower the coeff, "
+                         "or load the model in float32 or bfloat16.")
+    return logits
+
+
 def _one_for_each(prompts: str | Sequence[str], texts: Sequence[str], what: str) -> Sequence[str]:
-    prompts = [prompts] * len(texts) if isinstance(prompts, str) else prompts
+    prompts = [prompts] * len(texts) if isinstance(prompts, str) else check_texts("prompts", prompts)
     if len(prompts) != len(texts):
         raise ValueError(f"{len(prompts)} prompts do not fit {len(texts)} {what}. "
                          "Give one prompt for each, or a single one as text.")
     return prompts
+
+
+def _same_texts(*lists: Sequence[Sequence[float] | Tensor]) -> list[list[Tensor]]:
+    """Each list's rows in float64, if all have one or more rows, as long in one list as in the other."""
+    lists = [[torch.from_numpy(numbers(row.tolist() if isinstance(row, Tensor) else row))
+              for row in check_list("tokens and log-probabilities", rows)] for rows in lists]
+    lengths = [[len(row) for row in rows] for rows in lists]
+    if not lengths[0] or any(given != lengths[0] for given in lengths):
+        raise ValueError("these must be of the same texts, one or more, and of the same tokens; "
+                         f"given: rows of {' and '.join(map(short, lengths))} numbers.")
+    return lists
 
 
 def _padded_batches(model: LM, tokenizer: Tokenizer, encoded: list[list[int]],

@@ -8,12 +8,15 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
+from ..utils import check_number, check_whole, short
+
 Interval = tuple[float, float]          # (low, high)
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> Interval:
     """The 95 % interval (low, high) of a proportion k of n (Wilson 1927), which stays sensible at 0 and n."""
-    if not 0 <= k <= n or n < 1:
+    check_number("z", z, 0, 1e6)
+    if check_whole("k", k) > check_whole("n", n, 1, 2**53):       # floats count no further
         raise ValueError(f"{k} of {n} is not a proportion.")
     centre = (k + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
@@ -30,14 +33,14 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, s
     Average values that belong together (completions of one prompt) first, or the interval is too narrow.
     Raises ValueError for no values, or weights that are not as many, negative or all 0.
     """
-    values = _numbers(values)
-    weights = np.ones(len(values)) if weights is None else _numbers(weights)
+    values = numbers(values)
+    weights = np.ones(len(values)) if weights is None else numbers(weights)
     if len(weights) != len(values) or weights.min() < 0 or weights.sum() == 0:
         raise ValueError(f"weights must be as many as the {len(values)} values, 0 or more, and not all 0; "
                          f"given: {len(weights)}.")
-    generator = np.random.default_rng(seed)
-    means = []
-    for _ in range(times):
+    generator, means = np.random.default_rng(check_whole("seed", seed)), []
+    check_whole("times", times, 1)
+    while len(means) < times:
         i = generator.integers(len(values), size=len(values))
         if weights[i].sum():
             means.append(weights[i] @ values[i] / weights[i].sum())
@@ -52,11 +55,11 @@ def paired(a: Sequence[float], b: Sequence[float], seed: int = 0,
     p: how often the mean difference is at least as far from 0 when a coin decides for each pair whether it is
         swapped; at least 1 / (times + 1). Fisher's randomisation test, two-sided; no distribution is assumed.
     """
-    a, b = _numbers(a), _numbers(b)
+    a, b = numbers(a), numbers(b)
     if len(a) != len(b):
         raise ValueError(f"pairs need as many of one as of the other; given: {len(a)} and {len(b)}.")
     d = a - b
-    generator = np.random.default_rng(seed)
+    generator, times = np.random.default_rng(check_whole("seed", seed)), check_whole("times", times, 1)
     # Rounding must not decide between equal sums. The tolerance is relative to the terms: the sum may be 0.
     far = abs(d.sum()) - 1e-12 * abs(d).sum()
     as_far = sum(int(abs(generator.choice([-1.0, 1.0], size=len(d)) @ d) >= far) for _ in range(times))
@@ -65,6 +68,9 @@ def paired(a: Sequence[float], b: Sequence[float], seed: int = 0,
 
 def holm(p: Mapping[Hashable, float]) -> dict[Hashable, float]:
     """{name: p-value} -> the same names with each p-value corrected for their number (Holm 1979)."""
+    if not isinstance(p, Mapping):
+        raise ValueError(f"holm takes a dict of names and p-values; given: {short(p)}.")
+    p = {name: check_number(f"the p-value of {name}", value, 0, 1) for name, value in p.items()}
     corrected, highest = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.get)):
         highest = max(highest, min(1.0, (len(p) - i) * p[name]))
@@ -72,9 +78,12 @@ def holm(p: Mapping[Hashable, float]) -> dict[Hashable, float]:
     return {name: corrected[name] for name in p}
 
 
-def _numbers(values):
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"give one or more finite numbers in a row; given: shape {values.shape}, "
-                         f"{values.size - int(np.isfinite(values).sum())} of the numbers not finite.")
-    return values
+def numbers(values: Sequence[float]) -> np.ndarray:
+    """One or more finite numbers in a row, as float64 (n,). Raises ValueError."""
+    try:
+        row = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        row = np.empty((0, 0))
+    if row.ndim != 1 or not len(row) or not (abs(row) < 1e100).all():       # so that products are finite too
+        raise ValueError(f"give one or more finite numbers in a row, below 1e100; given: {short(values)}.")
+    return row

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import attend
 from ..faster import Packed
+from ..utils import check_number, check_whole
 from .many_pairs import check_pairs, differences
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
         raise ValueError("iti changes a bias of each block, and the blocks of this fast model are packed. "
                          "Pass the plain model, then call ministeer.fast on the result.")
     check_pairs(plus, minus, 4)         # the probes are fitted on half of them
+    check_whole("heads", heads, 1), check_number("strength", strength)
     outputs = [torch.stack([head_outputs(model, torch.tensor([tokenizer.encode(text)], device=model.device))
                             for text in texts]) for texts in (plus, minus)]
     a, b = outputs                                                              # (n, n_layer, n_head, d_head)
@@ -92,6 +94,7 @@ def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     component about it, for all layers at once, then split by layer. Norms are kept; positions that point away
     from v turn more.
     """
+    check_number("strength", strength)
     rows = differences(model, tokenizer, plus, minus)[:, 1:].flatten(1)         # what leaves each block
     mean = rows.mean(dim=0)
     component = torch.linalg.svd(rows - mean, full_matrices=False).Vh[0]

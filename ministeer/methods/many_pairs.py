@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..steering import Steer
+from ..utils import check_list, check_texts
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -36,8 +37,7 @@ def differences(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Seq
 
 def check_pairs(plus: Sequence[str], minus: Sequence[str], least: int) -> None:
     """Raises ValueError unless these are two lists of equally many texts, at least so many."""
-    if isinstance(plus, str) or isinstance(minus, str):
-        raise ValueError("plus and minus must be lists of texts; given: a single text.")
+    plus, minus = check_texts("plus", plus), check_texts("minus", minus)
     if len(plus) != len(minus) or len(plus) < least:
         raise ValueError(f"this needs {least} or more pairs of texts, as many plus as minus; "
                          f"given: {len(plus)} plus, {len(minus)} minus.")
@@ -63,6 +63,7 @@ def repe(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[s
     Trap: the sign of a component is arbitrary; here it is that of the mean difference. And do not centre: it
     would remove what all differences have in common, which we want. (RepE shuffles each pair to that end.)
     """
+    layers = check_list("layers", layers)
     for layer in layers:
         model.check_layer(layer)
     rows, steers = differences(model, tokenizer, plus, minus), []
