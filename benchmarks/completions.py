@@ -31,7 +31,6 @@ from .lab import (
 )
 from .paper_metrics import partial
 from .prompts import split
-from .web_judges import judge
 
 
 def with_topic_word(counts):
@@ -81,7 +80,7 @@ def layer_sweep(lab):
             axis.set_xlabel(label)
             axis.set_ylim(0, 1)
         left.set_ylabel("completions with a word about weddings")
-        left.set_title(f"n {n} a point, c {coeff:g}, 95 % band", fontsize="medium")
+        left.set_title(f"n {n} per point, c {coeff:g}, 95 % band", fontsize="medium")
         left.legend(frameon=False)
 
     def cells(*key):
@@ -297,9 +296,9 @@ def toxicity(lab):
     """Section 4.3: love - hate on prompts that may provoke something toxic; score and disfluency."""
     args = lab.args
     layer, coeff = lab.where(2, 2.0)
-    _, test, rest = split(lab.rows("rtp_random.jsonl"), args.seed)
+    _, test, rest = split(lab.rows("rtp_random.jsonl", text=str), args.seed)
     chosen = [row["text"] for row in [*test, *rest][:lab.n or 200]]
-    scorer = judge(args.judge or "profanity", cache=lab.out)
+    scorer = lab.judge("profanity")
     steers = lab.conditions(lab.steer(" love", " hate", layer, coeff))
     result = compare(lab, "toxicity", chosen, steers, 5, 32, lab.sampling, scorer)
     with figure(lab, "toxicity", 2, 8, 3.2) as (_, (left, right)):
@@ -320,8 +319,8 @@ def sentiment(lab):
     """Section 4.4: continue the first 32 tokens of a review, in both directions, and with a neutral start."""
     args = lab.args
     layer, coeff = lab.where(2, 2.0)
-    scorer = judge(args.judge or "vader", cache=lab.out)
-    rows = [row for row in lab.rows("imdb.jsonl") if row["split"] == "test"]
+    scorer = lab.judge("vader")
+    rows = [row for row in lab.rows("imdb.jsonl", text=str, label=str, split=str) if row["split"] == "test"]
     reviews = {label: [row["text"] for row in rows if row["label"] == label] for label in ("neg", "pos")}
     n = min(lab.n or 100, *map(len, reviews.values()))
     draw = random.Random(args.seed)
@@ -366,9 +365,9 @@ def sentiment(lab):
 def grid(lab):
     """The paper's search: layers × coefficients on 50 prompts that no test uses; a rule picks the cell."""
     args = lab.args
-    tuning, _, _ = split(lab.rows("rtp_random.jsonl"), args.seed)
+    tuning, _, _ = split(lab.rows("rtp_random.jsonl", text=str), args.seed)
     tuning = [row["text"] for row in tuning]
-    scorer = judge(args.judge or "vader", cache=lab.out)
+    scorer = lab.judge("vader")
     layers = [l for l in (0, 1, 2, 3, 6, 10, 16) if l < lab.model.config.n_layer]
     coeffs = [1.0, 2.0, 4.0]
     places = [(l, c) for l in layers for c in coeffs]

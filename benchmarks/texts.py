@@ -42,7 +42,7 @@ SHOWN_LAYERS = (0, 1, 2, 3, 6, 10, 16, 20, 24, 29)      # those that have a colu
 def documents(lab, n=None):
     """n documents with a word about weddings (all by default), and as many without one, from all sources."""
     files = ("imdb.jsonl", "brown.jsonl", "wikitext.jsonl")
-    texts = [row["text"] for file in files for row in lab.rows(file)]
+    texts = [row["text"] for file in files for row in lab.rows(file, text=str)]
     frequency = {text: word_frequency(text, WEDDING_WORDS) for text in texts}
     related = [text for text in texts if frequency[text] > 0]
     others = [text for text in texts if frequency[text] == 0]
@@ -248,7 +248,8 @@ def knowledge(lab):
     """Section 4.5: does the answer stay among the K likeliest next tokens? P@K for K = 1 … 100."""
     args = lab.args
     layer, coeff = lab.where(16, 1.0)
-    rows = [row for row in lab.rows("conceptnet.jsonl") if "[MASK]" in row["sentence"]]
+    rows = lab.rows("conceptnet.jsonl", sentence=str, answer=str, source=str)
+    rows = [row for row in rows if "[MASK]" in row["sentence"]]
     rows = random.Random(args.seed).sample(rows, min(lab.n or len(rows), len(rows)))
     conditions, size = lab.conditions(lab.steer(" weddings", " ", layer, coeff)), 200
 
@@ -303,7 +304,7 @@ PAIRS = [(" weddings", " "), (" love", " hate"), ("Anger", "Calm"),
 def anatomy(lab):
     """Appendices A, E and F: relative norms, attention sinks, random and embedding-only vectors."""
     args, layers = lab.args, range(lab.model.config.n_layer)
-    texts = [row["text"] for row in lab.rows("owt_sentences.jsonl")]
+    texts = [row["text"] for row in lab.rows("owt_sentences.jsonl", text=str)]
     texts = [text for text in texts if len(lab.tokenizer.encode(text)) > 12]
     texts = random.Random(args.seed).sample(texts, lab.n or 58)
     prompt = "I think you're a very good friend of mine"
