@@ -4,13 +4,12 @@ Read next: lab.py, train_classifier.py and bos.py, which read their --data here.
 """
 
 import json
-import math
 from pathlib import Path
 
 from ministeer.evaluation.judges import one_line
 
 LONGEST = 2 ** 20       # bytes of a line
-KINDS = {str: "a string", float: "a number", float | None: "a number or null"}
+KINDS = {str: "a string", float | None: "a number from 0 to 1, or null"}
 
 
 def read(path, where="Name a folder that holds it with --data."):
@@ -24,8 +23,8 @@ def read(path, where="Name a folder that holds it with --data."):
 def parse(data, path, **fields):
     """The content of a .txt file -> a text; of a file of JSON lines -> a list with one dict per line.
 
-    fields: what every line must have, by name: str, float or float | None. Other fields are left out. Blank
-    lines, a byte-order mark and any end of line are allowed. Raises ValueError, which names the line.
+    fields: what every line must have, by name, as in KINDS. Other fields are left out. Blank lines, a
+    byte-order mark and Windows' line ends are allowed. Raises ValueError, which names the line.
     """
     data, path = data.removeprefix(b"\xef\xbb\xbf"), Path(path)
     if path.suffix == ".txt":
@@ -56,9 +55,8 @@ def _row(line, fields):
         if name not in row:
             raise ValueError(f"it has no {name!r}")
         value = row[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = isinstance(value, str) if kind is str else number or (value is None and kind is not float)
-        if not fits or (number and not math.isfinite(value)):
+        is_share = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+        if not (isinstance(value, str) if kind is str else value is None or is_share):
             raise ValueError(f"its {name!r} is {one_line(json.dumps(value))}")
         if kind is str:
             value.encode()      # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
