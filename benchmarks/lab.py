@@ -150,6 +150,13 @@ def faults_in_one_line(script):
         sys.exit(130)
 
 
+def enough(values, least, what):
+    """`values`, if there are at least so many. Raises ValueError, which says what --data has too few of."""
+    if len(values) < least:
+        raise ValueError(f"--data has {len(values)} {what}; at least {least} are needed.")
+    return values
+
+
 def versions():
     """-> {package: version} of ministeer and what computes its numbers"""
     libraries = {name: importlib.metadata.version(name)

@@ -205,16 +205,18 @@ def test_any_number_of_processes_finds_the_same(experiment, tiny_llama, data, tm
     ("knowledge", {"--data": "pipes"}, "no file conceptnet.jsonl in pipes"),
     ("knowledge", {"--out": "pipes"}, "pipes/knowledge.md' cannot be written: it is a device, a pipe"),
     ("knowledge", {"--data": "bad"}, "conceptnet.jsonl, line 2: it has no 'answer'."),
+    ("anatomy", {"--data": "few"}, "--data has 1 sentences of more than 12 tokens; at least 3 are needed."),
     ("grid", {"--judge": "nobody"}, "there is no judge 'nobody'"),
     ("anatomy", {"--n": "1"}, "--n takes 2 or more"),
 ])
 def test_a_fault_is_one_line(experiment, change, message, tiny_llama, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for folder in ("pipes", "bad"):
+    for folder in ("pipes", "bad", "few"):
         (tmp_path / folder).mkdir()
     for name in ("conceptnet.jsonl", "knowledge.md"):
         os.mkfifo(tmp_path / "pipes" / name)
     row = {"sentence": "", "answer": "", "source": ""}
+    write_rows(tmp_path / "few", {"owt_sentences": [{"text": TEXT[0]}, {"text": ""}]})
     write_rows(tmp_path / "bad", {"conceptnet": [row, {"sentence": ""}]})
     changed = [part for pair in change.items() for part in pair]
     with pytest.raises(SystemExit) as end:
