@@ -20,6 +20,7 @@ from .lab import (
     band,
     chunks,
     control_in_words,
+    enough,
     error_bars,
     figure,
     over_vectors,
@@ -31,7 +32,6 @@ from .lab import (
 )
 from .paper_metrics import partial
 from .prompts import split
-from .web_judges import judge
 
 
 def with_topic_word(counts):
@@ -81,7 +81,7 @@ def layer_sweep(lab):
             axis.set_xlabel(label)
             axis.set_ylim(0, 1)
         left.set_ylabel("completions with a word about weddings")
-        left.set_title(f"n {n} a point, c {coeff:g}, 95 % band", fontsize="medium")
+        left.set_title(f"n {n} per point, c {coeff:g}, 95 % band", fontsize="medium")
         left.legend(frameon=False)
 
     def cells(*key):
@@ -258,6 +258,8 @@ def disfluency_of(sums, seed):
     sums: as `sums_by_prompt` gives them
     """
     rows = [(nll / tokens, tokens) for nll, tokens in zip(sums["nll"], sums["tokens"], strict=True) if tokens]
+    if not rows:                                # every continuation is empty
+        return math.nan, (math.nan, math.nan)
     means, weights = zip(*rows, strict=True)
     value = sum(mean * weight for mean, weight in rows) / sum(weights)
     return math.exp(value), tuple(math.exp(edge) for edge in bootstrap(means, weights, seed))
@@ -297,9 +299,10 @@ def toxicity(lab):
     """Section 4.3: love - hate on prompts that may provoke something toxic; score and disfluency."""
     args = lab.args
     layer, coeff = lab.where(2, 2.0)
-    _, test, rest = split(lab.rows("rtp_random.jsonl"), args.seed)
-    chosen = [row["text"] for row in [*test, *rest][:lab.n or 200]]
-    scorer = judge(args.judge or "profanity", cache=lab.out)
+    _, test, rest = split(lab.rows("rtp_random.jsonl", text=str), args.seed)
+    rows = enough([*test, *rest], 2, "prompts besides the 50 of the search")
+    chosen = [row["text"] for row in rows[:lab.n or 200]]
+    scorer = lab.judge("profanity")
     steers = lab.conditions(lab.steer(" love", " hate", layer, coeff))
     result = compare(lab, "toxicity", chosen, steers, 5, 32, lab.sampling, scorer)
     with figure(lab, "toxicity", 2, 8, 3.2) as (_, (left, right)):
@@ -320,9 +323,11 @@ def sentiment(lab):
     """Section 4.4: continue the first 32 tokens of a review, in both directions, and with a neutral start."""
     args = lab.args
     layer, coeff = lab.where(2, 2.0)
-    scorer = judge(args.judge or "vader", cache=lab.out)
-    rows = [row for row in lab.rows("imdb.jsonl") if row["split"] == "test"]
+    scorer = lab.judge("vader")
+    rows = [row for row in lab.rows("imdb.jsonl", text=str, label=str, split=str) if row["split"] == "test"]
     reviews = {label: [row["text"] for row in rows if row["label"] == label] for label in ("neg", "pos")}
+    for label, texts in reviews.items():
+        enough(texts, 2, f"reviews for the test with the label {label}")
     n = min(lab.n or 100, *map(len, reviews.values()))
     draw = random.Random(args.seed)
     reviews = {label: draw.sample(texts, n) for label, texts in reviews.items()}
@@ -366,9 +371,9 @@ def sentiment(lab):
 def grid(lab):
     """The paper's search: layers × coefficients on 50 prompts that no test uses; a rule picks the cell."""
     args = lab.args
-    tuning, _, _ = split(lab.rows("rtp_random.jsonl"), args.seed)
-    tuning = [row["text"] for row in tuning]
-    scorer = judge(args.judge or "vader", cache=lab.out)
+    tuning, _, _ = split(lab.rows("rtp_random.jsonl", text=str), args.seed)
+    tuning = [row["text"] for row in enough(tuning, 1, "prompts of three characters or more")]
+    scorer = lab.judge("vader")
     layers = [l for l in (0, 1, 2, 3, 6, 10, 16) if l < lab.model.config.n_layer]
     coeffs = [1.0, 2.0, 4.0]
     places = [(l, c) for l in layers for c in coeffs]
@@ -390,8 +395,8 @@ def grid(lab):
     for i, cell in enumerate(cells):
         scores = [score for part in parts for score in part[i][0]]
         nll = [pair for part in parts for pair in part[i][1]]
-        disfluency = math.exp(sum(loss for loss, _ in nll) / sum(tokens for _, tokens in nll))
-        results[cell] = (statistics.mean(scores), disfluency)
+        loss, tokens = map(sum, zip(*nll, strict=True))
+        results[cell] = (statistics.mean(scores), math.exp(loss / tokens) if tokens else math.inf)
     base_score, base_disfluency = results[0, 0.0, "unsteered"]
     allowed = [place for place in places if results[(*place, "steered")][1] <= 1.5 * base_disfluency]
     best = max(allowed, key=lambda place: results[(*place, "steered")][0], default=None)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from ministeer.utils import write
 
+LARGEST = 2 ** 28       # bytes of a result
+
 
 @contextlib.contextmanager
 def workers(device="cpu"):
@@ -51,7 +53,8 @@ def run(units, work, folder, progress=None):
     work: unit -> a JSON value, the same in whichever process it is computed
     folder: each result is written here as soon as it is computed, in a file named after its unit, and is not
         computed again if it is here already. So an interrupted run goes on from what it has, with any number
-        of processes. Give another model or other settings a folder of their own.
+        of processes, and two runs at once share what they do. Give another model or other settings a folder
+        of their own.
     progress: called with 1 for each unit that this process computes or reads
     Every process must call it with the same units. Floats come back exactly, and in the order of the units,
     so a sum over the list is the same for any number of processes.
@@ -74,14 +77,22 @@ def run(units, work, folder, progress=None):
 def _once(unit, work, folder):
     name = json.dumps(unit, sort_keys=True)
     path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["unit"] == json.loads(name):
+    if not path.exists():
+        result = json.loads(json.dumps(work(unit)))     # as it would be read, whoever computed it
+        content = {"unit": unit, "result": result, "sha256": _digest(name, result)}
+        write(path, json.dumps(content).encode())
+        return result
+    try:
+        if path.is_file() and path.stat().st_size <= LARGEST:       # a pipe could keep its reader waiting
+            content = json.loads(path.read_bytes())
+            if content["sha256"] == _digest(name, content["result"]):
                 return content["result"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} is not a result that this program wrote. "
-                             "Delete it, and that unit is computed again.") from None
-    text = json.dumps({"unit": unit, "result": work(unit)})
-    write(path, text.encode())
-    return json.loads(text)["result"]       # as it would be read, so that nothing depends on who computed it
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{path} is not a result that this program wrote. "
+                     "Delete it, and that unit is computed again.")
+
+
+def _digest(name, result):
+    """It tells a result that was damaged or put there by hand."""
+    return hashlib.sha256(f"{name}\n{json.dumps(result)}".encode()).hexdigest()

@@ -5,9 +5,10 @@ Read next: completions.py, texts.py. The work is shared among processes and kept
 
 import contextlib
 import hashlib
+import importlib.metadata
+import io
 import json
 import math
-import os
 import statistics
 import sys
 import warnings
@@ -21,8 +22,9 @@ from ministeer.evaluation import measure
 from ministeer.evaluation.judges import JudgeError
 from ministeer.evaluation.stats import wilson
 from ministeer.steering import random_like, steering_vectors
+from ministeer.utils import check_target, printable, write
 
-from . import jobs
+from . import jobs, rows, web_judges
 
 PROMPT = "I went up to my friend and said"
 V1 = {"temperature": 1.0, "top_p": 0.3, "freq_penalty": 1.0}        # the paper's first version, and its code
@@ -44,15 +46,24 @@ class Lab:
             self.model = ministeer.fast(model) if args.device == "cpu" else model
         self.out = Path(args.out)
         self.n = args.n
-        # Everything that results depend on names the folder of the work that is done.
+        for suffix in ("json", "md", "png"):
+            check_target(self.out / f"{args.experiment}.{suffix}")
         settings = {key: value for key, value in vars(args).items() if key not in ("out", "data", "model")}
-        files = sorted(Path(args.data).glob("*.*")) if args.data else []
-        texts = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                 for path in files if path.suffix in (".jsonl", ".txt")}
-        about = json.dumps({**settings, "model": self.model.fingerprint, "version": ministeer.__version__,
-                            "texts": texts}, sort_keys=True)
-        digest = hashlib.sha256(about.encode()).hexdigest()[:12]
-        self.units = self.out / ".units" / f"{args.experiment}-{digest}"
+        # Everything that results depend on. `rows` and `judge` add what they read.
+        self.about = {**settings, "model": self.model.fingerprint, "tokenizer": self.tokenizer.fingerprint,
+                      "versions": versions()}
+
+    @property
+    def units(self):
+        """The folder of the work that is done, named after everything that it depends on."""
+        digest = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:12]
+        return self.out / ".units" / f"{self.args.experiment}-{digest}"
+
+    def judge(self, default):
+        """-> the Judge of --judge, or else the default one, with a cache in --out."""
+        made = web_judges.judge(self.args.judge or default, cache=self.out)
+        self.about["judge"] = [made.name, made.version]
+        return made
 
     def run(self, units, work):
         """-> {tuple(unit): work(*unit)}, shared among the processes and kept on disk.
@@ -65,15 +76,15 @@ class Lab:
             results = jobs.run(units, lambda unit: work(*unit), self.units, bar.update)
         return dict(zip(map(tuple, units), results, strict=True))
 
-    def rows(self, file):
-        """The content of a file in the folder --data: a text, or for .jsonl a list with one value per line"""
-        path = Path(self.args.data or "") / file
-        if not self.args.data or not path.is_file():
-            fault = f"no {file} in {self.args.data}." if self.args.data else f"this experiment reads {file}."
-            raise ValueError(f"{fault} Name a folder that holds it with --data; "
+    def rows(self, file, **fields):
+        """The content of a file in the folder --data, as rows.parse gives it."""
+        if not self.args.data:
+            raise ValueError(f"this experiment reads {file}. Name a folder that holds it with --data; "
                              "see the top of benchmarks/paper.py.")
-        with open(path, encoding="utf-8") as lines:
-            return lines.read() if file.endswith(".txt") else [json.loads(line) for line in lines]
+        path = Path(self.args.data) / file
+        data = rows.read(path, "See the top of benchmarks/paper.py for what --data holds.")
+        self.about[file] = hashlib.sha256(data).hexdigest()
+        return rows.parse(data, path, **fields)
 
     def where(self, layer, coeff):
         """(layer, coeff) from the command line, or these where it has none."""
@@ -97,9 +108,10 @@ class Lab:
         controls = [random_like(steer, seed) for seed in range(len(RANDOM))]
         return dict(zip(CONTROLS, (None, steer, *controls), strict=True))
 
-    def generate(self, prompts, n, new, steer, sampling, seed):
+    def generate(self, prompts, n, new, steer, sampling, seed, **more):
         steer = () if steer is None else steer
-        return ministeer.generate(self.model, self.tokenizer, prompts, n, new, steer, seed=seed, **sampling)
+        return ministeer.generate(self.model, self.tokenizer, prompts, n, new, steer, seed=seed,
+                                  **sampling, **more)
 
     def generate_all(self, prompts, steers, n, new, sampling, seed):
         """n continuations of each prompt under each of `steers` (a Steer or None) -> texts[steer][prompt][k].
@@ -131,11 +143,25 @@ def faults_in_one_line(script):
     try:
         yield
     except (ValueError, OSError, JudgeError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {printable(error)}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted; the same command goes on from what is done.", file=sys.stderr)
         sys.exit(130)
+
+
+def enough(values, least, what):
+    """`values`, if there are at least so many. Raises ValueError, which says what --data has too few of."""
+    if len(values) < least:
+        raise ValueError(f"--data has {len(values)} {what}; at least {least} are needed.")
+    return values
+
+
+def versions():
+    """-> {package: version} of ministeer and what computes its numbers"""
+    libraries = {name: importlib.metadata.version(name)
+                 for name in ("torch", "numpy", "tokenizers", "safetensors")}
+    return {"ministeer": ministeer.__version__, **libraries}
 
 
 def chunks(values, size):
@@ -181,9 +207,9 @@ def figure(lab, name, columns=1, width=7.0, height=3.6):
     fig, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
     yield fig, axes[0]
     if lab.rank[0] == 0:
-        part = lab.out / f".part-{name}.png"
-        fig.savefig(part, dpi=150)
-        os.replace(part, lab.out / f"{name}.png")
+        image = io.BytesIO()
+        fig.savefig(image, dpi=150)
+        write(lab.out / f"{name}.png", image.getvalue())
     plt.close(fig)
 
 

@@ -17,15 +17,13 @@ KL at c 1 and c 10.
 """
 
 import argparse
-import importlib.metadata
 import json
 from pathlib import Path
 
-import ministeer
-from ministeer.utils import write
+from ministeer.utils import printable, write
 
 from . import completions, jobs, texts
-from .lab import Lab, faults_in_one_line
+from .lab import Lab, faults_in_one_line, versions
 
 EXPERIMENTS = {"perplexity": texts.perplexity, "token-shifts": texts.token_shifts,
                "layer-sweep": completions.layer_sweep, "positions": completions.positions,
@@ -63,16 +61,15 @@ def main():
         lab = Lab(args, rank)
         result, text = EXPERIMENTS[args.experiment](lab)
         if rank[0] == 0:
-            libraries = ("torch", "numpy", "tokenizers", "safetensors")
+            text = printable(text)
             settings = {key: value for key, value in vars(args).items() if key != "data"}
-            versions = {name: importlib.metadata.version(name) for name in libraries}
             about = {"experiment": args.experiment, "setting": {**settings, "processes": rank[1]},
                      "seed": args.seed, "model": lab.model.name,
-                     "versions": {"ministeer": ministeer.__version__, **versions}}
-            content = json.dumps({**about, "found": result}, ensure_ascii=False)
+                     "versions": versions()}
+            content = json.dumps({**about, "found": result})
             write(lab.out / f"{args.experiment}.json", content.encode())
             write(lab.out / f"{args.experiment}.md", text.encode())
-            print(f"\n{text}\nin {lab.out}: {args.experiment}.json, .md, .png")
+            print(f"\n{text}\nin {printable(lab.out)}: {args.experiment}.json, .md, .png")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@
 Each method that has something to choose has six cells: strengths, or for ActAdd layers and coefficients. On
 the tuning prompts the cell with the best score is chosen among those whose disfluency is at most 1.5 times
 the unsteered model's. The tables show the chosen cells on the test prompts, which played no part in any
-choice. One point for each method does not show which is better at equal fluency, so the figure also has every
-cell on the tuning prompts. ActAdd + LMA is the chosen LMA on top of the model that the chosen ActAdd steers,
-without a search of its own: the formula then takes the steered log-probabilities for p, so LMA also punishes,
-with its full strength, what steering makes less likely. Sampling is the same for all: temperature 1, no
-top-p, no penalty. Writes OUT/rivals-TASK.json, .md and .png; an interrupted run continues where it was.
+choice. ActAdd, random is the chosen ActAdd with five random vectors of the same norm, one for each repeat.
+One point for each method does not show which is better at equal fluency, so the figure also has every cell on
+the tuning prompts. ActAdd + LMA is the chosen LMA on top of the model that the chosen ActAdd steers, without
+a search of its own: the formula then takes the steered log-probabilities for p, so LMA also punishes, with
+its full strength, what steering makes less likely. Sampling is the same for all: temperature 1, no top-p, no
+penalty. Writes OUT/rivals-TASK.json, .md and .png; an interrupted run continues where it was.
 Turner et al., sections 4.3 and 4.4; hyper-parameters around those of Dekoninck et al.
 """
 
@@ -23,21 +24,36 @@ import statistics
 import time
 from pathlib import Path
 
+import torch
+
 from ministeer.baselines import logits
 from ministeer.baselines.classifier import PrefixClassifier
 from ministeer.baselines.logits import NEGATIVE, POSITIVE, TOXIC
 from ministeer.evaluation import measure
 from ministeer.evaluation.stats import bootstrap, holm, paired
 from ministeer.steering import random_like
-from ministeer.utils import write
+from ministeer.utils import printable, write
 
 from . import jobs
 from .completions import disfluency_of, sums_by_prompt
-from .lab import BLUE, GREEN, GREY, ORANGE, Lab, chunks, error_bars, faults_in_one_line, figure, span, table
+from .lab import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    Lab,
+    chunks,
+    error_bars,
+    faults_in_one_line,
+    figure,
+    over_vectors,
+    span,
+    table,
+)
 from .prompts import SPLIT, TUNING, split
-from .web_judges import judge
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "freq_penalty": 0.0}
+VECTORS = 5         # random ones: random_like's seeds 0 to 4
 RANDOM, BOTH = "ActAdd, random", "ActAdd + LMA"     # not searched: they follow from the choices for others
 COLOURS = {"ActAdd": BLUE, RANDOM: GREY, "PreADD": ORANGE, "LMA": GREEN, "SelfDebias": "#CC79A7",
            "FUDGE": "#E69F00", "LMA + Classifier": "#56B4E9", BOTH: "#F0E442"}
@@ -70,7 +86,7 @@ def cells(lab, task, classifier):
             steer = sign * lab.steer(" love", " hate", layer, coeff)
             cell = f"layer {layer}, c {coeff:g}"
             methods["ActAdd"][cell] = logits.act_add(steer)
-            methods[RANDOM][cell] = logits.act_add(random_like(steer, lab.args.seed))
+            methods[RANDOM][cell] = logits.act_add([random_like(steer, seed) for seed in range(VECTORS)])
     make = {"PreADD": lambda s: logits.preadd(away, s, base), "LMA": lambda s: logits.lma(away, s, base),
             "SelfDebias": lambda s: logits.self_debias(away, s, 0, base),
             "FUDGE": lambda s: logits.fudge(classifier, s, toward=toward, base=base),
@@ -85,11 +101,12 @@ def texts(lab, task):
     """-> tuning prompts, test prompts, how many tokens to add. Raises ValueError for too few prompts."""
     if task == "toxicity":
         file, new = "rtp_random.jsonl", 32
-        tuning, test, _ = ([row["text"] for row in part] for part in split(lab.rows(file), SPLIT))
+        tuning, test, _ = ([row["text"] for row in part]
+                           for part in split(lab.rows(file, text=str), SPLIT))
     else:
         file, new = "imdb.jsonl", 64
-        rows = [row["text"] for row in lab.rows(file)
-                if row.get("label") == task[:3] and row.get("split") == "test"]
+        rows = [row["text"] for row in lab.rows(file, text=str, label=str, split=str)
+                if (row["label"], row["split"]) == (task[:3], "test")]
         random.Random(lab.args.seed).shuffle(rows)
         starts = [lab.tokenizer.decode(lab.tokenizer.encode(row)[1:33]) for row in rows]
         tuning, test = starts[:TUNING], starts[TUNING:]
@@ -137,15 +154,19 @@ def run(args, rank):
     args.classifier = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     lab = Lab(args, rank)
     classifier = classifier.to(args.device)
-    scorer = judge(args.judge or ("profanity" if kind == "toxicity" else "vader"), cache=lab.out)
+    scorer = lab.judge("profanity" if kind == "toxicity" else "vader")
     sign = 1 if args.task == "neg-to-pos" else -1           # times the judge's score: the higher, the better
     methods = cells(lab, args.task, classifier)
     tuning, test, new = texts(lab, args.task)
     few = test[:FEW]
 
     def generate(prompts, name, cell, repeats, tokens, **more):
-        return logits.generate(lab.model, lab.tokenizer, prompts, methods[name][cell], repeats, tokens,
-                               seed=args.seed, **SAMPLING, **more)
+        method = methods[name][cell]
+        if name == RANDOM:      # with a vector for each row, which logits.generate does not take
+            steer = by_repeat(method.branches[0].steer, len(prompts), repeats)
+            return lab.generate(prompts, repeats, tokens, steer, SAMPLING, args.seed, **more)
+        return logits.generate(lab.model, lab.tokenizer, prompts, method, repeats, tokens, seed=args.seed,
+                               **SAMPLING, **more)
 
     def score(split_name, name, cell, repeats):
         prompts = tuning if split_name == "tuning" else test
@@ -181,7 +202,7 @@ def run(args, rank):
 
     def seconds_per_token(name, cell, _):
         steps, start = [], time.perf_counter()
-        generate(few[0], name, cell, TIMED_ROWS, TIMED_TOKENS, progress=steps.append)
+        generate(few[:1], name, cell, TIMED_ROWS, TIMED_TOKENS, progress=steps.append)
         return (time.perf_counter() - start) / (TIMED_ROWS * len(steps))
 
     tokens = lab.run([["length", *key] for key in keys], length)
@@ -192,11 +213,12 @@ def run(args, rank):
     table_rows = {}
     for name, cell in keys:
         cost = statistics.median(seconds[name, cell, turn] for turn in turns)
-        table_rows[name] = {**results[name, cell], "seconds a token": cost,
+        table_rows[name] = {**results[name, cell], "seconds per token": cost,
                             "tokens": tokens["length", name, cell]}
     text = report(args, methods, chosen, table_rows, scorer, len(tuning), len(few), new, limit)
     about = {"setting": {**vars(args), "data": None}, "chosen": chosen,
              "tuning": {"|".join(key): result for key, result in searched.items()}, "test": table_rows}
+    text = printable(text)
     write(lab.out / f"{args.experiment}.json", json.dumps(about).encode())
     write(lab.out / f"{args.experiment}.md", text.encode())
     with figure(lab, args.experiment, width=7.5, height=4.8) as (_, (axis,)):
@@ -204,6 +226,12 @@ def run(args, rank):
         axis.set_title(f"hollow: {len(tuning)} tuning prompts; filled, with 95 %: the cells chosen there, "
                        f"on {len(test)} test prompts × {args.repeats}", fontsize="medium")
     print(text)
+
+
+def by_repeat(vectors, n_prompts, repeats):
+    """Steers for a batch of so many prompts: continuation k of each has vector k mod len(vectors)."""
+    vector = torch.arange(repeats).repeat(n_prompts) % len(vectors)
+    return [steer.scaled(steer.coeff * (vector == k)) for k, steer in enumerate(vectors)]
 
 
 def best(name, names, searched, limit):
@@ -216,6 +244,7 @@ def summary(scores, nll, repeats, sign, seed):
     """Scores averaged by prompt, so that the continuations of one prompt do not count as independent."""
     groups = chunks(scores, repeats)
     return {"score": sign * statistics.mean(scores),
+            "by repeat": [statistics.mean(scores[k::repeats]) for k in range(repeats)],
             "by prompt": [statistics.mean(group) for group in groups],
             "reached": [statistics.mean(sign * score > 0 for score in group) for group in groups],
             "disfluency": disfluency_of(sums_by_prompt(nll, repeats), seed)}
@@ -255,7 +284,7 @@ def report(args, methods, chosen, results, scorer, n_tuning, n_few, new, limit):
     for name, result in results.items():
         method, by_prompt = methods[name][chosen[name]], result["by prompt"]
         passes = f"{len(method.branches)} + classifier" if method.guide else f"{len(method.branches)}"
-        slower = result["seconds a token"] / results["Unsteered"]["seconds a token"]
+        slower = result["seconds per token"] / results["Unsteered"]["seconds per token"]
         line = [name, chosen[name], span(statistics.mean(by_prompt), bootstrap(by_prompt, seed=args.seed)),
                 difference(name, "Unsteered"), span(*result["disfluency"], ".1f"), f"{result['tokens']:.0f}",
                 passes, f"{slower:.2f}"]
@@ -263,8 +292,8 @@ def report(args, methods, chosen, results, scorer, n_tuning, n_few, new, limit):
             low, high = bootstrap(result["reached"], seed=args.seed)
             line.insert(3, span(100 * statistics.mean(result["reached"]), (100 * low, 100 * high), ".1f"))
         lines.append(line)
-    header = ["", "chosen", "score (95 %)", "minus unsteered (95 %), p", "disfluency (95 %)", "tokens a text",
-              "forward passes a token", "time a token"]
+    header = ["", "chosen", "score (95 %)", "minus unsteered (95 %), p", "disfluency (95 %)",
+              "tokens per text", "forward passes per token", "time per token"]
     if shows_reached:
         header.insert(3, f"% {'above' if args.task == 'neg-to-pos' else 'below'} 0 (95 %)")
     text = (f"{args.n} test prompts × {args.repeats} continuations of up to {new} tokens, "
@@ -272,10 +301,15 @@ def report(args, methods, chosen, results, scorer, n_tuning, n_few, new, limit):
             f"Chosen on {n_tuning} other prompts: best score with disfluency at most {limit:.1f} "
             "(1.5 × unsteered there). p: randomisation test over prompts, two-sided, Holm's correction for "
             f"the {len(tests)} of both tables. "
-            f"Tokens a text: mean over the first {n_few} test prompts, one each; a text may end by itself. "
-            f"Time: in units of the unsteered model's, {TIMED_ROWS} texts of {TIMED_TOKENS} tokens at once, "
-            "median of three.\n\n")
+            f"Tokens per text: mean over the first {n_few} test prompts, one each; a text may end by "
+            f"itself. Time: in units of the unsteered model's, {TIMED_ROWS} texts of {TIMED_TOKENS} tokens "
+            "at once, median of three.\n\n")
     text += table(header, lines) + "\n"
+    if RANDOM in results:
+        means = results[RANDOM]["by repeat"]
+        means = [statistics.mean(means[k::VECTORS]) for k in range(min(VECTORS, len(means)))]
+        text += (f"{RANDOM}: {len(means)} vectors, continuation k of each prompt under vector k mod "
+                 f"{VECTORS}. Their mean scores: {over_vectors(means, '.3f')} (mean, lowest to highest).\n\n")
     others = [name for name in results if (name, "ActAdd") in tests or (name, "Prompted") in tests]
     against = ["ActAdd", "Prompted"] if prompted else ["ActAdd"]
     text += table(["", *(f"minus {other} (95 %), p" for other in against)],
@@ -307,7 +341,7 @@ def draw(axis, searched, results, scorer, sign, seed):
     axis.set_xscale("log")
     for set_format in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
         set_format("{x:.0f}")
-    axis.set_xlabel("disfluency (perplexity a token under the unsteered model); dotted: the limit")
+    axis.set_xlabel("disfluency (perplexity per token under the unsteered model); dotted: the limit")
     axis.set_ylabel(f"mean score, {scorer.name}")
     axis.legend(fontsize="small", frameon=False)
 

@@ -26,6 +26,7 @@ from .lab import (
     ORANGE,
     RANDOM,
     band,
+    enough,
     figure,
     over_vectors,
     percent,
@@ -42,15 +43,17 @@ SHOWN_LAYERS = (0, 1, 2, 3, 6, 10, 16, 20, 24, 29)      # those that have a colu
 def documents(lab, n=None):
     """n documents with a word about weddings (all by default), and as many without one, from all sources."""
     files = ("imdb.jsonl", "brown.jsonl", "wikitext.jsonl")
-    texts = [row["text"] for file in files for row in lab.rows(file)]
+    texts = [row["text"] for file in files for row in lab.rows(file, text=str)]
     frequency = {text: word_frequency(text, WEDDING_WORDS) for text in texts}
     related = [text for text in texts if frequency[text] > 0]
     others = [text for text in texts if frequency[text] == 0]
+    enough(related, 2, "documents with a word about weddings")
     draw, count = random.Random(lab.args.seed), min(lab.n or n or len(related), len(related))
     if lab.args.protocol == "paper":
         related = draw.sample(related, count)
     else:                                       # those with the most, as in the paper's code
         related = sorted(related, key=lambda text: -frequency[text])[:count]
+    enough(others, len(related), "documents without such a word")
     return related + draw.sample(others, len(related))
 
 
@@ -83,6 +86,7 @@ def perplexity(lab):
 
     rows = lab.run([[i] for i in range(len(chosen))], document).values()
     rows = [row for row in rows if row["tokens"]]
+    enough(rows, 1, f"documents with a sentence of {skip + 2} tokens")
     bins, lines, points = {}, [], {name: [] for name in steers}
     for row in rows:
         bins.setdefault(min(round(row["frequency"] / 0.005), 4), []).append(row)
@@ -198,6 +202,7 @@ def token_shifts(lab):
         for token, row in sums.items():
             total[token] = [a + b for a, b in zip(total.get(token, nothing), row, strict=True)]
     common = {int(token): row for token, row in total.items() if row[0] > 20}
+    enough(common, 4, "tokens that occur more than 20 times")
     shifts = {}                                 # name: {token: mean log p minus that of the unsteered model}
     for k, name in enumerate(CONTROLS[1:], 2):
         shifts[name] = {token: (row[k] - row[1]) / row[0] for token, row in common.items()}
@@ -248,7 +253,8 @@ def knowledge(lab):
     """Section 4.5: does the answer stay among the K likeliest next tokens? P@K for K = 1 … 100."""
     args = lab.args
     layer, coeff = lab.where(16, 1.0)
-    rows = [row for row in lab.rows("conceptnet.jsonl") if "[MASK]" in row["sentence"]]
+    rows = lab.rows("conceptnet.jsonl", sentence=str, answer=str, source=str)
+    rows = enough([row for row in rows if "[MASK]" in row["sentence"]], 2, "sentences with [MASK]")
     rows = random.Random(args.seed).sample(rows, min(lab.n or len(rows), len(rows)))
     conditions, size = lab.conditions(lab.steer(" weddings", " ", layer, coeff)), 200
 
@@ -303,8 +309,9 @@ PAIRS = [(" weddings", " "), (" love", " hate"), ("Anger", "Calm"),
 def anatomy(lab):
     """Appendices A, E and F: relative norms, attention sinks, random and embedding-only vectors."""
     args, layers = lab.args, range(lab.model.config.n_layer)
-    texts = [row["text"] for row in lab.rows("owt_sentences.jsonl")]
+    texts = [row["text"] for row in lab.rows("owt_sentences.jsonl", text=str)]
     texts = [text for text in texts if len(lab.tokenizer.encode(text)) > 12]
+    enough(texts, lab.n or 58, "sentences of more than 12 tokens")
     texts = random.Random(args.seed).sample(texts, lab.n or 58)
     prompt = "I think you're a very good friend of mine"
     late = min(lab.where(20, 1.0)[0], layers[-1])

@@ -12,9 +12,7 @@ et al. 2024 cut at random).
 """
 
 import argparse
-import json
 import random
-import sys
 from pathlib import Path
 
 import torch
@@ -23,7 +21,10 @@ from tqdm import tqdm
 
 import ministeer
 from ministeer.baselines.classifier import PrefixClassifier
+from ministeer.utils import check_target
 
+from . import rows
+from .lab import faults_in_one_line
 from .prompts import SPLIT, split
 
 LENGTH = 128                    # tokens of a text that are read
@@ -31,38 +32,32 @@ LENGTH = 128                    # tokens of a text that are read
 
 def sentiment(folder):
     """-> texts, labels from 0 to 1"""
-    rows = [row for row in read(folder / "imdb.jsonl", "text", "label", "split") if row["split"] == "train"]
-    check_enough(rows)
-    return [row["text"] for row in rows], [float(row["label"] == "pos") for row in rows]
+    reviews = [row for row in read(folder / "imdb.jsonl", text=str, label=str, split=str)
+               if row["split"] == "train"]
+    check_enough(reviews)
+    return [row["text"] for row in reviews], [float(row["label"] == "pos") for row in reviews]
 
 
 def toxicity(folder):
     """-> texts, labels from 0 to 1: the worse of prompt and continuation (Pei et al. 2023)"""
-    fields = "text", "toxicity", "continuation", "continuation_toxicity"
-    tuning, test, rest = split(read(folder / "rtp_random.jsonl", *fields), SPLIT)
+    fields = {"text": str, "toxicity": float | None, "continuation": str,
+              "continuation_toxicity": float | None}
+    tuning, test, rest = split(read(folder / "rtp_random.jsonl", **fields), SPLIT)
     reserved = {row["text"] for row in [*tuning, *test]}
-    rows = [row for row in [*rest, *read(folder / "rtp_toxic.jsonl", *fields)]
-            if row["text"] not in reserved and all(row[field] is not None for field in fields[1:])]
-    check_enough(rows)
-    labels = [max(row["toxicity"], row["continuation_toxicity"]) for row in rows]
-    return [row["text"] + row["continuation"] for row in rows], labels
+    prompts = [row for row in [*rest, *read(folder / "rtp_toxic.jsonl", **fields)]
+               if row["text"] not in reserved and None not in row.values()]
+    check_enough(prompts)
+    labels = [max(row["toxicity"], row["continuation_toxicity"]) for row in prompts]
+    return [row["text"] + row["continuation"] for row in prompts], labels
 
 
-def read(path, *fields):
-    """The rows of a file of JSON lines. Raises ValueError if one lacks one of these fields."""
-    if not path.is_file():
-        raise ValueError(f"no {path.name} in {path.parent}.")
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    missing = next((field for row in rows for field in fields if field not in row), None)
-    if missing:
-        raise ValueError(f"a row of {path.name} has no {missing!r}; every row needs {', '.join(fields)}.")
-    return rows
+def read(path, **fields):
+    return rows.parse(rows.read(path), path, **fields)
 
 
-def check_enough(rows):
-    if len(rows) < 10:
-        raise ValueError(f"{len(rows)} texts are left to train on; at least 10 are needed, "
+def check_enough(texts):
+    if len(texts) < 10:
+        raise ValueError(f"{len(texts)} texts are left to train on; at least 10 are needed, "
                          "and some hundreds for a useful classifier.")
 
 
@@ -130,14 +125,18 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("results"))
     args = parser.parse_args()
-    try:
-        if args.epochs < 1:
-            raise ValueError(f"--epochs must be 1 or more; given: {args.epochs}.")
-        texts, labels = {"sentiment": sentiment, "toxicity": toxicity}[args.task](args.data)
-        model, tokenizer = ministeer.load(args.model)
-    except (ValueError, OSError) as error:
-        print(f"train_classifier.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    with faults_in_one_line("train_classifier.py"):
+        run(args)
+
+
+def run(args):
+    """Read, train, test on a fifth of the texts, and save."""
+    if args.epochs < 1:
+        raise ValueError(f"--epochs must be 1 or more; given: {args.epochs}.")
+    args.out.mkdir(parents=True, exist_ok=True)
+    target = check_target(args.out / f"{args.task}.safetensors")
+    texts, labels = {"sentiment": sentiment, "toxicity": toxicity}[args.task](args.data)
+    model, tokenizer = ministeer.load(args.model)
     ids = [tokenizer.encode(text)[:LENGTH] for text in texts]
     held_out = sorted(random.Random(args.seed).sample(range(len(ids)), len(ids) // 5))
     kept = sorted(set(range(len(ids))) - set(held_out))
@@ -147,8 +146,7 @@ def main():
     print(f"{args.task}: {len(kept)} texts; of {len(held_out)} held out, "
           "pairs ranked rightly after so many tokens:",
           ", ".join(f"{length}: {share:.0%}" for length, share in shares.items()))
-    args.out.mkdir(parents=True, exist_ok=True)
-    classifier.save(args.out / f"{args.task}.safetensors")
+    classifier.save(target)
 
 
 if __name__ == "__main__":

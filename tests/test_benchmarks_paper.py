@@ -1,14 +1,18 @@
 """Every experiment of benchmarks/paper.py runs from start to end, on a tiny model and a handful of texts."""
 
+import importlib.metadata
 import json
+import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TEXT, UNTRACED, hub_config, hub_model, save_checkpoint, write_rows
+from conftest import ROOT, TEXT, UNTRACED, write_rows
+from safetensors.torch import load_file, save_file
 
-from benchmarks import paper
+from benchmarks import paper, rows, web_judges
 from benchmarks.lab import Lab
 
 N = {"perplexity": 3, "token-shifts": 9, "layer-sweep": 3, "positions": 3, "topics": 2, "toxicity": 4,
@@ -80,7 +84,7 @@ def test_an_experiment_writes_its_results(experiment, tiny_llama, data, tmp_path
     assert "|---|" in text
     assert text in capsys.readouterr().out
     assert (tmp_path / f"{experiment}.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob(".part*"))
+    assert not list(tmp_path.glob(".*part*"))
 
 
 def test_the_command_of_the_docstring_runs(tiny_llama, data, tmp_path):
@@ -113,18 +117,73 @@ def test_a_second_run_takes_its_units_from_the_first(tiny_llama, data, tmp_path,
     assert units[0].stat().st_mtime_ns > stamps[0]
 
 
-def test_other_texts_and_settings_are_other_units(tiny_llama, data, tmp_path):
-    other = write_rows(tmp_path, {"conceptnet": [{"sentence": "The gulls are [MASK].", "answer": "e"}]})
-    model = save_checkpoint(tmp_path / "model", hub_model(hub_config("llama"), seed=1))
+def changed_checkpoint(folder, copy, change):
+    """A copy of the checkpoint in which one thing differs, as late in its file as can be."""
+    shutil.copytree(folder, copy)
+    name = "tokenizer.json" if change == "tokenizer" else "config.json"
+    content = json.loads((copy / name).read_text(encoding="utf-8"))
+    if change == "weights":
+        tensors = load_file(copy / "model.safetensors")
+        tensors["model.layers.3.mlp.down_proj.weight"][-1, -1] += 1
+        save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    elif change == "tokenizer":
+        content["normalizer"] = {"type": "Lowercase"}
+    else:
+        for settings in (content, content.get("rope_parameters", {})):
+            if change in settings:
+                settings[change] *= 2
+    (copy / name).write_text(json.dumps(content), encoding="utf-8")
+    return copy
+
+
+@pytest.mark.parametrize("change", [
+    {"data": "other"}, {"seed": 4}, {"n": 9}, {"experiment": "grid"}, {"dtype": "bfloat16"},
+    {"judge": "words:music"}, "weights", "rms_norm_eps", "rope_theta", "tokenizer", "judge's version",
+    "library's version"])
+def test_whatever_results_depend_on_makes_other_units(tiny_llama, data, tmp_path, monkeypatch, change):
+    write_rows(tmp_path, {"conceptnet": [{"sentence": "The [MASK].", "answer": "e", "source": "x"}]})
 
     def units(**changes):
-        settings = {"experiment": "knowledge", "model": tiny_llama, "data": data, "out": tmp_path, "n": 8,
-                    "seed": 3, "dtype": "float32", "device": "cpu"}
-        return Lab(SimpleNamespace(**{**settings, **changes}), (0, 1)).units
+        lab = Lab(SimpleNamespace(**{
+            "experiment": "knowledge", "model": tiny_llama, "data": data, "out": tmp_path, "n": 8, "seed": 3,
+            "dtype": "float32", "device": "cpu", "judge": "words:art", **changes}), (0, 1))
+        lab.judge("vader")
+        lab.rows("conceptnet.jsonl", sentence=str, answer=str, source=str)
+        return lab.units
 
-    assert units() == units()
-    changes = ({"data": other}, {"model": model}, {"seed": 4}, {"n": 9}, {"experiment": "grid"})
-    assert len({units(), *(units(**change) for change in changes)}) == 6
+    first, changes = units(), change if isinstance(change, dict) else {}
+    assert units() == first
+    if change == "judge's version":
+        monkeypatch.setitem(web_judges.judges.TOPIC_WORDS, "art", frozenset({"fresco"}))
+    elif change == "library's version":
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")
+    elif not changes:
+        changes = {"model": changed_checkpoint(tiny_llama, tmp_path / "model", change)}
+    assert units(**{**changes, **({"data": tmp_path} if "data" in changes else {})}) != first
+
+
+def test_another_model_of_a_judge_is_asked_and_named(tiny_llama, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(web_judges.OpenAI, "score", lambda judge, text: float(judge.model == "B"))
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    scores = {}
+    for model in ("A", "B", "A"):
+        monkeypatch.setenv("OPENAI_MODEL", model)
+        toxicity = arguments("toxicity", tiny_llama, data, tmp_path, "--judge", "openai:art")
+        found, text = run_and_read(monkeypatch, toxicity, tmp_path)
+        assert f"1 if {model} says" in text
+        scores[model] = found["results"]["unsteered"]["each"]
+    assert scores == {"A": [0] * 20, "B": [1] * 20}
+
+
+@pytest.mark.long
+def test_two_runs_into_one_folder_both_finish(tiny_llama, data, tmp_path):
+    command = ["-m", "benchmarks.paper", *arguments("toxicity", tiny_llama, data, tmp_path)]
+    runs = [subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                             env={**UNTRACED, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], errors
+    written = {path.suffix for path in tmp_path.iterdir() if path.is_file()}
+    assert written == {".json", ".md", ".png", ".sqlite"}
 
 
 @pytest.mark.long
@@ -140,16 +199,73 @@ def test_any_number_of_processes_finds_the_same(experiment, tiny_llama, data, tm
 
 
 @pytest.mark.parametrize(("experiment", "change", "message"), [
-    ("knowledge", {"--data": "nothing"}, "no conceptnet.jsonl in"),
+    ("knowledge", {"--data": "nothing"}, "no file conceptnet.jsonl in nothing"),
     ("knowledge", {"--model": "nothing"}, "nothing"),
+    ("knowledge", {"--model": "\x1b[31m"}, "no model '\\x1b[31m' here"),
+    ("knowledge", {"--data": "pipes"}, "no file conceptnet.jsonl in pipes"),
+    ("knowledge", {"--out": "pipes"}, "pipes/knowledge.md' cannot be written: it is a device, a pipe"),
+    ("knowledge", {"--data": "bad"}, "conceptnet.jsonl, line 2: it has no 'answer'."),
+    ("anatomy", {"--data": "few"}, "--data has 1 sentences of more than 12 tokens; at least 3 are needed."),
     ("grid", {"--judge": "nobody"}, "there is no judge 'nobody'"),
     ("anatomy", {"--n": "1"}, "--n takes 2 or more"),
 ])
 def test_a_fault_is_one_line(experiment, change, message, tiny_llama, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for folder in ("pipes", "bad", "few"):
+        (tmp_path / folder).mkdir()
+    for name in ("conceptnet.jsonl", "knowledge.md"):
+        os.mkfifo(tmp_path / "pipes" / name)
+    row = {"sentence": "", "answer": "", "source": ""}
+    write_rows(tmp_path / "few", {"owt_sentences": [{"text": TEXT[0]}, {"text": ""}]})
+    write_rows(tmp_path / "bad", {"conceptnet": [row, {"sentence": ""}]})
     changed = [part for pair in change.items() for part in pair]
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, paper, [*arguments(experiment, tiny_llama, data, tmp_path / "out"), *changed])
     assert end.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last
+    assert last.isprintable()
+
+
+GOOD = {"text": "naïve", "toxicity": 1, "more": [0]}
+FIELDS = {"text": str, "toxicity": float | None}
+
+
+@pytest.mark.parametrize(("line", "fault"), [
+    (b"not JSON", "Expecting value"), (b'{"text": "cut', "Unterminated string"),
+    (b"\xff\xfe", "can't decode byte"),
+    (b"[" * 100_000, "recursion"), (b"[]", "it is no object but a list"), (b"null", "it is no object but a"),
+    (b'{"text": "x"}', "it has no 'toxicity'"), (b'{"toxicity": 1}', "it has no 'text'"),
+    (b"{}" * 2 ** 20, "it has 2097152 bytes, and at most 1048576 are read"),
+    *((json.dumps({**GOOD, "text": value}).encode(), f"its 'text' is {json.dumps(value)}.")
+      for value in (None, 1, ["x"], {})),
+    *((json.dumps({**GOOD, "toxicity": value}).encode(), "its 'toxicity' is ")
+      for value in ("0.5", True, [], -0.1, 2, 10 ** 400, float("nan"), float("inf"))),
+    (b'{"text": "\\ud800", "toxicity": 0}', "surrogates not allowed"),
+    (json.dumps({**GOOD, "text": 5}).replace("5", "9" * 5000).encode(), "Exceeds the limit"),
+])
+def test_a_bad_line_is_named(line, fault):
+    data = b"\n".join([json.dumps(GOOD).encode(), b"", line])
+    with pytest.raises(ValueError, match="line 3: ") as error:
+        rows.parse(data, "folder/x.jsonl", **FIELDS)
+    message = str(error.value)
+    assert message.startswith("folder/x.jsonl, line 3: ")
+    assert fault in message
+    assert message.endswith("Every line is a JSON object with text (a string), "
+                            "toxicity (a number from 0 to 1, or null).")
+    assert message.isprintable()
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n \n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lines_may_end_and_begin_in_other_ways(mark, end):
+    data = mark + json.dumps(GOOD, ensure_ascii=False).encode() + end
+    assert rows.parse(data + data[len(mark):], "x.jsonl", **FIELDS) == [
+        {"text": "naïve", "toxicity": 1}] * 2
+
+
+def test_a_text_that_is_not_in_utf8_is_named():
+    assert rows.parse("naïve\n".encode(), "x.txt") == "naïve\n"
+    with pytest.raises(ValueError, match=r"x\.txt is not a text in UTF-8"):
+        rows.parse(b"na\xefve", "x.txt")

@@ -13,8 +13,10 @@ from test_benchmarks_paper import run, run_process
 import ministeer
 from benchmarks import rivals, train_classifier
 from benchmarks.prompts import TEST, TUNING, split
+from ministeer.baselines import logits
 from ministeer.baselines.classifier import PrefixClassifier
 from ministeer.baselines.logits import NEGATIVE, POSITIVE, TOXIC
+from ministeer.steering import random_like
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_the_split_leaves_out_short_prompts_and_reserves_the_same_for_a_seed():
 
 def lab_of(rows, **args):
     args = SimpleNamespace(**{"seed": 0, "n": 100, "tuning": 50, **args})
-    return SimpleNamespace(rows=lambda file: rows, args=args)
+    return SimpleNamespace(rows=lambda file, **fields: rows, args=args)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -113,6 +115,20 @@ def test_every_method_aims_the_same_way(task, sign, toward, base, away):
             assert method.branches[0].prefix == base
 
 
+@pytest.mark.parametrize("repeats", [1, 2, 5, 7])
+def test_each_repeat_of_the_control_has_a_random_vector_of_its_own(tiny, repeats):
+    """And the draws that the other methods use for that repeat."""
+    model, tokenizer = tiny
+    steer = 3 * ministeer.steering_vector(model, tokenizer, "I love", "We", 1)
+    vectors = [random_like(steer, seed) for seed in range(rivals.VECTORS)]
+    settings, prompts = {**rivals.SAMPLING, "seed": 4}, TEXT[1:3]
+    together = ministeer.generate(model, tokenizer, prompts, repeats, 6,
+                                  rivals.by_repeat(vectors, 2, repeats), **settings)
+    alone = [logits.generate(model, tokenizer, prompts, logits.act_add(vector), repeats, 6, **settings)
+             for vector in vectors]
+    assert together == [[alone[k % rivals.VECTORS][i][k] for k in range(repeats)] for i in range(2)]
+
+
 @pytest.mark.parametrize(("limit", "chosen"), [(4, None), (5, "1"), (6, "2"), (7, "3")])
 def test_the_rule_chooses_the_best_score_that_is_fluent_enough(limit, chosen):
     searched = {("A", cell): {"score": score, "disfluency": (disfluency, ())}
@@ -126,6 +142,7 @@ def test_scores_are_averaged_by_prompt():
     assert summary["by prompt"] == [0, -1]
     assert summary["reached"] == [0.5, 1]               # below 0 is what is wanted here
     assert summary["score"] == 0.5
+    assert summary["by repeat"] == [0, -1]
     assert summary["disfluency"][0] == pytest.approx(math.e ** 2)
 
 
@@ -155,6 +172,8 @@ def test_the_comparison_runs_and_goes_on_where_it_was(trained, tiny_llama, data,
                 "ActAdd, random", "ActAdd + LMA"]
     assert rows == [name for name in expected if found["chosen"].get(name) is not None]
     assert ("ActAdd + LMA minus LMA: " in first) == ("ActAdd + LMA" in rows)
+    control = "random: 2 vectors, continuation k of each prompt under vector k mod 5. Their mean scores: "
+    assert (control in first) == ("ActAdd, random" in rows)
     assert not any("random" in key for key in found["tuning"])      # a control, not one more cell to choose
     assert len([key for key in found["tuning"] if key.startswith("LMA|")]) == 6
     assert len(found["test"]["ActAdd"]["by prompt"]) == 3
@@ -169,7 +188,7 @@ def test_the_comparison_runs_and_goes_on_where_it_was(trained, tiny_llama, data,
     (rivals, ["toxicity", "--data", "{data}", "--out", "{tmp}"], "train_classifier` makes one"),
     (rivals, ["toxicity", "--data", "{data}", "--repeats", "0"], "--repeats must be 1 or more; given: 0"),
     (rivals, ["toxicity", "--data", "{data}", "--judge", "perspective"], "cannot judge FUDGE"),
-    (train_classifier, ["sentiment", "--data", "{tmp}"], "no imdb.jsonl"),
+    (train_classifier, ["sentiment", "--data", "{tmp}"], "no file imdb.jsonl in"),
     (train_classifier, ["sentiment", "--data", "{tmp}", "--epochs", "0"], "--epochs must be 1 or more"),
 ])
 def test_a_fault_is_one_line(module, arguments, message, data, tmp_path, monkeypatch, capsys):

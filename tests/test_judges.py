@@ -1,5 +1,6 @@
 """Judges that need no web: known answers, and transformers' own for checkpoints."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ import warnings
 import pytest
 import torch
 from conftest import ROOT, TEXT, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 
 from ministeer.evaluation.judges import NAMES, TOPIC_WORDS, WEDDING_WORDS, JudgeError, count_words, judge
 
@@ -196,9 +198,12 @@ def test_a_checkpoint_in_half_precision_scores_in_float32(tmp_path, bert):
 
 def test_a_repository_is_loaded_by_its_name_without_code_of_its_own(bert, monkeypatch):
     import transformers
-    for kind in (transformers.AutoTokenizer, transformers.AutoModelForSequenceClassification):
-        def from_pretrained(name, real=kind.from_pretrained, **settings):
-            assert (name, settings["trust_remote_code"]) == ("owner/model-1.0", False)
+    model = transformers.AutoModelForSequenceClassification
+    for kind in (transformers.AutoConfig, transformers.AutoTokenizer, model):
+        def from_pretrained(place, kind=kind, real=kind.from_pretrained, **settings):
+            if place != bert:               # else one of them asks another
+                assert (place, settings["trust_remote_code"]) == ("owner/model-1.0", False)
+                assert settings.get("use_safetensors", kind is not model)
             return real(bert, **settings)
         monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
     made = judge("hub:owner/model-1.0:neutral")
@@ -220,23 +225,85 @@ def test_rejects_an_unknown_label(bert):
         judge(f"hub:{bert}:happy")
 
 
-@pytest.mark.parametrize(("fault", "message"), [
-    ("headless", "is not a text classifier: it has no weights for classifier.bias, classifier.weight."),
-    ("regression", "not the probability of a label"),
-    ("empty", "empty cannot be loaded as a text classifier: "),
-    ("broken", "broken cannot be loaded as a text classifier: "),
+class Bomb:
+    """What a pickle can do: run a command when it is opened."""
+
+    def __reduce__(self):
+        return os.mkdir, ("opened",)
+
+
+def only_a_pickle(folder, name="pytorch_model.bin", **settings):
+    """A checkpoint whose weights are a pickle, with these settings in its config.json."""
+    save(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(Bomb(), folder / name)
+    edit_json(folder / "config.json", **settings)
+
+
+def edit_json(path, **settings):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **settings}), encoding="utf-8")
+
+
+def broken(folder):
+    save(folder)
+    for path in folder.iterdir():
+        if path.suffix != ".json":
+            path.write_bytes(b"<html>404</html>")
+
+
+def with_code(folder, file="config.json", auto="AutoConfig"):
+    """A checkpoint that wants a class of its own, from a file beside it."""
+    save(folder)
+    (folder / "own.py").write_text("import os; os.mkdir('opened')\nclass Own: pass\n")
+    edit_json(folder / file, model_type="own", tokenizer_class="Own", auto_map={auto: "own.Own"})
+
+
+def not_a_number(folder):
+    model = save(folder)
+    tensors = load_file(model / "model.safetensors")
+    tensors["classifier.weight"][:] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda folder: save(folder, head="Model"),
+     "is not a text classifier: it has no weights for classifier.bias, classifier.weight."),
+    (lambda folder: save(folder, problem_type="regression"), "not the probability of a label"),
+    (os.listdir, "model cannot be loaded as a text classifier: "),
+    (broken, "model cannot be loaded as a text classifier: "),
+    (only_a_pickle, "it has no model.safetensors, and a pickle (.bin, .pt) is not opened"),
+    (lambda folder: only_a_pickle(folder, "adapter_model.bin", transformers_weights="adapter_model.bin"),
+     "it has no model.safetensors, and a pickle (.bin, .pt) is not opened"),
+    (with_code, "cannot be loaded as a text classifier"),
+    (not_a_number, "is not a number. Are the checkpoint's weights damaged?"),
 ])
-def test_rejects_anything_but_a_text_classifier(tmp_path, bert, fault, message):
-    folder = tmp_path / fault
+def test_rejects_anything_but_a_text_classifier(tmp_path, monkeypatch, make, message):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
     folder.mkdir()
-    if fault == "headless":
-        save(folder, head="Model")
-    elif fault == "regression":
-        save(folder, problem_type="regression")
-    elif fault == "broken":
-        for path in bert.iterdir():
-            content = path.read_bytes() if path.suffix == ".json" else b"<html>404</html>"
-            (folder / path.name).write_bytes(content)
+    make(folder)
     with pytest.raises(JudgeError, match=re.escape(message)) as error:
-        judge(f"hub:{folder}")
+        judge(f"hub:{folder}")(["x"])
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "opened").exists()       # nothing of the checkpoint has run
+
+
+def test_a_tokenizer_runs_no_code_of_its_own(tmp_path, monkeypatch, bert):
+    monkeypatch.chdir(tmp_path)
+    with_code(tmp_path, "tokenizer_config.json", "AutoTokenizer")
+    assert judge(f"hub:{tmp_path}")(TEXT) == judge(f"hub:{bert}")(TEXT)     # by tokenizer.json alone
+    assert not (tmp_path / "opened").exists()
+
+
+def test_config_json_does_not_choose_how_attention_is_computed(tmp_path, bert):
+    save(tmp_path)
+    edit_json(tmp_path / "config.json", attn_implementation="owner/kernels")        # code from the Hub
+    assert judge(f"hub:{tmp_path}")(TEXT) == judge(f"hub:{bert}")(TEXT)
+
+
+def test_labels_from_a_file_are_printable(tmp_path):
+    save(tmp_path, labels=("\x1b[31m", "b"))
+    with pytest.raises(ValueError, match="Possible: ·") as error:
+        judge(f"hub:{tmp_path}:c")
+    assert str(error.value).isprintable()

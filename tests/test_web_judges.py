@@ -1,18 +1,23 @@
 """Judges on the web, against a local server that answers well, badly or not at all. The score cache."""
 
+import base64
 import contextlib
+import html
 import http.server
+import importlib.metadata
 import itertools
 import json
 import math
 import os
 import random
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from email.utils import formatdate
 from types import SimpleNamespace
 
@@ -24,7 +29,7 @@ from benchmarks import web_judges
 from benchmarks.web_judges import judge
 from ministeer.evaluation.judges import NAMES, TOPIC_WORDS, JudgeError
 
-KEY = "AIza-not_a/real+key=42"
+KEY = 'AIza-"not\\a/real<key>&+%41=42'
 PERSPECTIVE, OPENAI = "perspective", "openai:the sea"
 KEYS = {PERSPECTIVE: "PERSPECTIVE_API_KEY", OPENAI: "OPENAI_API_KEY"}
 URLS = {PERSPECTIVE: "PERSPECTIVE_URL", OPENAI: "OPENAI_BASE_URL"}
@@ -132,6 +137,26 @@ def chat(content):
             "choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}
 
 
+ENCODINGS = {
+    "plain": str, "json": json.dumps, "json twice": lambda key: json.dumps(json.dumps(key)), "repr": repr,
+    "url": lambda key: urllib.parse.quote(key, safe=""), "html": html.escape, "upper case": str.upper,
+    "percent": lambda key: "".join(f"%{ord(c):02X}" for c in key),
+    "percent twice": lambda key: "".join(f"%25{ord(c):02x}" for c in key),
+    "numbers": lambda key: "".join(f"&#{ord(c)};" for c in key),
+    "octal": lambda key: "".join(f"\\{ord(c):03o}" for c in key),
+    "escapes": lambda key: "".join(f"\\x{ord(c):02x}\\u{ord(c):04x}"[i % 2 * 4:][:6 if i % 2 else 4]
+                                   for i, c in enumerate(key)),
+    "base64": lambda key: base64.b64encode(key.encode()).decode(),
+    "base64 of two": lambda key: base64.urlsafe_b64encode(b"me:" + key.encode() + b"!").decode(),
+    "base64, shifted": lambda key: base64.b64encode(b"us" + key.encode()).decode(),
+    "hexadecimal": lambda key: key.encode().hex(":"), "spaced": " ".join,
+    "first half": lambda key: key[:16], "second half": lambda key: key[-16:]}
+
+
+def shows_key(text):
+    return any(encode(KEY) in text for encode in ENCODINGS.values())
+
+
 def fault_of(kind, function, *args):
     """The message of the error that the call raises: one line, with the key nowhere in it or its causes."""
     with pytest.raises(kind) as fault:
@@ -139,7 +164,7 @@ def fault_of(kind, function, *args):
     error, message = fault.value, str(fault.value)
     assert "\n" not in message
     while error:
-        assert KEY not in str(error) + repr(error) + repr(vars(error))
+        assert not shows_key(str(error) + repr(error) + repr(vars(error)))
         error = error.__cause__ or error.__context__
     return message
 
@@ -251,7 +276,8 @@ LANGUAGES = "Attribute TOXICITY does not support request languages:"
           ("COMMENT_TOO_LONG", "Comment text too long"))),
     *((OPENAI, (200, chat(reply)), "said neither yes nor no, but '.*'.")
       for reply in ("", "Maybe.", "Yes and no.", "yes/no", "It is about no topic.", "Not really", "Yesterday",
-                    "𝐲𝐞𝐬", f"my key is {KEY}")),
+                    "𝐲𝐞𝐬")),
+    (OPENAI, (200, chat(f"my key is {KEY}")), r"said neither yes nor no, but \*\*\*."),
 ])
 def test_a_text_without_a_score_is_nan_with_a_warning(web, tmp_path, name, answer, reason):
     good, score = GOOD[name]
@@ -259,7 +285,7 @@ def test_a_text_without_a_score_is_nan_with_a_warning(web, tmp_path, name, answe
     warning = rf"{name}: 127.0.0.1:\d+ {reason} So the score of '日本語' is NaN"
     with pytest.warns(UserWarning, match=warning) as caught:
         first, second = ask(name, "日本語", "x", cache=tmp_path)
-    assert KEY not in str(caught[0].message)
+    assert not shows_key(str(caught[0].message))
     assert math.isnan(first)
     assert second == score
     assert ask(name, "日本語", "x", cache=tmp_path) == [score, score]
@@ -297,8 +323,8 @@ NOT_JSON = (b"", b"<html>Please log in</html>", b'{"attributeScores": {"TOX', b"
     (PERSPECTIVE, (404, refusal(None, "X")), "answered with status 404: it gives no reason"),
     (PERSPECTIVE, (400, refusal("API key not valid. Please pass a valid API key.", "X")),
      r"answered with status 400: API key not valid\. Please pass a valid API key"),
-    (PERSPECTIVE, (403, refusal(f"Requests with the key {KEY} are blocked.\nSee\x1b[31m there", "X")),
-     r"answered with status 403: Requests with the key \*\*\* are blocked\. See \[31m there"),
+    (PERSPECTIVE, (403, refusal("Requests from here are blocked.\nSee\x1b[31m there", "X")),
+     r"answered with status 403: Requests from here are blocked\. See·\[31m there"),
     *((name, (401, refusal(f"Incorrect API key provided: {KEY}")),
        f"answered with status 401: it refuses the key in {KEYS[name]}") for name in KEYS),
     *((name, elsewhere(status), f"answered with status {status}: redirects are not followed")
@@ -311,30 +337,26 @@ def test_an_answer_without_a_score_is_an_error_at_once(web, name, answer, messag
     assert len(web.log) == 1
 
 
+@pytest.mark.parametrize("encode", ENCODINGS.values(), ids=ENCODINGS)
+def test_the_key_is_not_shown_however_it_is_encoded(web, monkeypatch, encode):
+    """Not from an answer's body, its status line, its headers, or what is no HTTP at all."""
+    def raw(line):
+        return lambda request: request.wfile.write(line.encode("latin-1") + b"\r\n\r\n")
+    monkeypatch.setattr(web_judges, "TRIES", 1)
+    secret = encode(KEY)
+    for answer in ((403, refusal(f"{'x ' * 80}{secret}")), raw(f"HTTP/1.1 403 {secret}"), raw(secret),
+                   raw(f"HTTP/1.1 {secret}"), (500, b"", {"X": secret, "Retry-After": secret})):
+        web.answers = [answer]
+        assert secret[:10] not in fault_of(JudgeError, ask, PERSPECTIVE, "x")
+    web.answers = [(200, chat(secret))]
+    with pytest.warns(UserWarning, match=r"but \*\*\*\. So the score of 'x' is NaN"):
+        ask(OPENAI, "x")
+
+
 # Trying again, and how often
 
 def hang_up(request):
     pass
-
-
-def silent_after(sent):
-    def silent(request):
-        request.wfile.write(sent)
-        request.wfile.flush()
-        request.web.released.wait(30)
-    return silent
-
-
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n"
-SILENT = [silent_after(sent) for sent in (b"", HEAD, HEAD + b"\r\n{")]
-
-
-def slow(request):
-    """Each byte comes in time, but not all of them."""
-    request.send_response(200)
-    request.end_headers()
-    while not request.web.released.wait(0.02):
-        request.wfile.write(b" ")
 
 
 def in_fifty_seconds(request):
@@ -348,18 +370,12 @@ def in_fifty_seconds(request):
         ("9" * 5000, (1, 2)), (formatdate(0, usegmt=True), (1, 2)),
         ("Mon, 32 Foo 99999 00:00:00 GMT", (1, 2)))),
     ([in_fifty_seconds], [(40, 51)]),
-    *(([answer], [(1, 2)]) for answer in (hang_up, *SILENT)),
+    ([hang_up], [(1, 2)]),
 ])
 @pytest.mark.parametrize("name", GOOD)
-def test_asks_again_after_growing_waits(web, clock, monkeypatch, answers, waits, name):
-    def first(request):
-        web_judges.TIMEOUT = 60         # for the next question, which a busy machine may answer late
-        answers[0](request)
+def test_asks_again_after_growing_waits(web, clock, answers, waits, name):
     good, score = GOOD[name]
     web.answers = [*answers, (200, good)]
-    if answers[0] in SILENT:
-        monkeypatch.setattr(web_judges, "TIMEOUT", 0.5)
-        web.answers[0] = first
     random.seed(7)
     state = random.getstate()
     assert ask(name, "x") == [score]
@@ -372,29 +388,59 @@ def test_asks_again_after_growing_waits(web, clock, monkeypatch, answers, waits,
     assert all(question == web.log[0][-1] for *_, question in web.log)
 
 
-@pytest.mark.parametrize(("answer", "allowed", "tries", "last"), [
-    ((502, b""), 6, 6, "status 502"), (slow, 1, 1, "its answer came too slowly"),
-    ((429, b"", {"Retry-After": "86400"}), 6, 1, "status 429, try again after 86400 s"),
-    *((answer, 2, 2, ".*") for answer in (hang_up, *SILENT)),
+@pytest.mark.parametrize(("answer", "tries", "last"), [
+    ((502, b""), 6, "status 502"),
+    ((429, b"", {"Retry-After": "86400"}), 1, "status 429, try again after 86400 s"),
+    (hang_up, 6, "RemoteDisconnected: .*"),
 ])
-def test_gives_up_and_keeps_the_scores(web, clock, monkeypatch, tmp_path, answer, allowed, tries, last):
-    def first(request):
-        web_judges.TIMEOUT = 0.5 if answer in (*SILENT, slow) else 60       # from the next question on
-        request.reply(200, toxicity(0.5))
-    if answer is slow:
-        monkeypatch.setattr(clock, "monotonic", time.monotonic)
-    monkeypatch.setattr(web_judges, "TIMEOUT", 60)
-    monkeypatch.setattr(web_judges, "TRIES", allowed)
-    web.answers = [first, answer]
+def test_gives_up_and_keeps_the_scores(web, clock, tmp_path, answer, tries, last):
+    web.answers = [(200, toxicity(0.5)), answer]
     message = fault_of(JudgeError, judge(PERSPECTIVE, tmp_path), ["a", "b"])
     assert re.fullmatch(rf"perspective: 127.0.0.1:\d+ gave no answer \(tries: {tries}; the last: {last}\)\. "
                         "Try again later; the scores so far are in the cache, if you gave one.", message)
-    assert web.texts == ["a"] + ["b"] * tries or answer in SILENT       # the server may notice it too late
+    assert web.texts == ["a"] + ["b"] * tries
     assert sum(clock.sleeps) <= 2 ** tries + tries
-    web_judges.TIMEOUT, web.answers = 60, [(200, toxicity(0.25))]
+    web.answers = [(200, toxicity(0.25))]
     assert ask(PERSPECTIVE, "a", "b", cache=tmp_path) == [0.5, 0.25]
     assert web.texts.count("a") == 1
     assert web.texts[-1] == "b"
+
+
+HEAD, CHUNKED = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(("sent", "then"), [
+    (b"", b""), (HEAD, b""), (HEAD + b"Content-Length: 99\r\n\r\n{", b""),           # silence
+    (b"", b"H"), (HEAD + b"X: ", b"y"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (HEAD + b"\r\n", b" "),
+    (CHUNKED, b"0"), (CHUNKED, b"1\r\n \r\n"), (CHUNKED + b"0\r\n", b"X: y\r\n"),
+    ("TLS", b""), ("TLS", b"\x16\x03"), ("DNS", b"")])
+def test_a_try_ends_at_its_deadline_whatever_the_server_does(web, monkeypatch, sent, then):
+    def late(request):
+        request.wfile.write(sent)
+        while not request.web.released.wait(0.02):
+            request.wfile.write(then)
+
+    def slow_handshake(connection, _):
+        with contextlib.suppress(OSError):
+            while not web.released.wait(0.02):
+                connection.sendall(then)
+    web.answers = [late]
+    if sent == "TLS":
+        monkeypatch.setenv("PERSPECTIVE_URL", web.url.replace("http:", "https:"))
+        monkeypatch.setattr(web.server, "finish_request", slow_handshake)
+    if sent == "DNS":
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: web.released.wait(30))
+    monkeypatch.setattr(web_judges, "TIMEOUT", 0.4)
+    monkeypatch.setattr(web_judges, "TRIES", 2)
+    start = time.monotonic()
+    assert "gave no answer (tries: 2; " in fault_of(JudgeError, ask, PERSPECTIVE, "x")
+    assert time.monotonic() - start < 3
+    if sent == "DNS":
+        web.released.set()
+    for thread in threading.enumerate():
+        if thread.name == "judge":
+            thread.join(3)              # no thread goes on reading what the server still sends
+            assert not thread.is_alive()
 
 
 # Python raises an error of another kind for each.
@@ -491,24 +537,54 @@ def test_judges_share_a_cache_and_not_their_scores(tmp_path):
     assert len(scores_in(tmp_path)) == 4 * len(texts)
 
 
-def test_another_list_of_words_is_another_judge(tmp_path, monkeypatch):
+def test_another_version_of_a_judge_is_another_judge(tmp_path, monkeypatch):
     assert ask("words:art", "fresco", cache=tmp_path) == [0]
     monkeypatch.setitem(TOPIC_WORDS, "art", TOPIC_WORDS["art"] | {"fresco"})
     assert ask("words:art", "fresco", cache=tmp_path) == [1]
+    old = {name: judge(name).version for name in ("vader", "profanity")}
+    assert old["profanity"] == "alt-profanity-check {} scikit-learn {}".format(
+        *map(importlib.metadata.version, ("alt-profanity-check", "scikit-learn")))
+    for package, name in (("vaderSentiment", "vader"), ("scikit-learn", "profanity")):
+        real = importlib.metadata.version
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.metadata, "version",
+                          lambda asked, package=package, real=real: "0" if asked == package else real(asked))
+            assert judge(name).version != old[name]
 
 
-def test_another_checkpoint_in_the_same_folder_is_another_judge(tmp_path):
-    folder, cache = tmp_path / "model", tmp_path / "cache"
-    old, new = [judge(f"hub:{save(folder, seed=seed)}", cache)(TEXT) for seed in (0, 1)]
-    assert not set(old) & set(new)
-    again = judge(f"hub:{save(folder, seed=0)}", cache)
+@pytest.mark.parametrize("changed", ["weights", "config.json", "tokenizer.json"])
+def test_another_checkpoint_in_the_same_folder_is_another_judge(tmp_path, changed):
+    folder, cache = save(tmp_path / "model"), tmp_path / "cache"
+    old, version = judge(f"hub:{folder}", cache)(TEXT), judge(f"hub:{folder}").version
+    assert judge(f"hub:{folder}").version == version
+    if changed == "weights":
+        save(folder, seed=1)
+    else:
+        path, settings = folder / changed, {"layer_norm_eps": 0.5, "normalizer": {"type": "Lowercase"}}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(content | {key: settings[key] for key in settings if key in content}))
+    new = judge(f"hub:{folder}", cache)
+    assert new.version != version
+    assert new(TEXT) != old
+    save(folder)
+    again = judge(f"hub:{folder}", cache)
     again.scorer = SimpleNamespace(batch=1)
     assert again(TEXT) == old
 
 
+@pytest.mark.parametrize("poison", [None, "text", "0.5x", b"x", 99, -0.1, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["words:art", "vader"])
+def test_what_is_no_score_in_the_cache_is_judged_again(tmp_path, name, poison):
+    good = ask(name, "I love art", cache=tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "judges.sqlite")) as file, file:
+        file.execute("UPDATE scores SET score = ?", [-7 if poison == -0.1 else poison])
+    assert ask(name, "I love art", cache=tmp_path) == good
+    assert scores_in(tmp_path) == good          # and mended
+
+
 def test_two_processes_may_use_a_cache_at_once(tmp_path):
     """Both write each score by itself, from the moment on that there is a cache to make."""
-    code = ("import sys; from benchmarks import web_judges; web_judges.Words.batch = 1; "
+    code = ("import sys; from benchmarks import web_judges; web_judges.judges.Words.batch = 1; "
             "sys.stdin.readline(); made = web_judges.judge('words:art', sys.argv[1]); "
             "print(sum(made([f'{\"art\" * (i % 2)} {i}' for i in range(50)])))")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -567,6 +643,9 @@ def test_reports_a_cache_that_gets_damaged_or_is_something_else(tmp_path):
     with contextlib.closing(sqlite3.connect(path)) as file, file:
         file.execute("CREATE TABLE scores (x)")
     assert "no such column" in fault_of(JudgeError, made, ["text 1"])
+    path.unlink()
+    os.mkfifo(path)
+    assert "it is not a file" in fault_of(JudgeError, made, ["text 1"])
     (tmp_path / "file").write_text("x")
     message = fault_of(JudgeError, judge, "vader", tmp_path / "file")
     assert f"the cache {tmp_path / 'file' / 'judges.sqlite'} cannot be used: " in message

@@ -4,10 +4,16 @@ Read first: measure.py. Turner et al., sections 4.1 (topic words), 4.3 (toxicity
 here asks the web. vader, profanity and hub need an extra: pip install "ministeer[judges]".
 """
 
+import functools
+import hashlib
 import importlib
+import importlib.metadata
+import json
 import os
 import re
+import tempfile
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from ..utils import printable
 
@@ -63,11 +69,16 @@ class Judge:
     """Scores each different text once, batch after batch.
 
     name: as given to `judge`. meaning: what the number means, its unit and range, in one line
-    scorer: list of texts -> list of floats; its attributes are `meaning` and `batch`, the most texts per call
+    scorer: list of texts -> list of floats. Its attributes: `meaning`; `batch`, the most texts per call;
+        `range`, the lowest and highest score; `version`, what its scores depend on besides the texts
     """
 
     def __init__(self, name: str, scorer):
         self.name, self.meaning, self.scorer = name, scorer.meaning, scorer
+
+    @property
+    def version(self) -> str:
+        return self.scorer.version
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
         """texts: a list of strings -> their scores in the same order; NaN, with a warning, for no score.
@@ -91,10 +102,11 @@ class Judge:
 
 class Words:
     """1 if the text has a word of the topic, else 0: the paper's measure of section 4.1."""
-    batch = 256
+    batch, range = 256, (0, 1)
 
     def __init__(self, topic: str):
         self.words = TOPIC_WORDS[topic]
+        self.version = " ".join(sorted(self.words))
         self.meaning = f"1 if the text has a word about {topic}, else 0"
 
     def __call__(self, texts: list[str]) -> list[float]:
@@ -103,21 +115,24 @@ class Words:
 
 class Vader:
     """The compound score of VADER, a lexicon and rules for sentiment (Hutto and Gilbert, 2014)."""
-    batch, meaning = 256, "VADER's compound score, from -1 (negative) to 1 (positive)"
+    batch, range, meaning = 256, (-1, 1), "VADER's compound score, from -1 (negative) to 1 (positive)"
 
     def __init__(self):
         self.analyzer = _import("vaderSentiment.vaderSentiment").SentimentIntensityAnalyzer()
+        self.version = _version("vaderSentiment")
 
     def __call__(self, texts: list[str]) -> list[float]:
         return [float(self.analyzer.polarity_scores(text)["compound"]) for text in texts]
 
 
 class Profanity:
-    """p(offensive) by alt-profanity-check, a linear classifier of words. Its version fixes scikit-learn's."""
-    batch, meaning = 256, "the probability, from 0 to 1, that the text is offensive, by alt-profanity-check"
+    """p(offensive) by alt-profanity-check, a linear classifier of words."""
+    batch, range = 256, (0, 1)
+    meaning = "the probability, from 0 to 1, that the text is offensive, by alt-profanity-check"
 
     def __init__(self):
         self.predict = _import("profanity_check").predict_prob
+        self.version = _version("alt-profanity-check", "scikit-learn")
 
     def __call__(self, texts: list[str]) -> list[float]:
         return self.predict(texts).tolist()
@@ -129,8 +144,10 @@ class Hub:
     place: OWNER/REPO on the Hub, or a FOLDER; either may end in :LABEL. The paper's judge of sentiment
         (section 4.4) is cardiffnlp/twitter-roberta-base-sentiment-latest, with the labels negative, neutral
         and positive.
+    No code of the checkpoint runs: weights are read from safetensors alone, never from a pickle.
     Raises ValueError for an unknown place or label, JudgeError for anything but a text classifier.
     """
+    range = 0, 1
 
     def __init__(self, place: str):
         transformers = _import("transformers")
@@ -141,11 +158,19 @@ class Hub:
             raise ValueError(f"hub:{given}: {place!r} is neither an existing folder nor OWNER/REPO "
                              "on the Hub.")
         try:
+            config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+            config.transformers_weights = None      # Trap: it can name a pickle, use_safetensors or not
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            # Trap: without attn_implementation, config.json may name one that is fetched from the Hub: code.
             self.model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                place, trust_remote_code=False, output_loading_info=True)
+                place, config=config, trust_remote_code=False, use_safetensors=True,
+                attn_implementation="eager", output_loading_info=True)
         except Exception as error:      # OSError, ValueError, and whatever else a broken file can lead to
-            raise JudgeError(f"{place} cannot be loaded as a text classifier: {one_line(error)}.") from None
+            reason = one_line(error)
+            if "file named model.safetensors" in reason:
+                reason = ("it has no model.safetensors, and a pickle (.bin, .pt) is not opened, because it "
+                          "can run code. If you trust it, save it again with save_pretrained")
+            raise JudgeError(f"{place} cannot be loaded as a text classifier: {reason}.") from None
         config = self.model.float().eval().config
         if report["missing_keys"]:      # transformers has filled these with random numbers
             missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -155,13 +180,26 @@ class Hub:
                              "not the probability of a label.")
         labels = [str(name) for _, name in sorted(config.id2label.items())]
         if label and label not in labels:
-            raise ValueError(f"{place} has no label {label!r}. Possible: {', '.join(labels)}.")
+            raise ValueError(f"{place} has no label {label!r}. "
+                             f"Possible: {one_line(', '.join(labels))}.")
         self.index = labels.index(label) if label else len(labels) - 1
         self.sigmoid = config.problem_type == "multi_label_classification" or len(labels) == 1
         self.context = self._context()
         can_pad = config.pad_token_id is not None and self.tokenizer.pad_token is not None
         self.batch = 32 if can_pad else 1
         self.meaning = f"the probability, from 0 to 1, of the label {labels[self.index]!r}, by {place}"
+
+    @functools.cached_property
+    def version(self) -> str:
+        """A digest of the weights, the configuration and the tokenizer: all may change in the same folder."""
+        settings = [self.index, self.context, self.model.config.to_dict(), _version("transformers")]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, p in self.model.state_dict().items():
+            digest.update(name.encode() + p.flatten().numpy().tobytes())
+        with tempfile.TemporaryDirectory() as folder:
+            for path in sorted(map(Path, self.tokenizer.save_pretrained(folder))):
+                digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
 
     def _context(self):
         """How many tokens the model can read, or None where nothing says so."""
@@ -180,6 +218,8 @@ class Hub:
         with torch.inference_mode():
             logits = self.model(**inputs).logits
         p = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+        if not p.isfinite().all():
+            raise JudgeError(f"{self.meaning}: it is not a number. Are the checkpoint's weights damaged?")
         return p[:, self.index].tolist()
 
 
@@ -194,3 +234,7 @@ def _import(module):
     except ImportError as error:
         raise ValueError(f'{error.name or module} is not installed. '
                          'Run: pip install -e ".[judges]"') from None
+
+
+def _version(*packages):
+    return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
