@@ -6,7 +6,7 @@ Read next: lab.py, train_classifier.py and bos.py, which read their --data here.
 import json
 from pathlib import Path
 
-from ministeer.evaluation.judges import one_line
+from ministeer.utils import one_line
 
 LONGEST = 2 ** 20       # bytes of a line
 KINDS = {str: "a string", float | None: "a number from 0 to 1, or null"}
@@ -40,7 +40,7 @@ def parse(data, path, **fields):
         try:
             rows.append(_row(line, fields))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {one_line(error)}. Every line is a JSON object with "
+            raise ValueError(f"{path}, line {number}: {one_line(error, 200).rstrip('.')}. Every line is a JSON object with "
                              f"{wanted}.") from None
     return rows
 

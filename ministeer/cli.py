@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from . import __version__
-from .utils import check_target, check_whole, printable
+from .utils import check_target, check_whole, one_line, printable
 
 if TYPE_CHECKING:
     from .checkpoints.tokenizer import Tokenizer
@@ -108,17 +108,12 @@ def flush(out: TextIO) -> None:
 
 def complain(who: str, message: object) -> None:
     """Print one line on stderr, whatever characters are in the message."""
-    text = one_line(message)
-    text = text if len(text) < 1000 else f"{text[:500]} … {text[-500:]}"
+    text = one_line(message, 1000)
     with contextlib.suppress(OSError):              # the exit code still says it
         try:
             print(f"{who}: {text}", file=sys.stderr)
         finally:
             flush(sys.stderr)
-
-
-def one_line(text: object) -> str:
-    return printable(" ".join(str(text).split()))
 
 
 class Parser(argparse.ArgumentParser):

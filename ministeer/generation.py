@@ -172,9 +172,7 @@ def decoder(model: LM, steer: tuple[Steer, ...], batch: int, max_len: int) -> St
     cache = KVCache(max_len, batch)
 
     def step(ids: Tensor) -> Tensor:
-        if not len(cache):
-            return prefill(model, ids, steer, cache)
-        return model.read(ids, steer, cache, last_only=True)[0][:, -1]
+        return (decode_step if len(cache) else prefill)(model, ids, steer, cache)
     return step
 
 
@@ -189,6 +187,11 @@ def prefill(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) ->
     if shared < T:
         logits, _ = model(ids[:, shared:], steer, cache, last_only=True)
     return logits[:, -1].expand(B, -1)
+
+
+def decode_step(model: LM, ids: Tensor, steer: tuple[Steer, ...], cache: KVCache) -> Tensor:
+    """Read one more token of every row, ids (B, 1) -> logits (B, n_vocab)."""
+    return model.read(ids, steer, cache, last_only=True)[0][:, -1]
 
 
 def uniforms(sampling: Sampling, ids: Sequence[int], k: int) -> np.ndarray:

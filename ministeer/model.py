@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import KVCache
-from .checkpoints.config import short
+from .utils import one_line
 
 
 class Addition(Protocol):
@@ -170,7 +170,7 @@ class LM(nn.Module):
                 raise ValueError(f"the vector is {given} wide, this model's residual stream {d_model}. "
                                  "Was it made with another model?")
             if s.fingerprint and self.fingerprint and s.fingerprint != self.fingerprint:
-                maker = short(s.note.get("model", s.fingerprint))
+                maker = one_line(s.note.get("model", s.fingerprint))
                 raise ValueError(f"the vector was made with another model ({maker}). "
                                  "To use it all the same, load it with Steer.load(path, any_model=True).")
             if isinstance(s.coeff, Tensor) and len(s.coeff) != batch:
@@ -178,14 +178,14 @@ class LM(nn.Module):
                                  f"but the batch has {batch} rows.")
             if length is not None and s.stop is not None and s.stop > length:
                 raise ValueError(f"the steered positions {s.start} … {s.stop - 1} do not fit "
-                                 f"a prompt of {length} tokens.")
+                                 f"a prompt of {length} token{'' if length == 1 else 's'}.")
         return steer
 
     def check_layer(self, layer: int) -> None:
         """Raises ValueError unless `layer` is the number of a block."""
         n_layer = self.config.n_layer
         if isinstance(layer, bool) or not isinstance(layer, Integral) or not 0 <= layer < n_layer:
-            raise ValueError(f"layer {short(layer)}: this model has blocks 0 … {n_layer - 1} "
+            raise ValueError(f"layer {one_line(layer)}: this model has blocks 0 … {n_layer - 1} "
                              "(layer = the block that reads the changed stream).")
 
 

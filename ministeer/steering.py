@@ -20,8 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import __version__
-from .checkpoints.config import short
-from .utils import check_number, check_whole, write
+from .utils import check_number, check_whole, one_line, write
 
 if TYPE_CHECKING:
     from .checkpoints.tokenizer import Tokenizer
@@ -61,10 +60,7 @@ class Steer:
         # A frozen dataclass can be set in no other way.
         object.__setattr__(self, "coeff", _checked_coeff(self.coeff))
         for name in ("layer", "start"):
-            number = check_whole(name, getattr(self, name))
-            if number >= 2 ** 31:
-                raise ValueError(f"{name} must be less than 2^31, beyond any model.")
-            object.__setattr__(self, name, number)
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), 0, 2 ** 31 - 1))
 
     @property
     def stop(self) -> int | None:
@@ -134,7 +130,8 @@ class Steer:
         try:
             return replace(self, coeff=operation(self.coeff, number))
         except (RuntimeError, ZeroDivisionError) as error:      # as many factors as rows; 0
-            raise ValueError(f"coeff {short(self.coeff)} and {short(number)} do not fit: {error}") from None
+            raise ValueError(f"coeff {one_line(self.coeff)} and {one_line(number)} do not fit: "
+                             f"{error}") from None
 
     def __neg__(self) -> Steer:
         return -1 * self
@@ -184,9 +181,9 @@ class Steer:
                 coeff = file.get_tensor("coeff") if "coeff" in file.keys() else about["coeff"]  # noqa: SIM118
                 steer = cls(about["layer"], file.get_tensor("vector"), coeff, about["start"],
                             about["fingerprint"], about["note"])
-        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)} is not a steering vector that ministeer saved: "
-                             f"{short(error, 200)}") from None
+                             f"{one_line(error, 200)}") from None
         return replace(steer, fingerprint="") if any_model else steer
 
 
@@ -214,10 +211,7 @@ def _checked_coeff(c, name="coeff"):
         if c.ndim:
             return c
         c = c.item()
-    try:
-        return check_number(name, c)
-    except OverflowError:
-        raise ValueError(f"{name} must be a finite number; given: one too large for float64.") from None
+    return check_number(name, c)
 
 
 def steering_vector(model: LM, tokenizer: Tokenizer, plus: str, minus: str, layer: int) -> Steer:

@@ -83,6 +83,12 @@ def short(value: object) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
+def one_line(text: object, most: int = 100) -> str:
+    """`text` as one printable line, cut after `most` characters. For messages about what a file holds."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
 def check_target(path: str | os.PathLike) -> Path:
     """-> the file that writing to `path` replaces: for a link, what it points to.
 

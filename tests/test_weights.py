@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from ministeer import load, steering_vector
 from ministeer.baselines.classifier import PrefixClassifier
 from ministeer.checkpoints import weights
-from ministeer.checkpoints.config import read_config, short
+from ministeer.checkpoints.config import read_config
 from ministeer.checkpoints.loading import find
 from ministeer.checkpoints.weights import load_model
+from ministeer.utils import one_line
 
 # What tensors and settings are called in the files of a family, and the shape of "up".
 NAMES = {"gpt2": {"embedding": "transformer.wte.weight", "norm": "transformer.ln_f.weight",
@@ -534,7 +535,7 @@ def test_refuses_settings_that_are_not_computed(copy, settings, says):
 def test_refuses_settings_it_does_not_know(copy, settings):
     copy.configure(**settings)
     key, value = *settings, *settings.values()
-    known, unknown = re.escape(f"{key} is {json.dumps(value)}; minist"), re.escape(short(key))
+    known, unknown = re.escape(f"{key} is {json.dumps(value)}; minist"), re.escape(one_line(key))
     says = f"{known}|not know the settings {unknown}, so it cannot compute them"
     with pytest.raises(ValueError, match=says) as error:
         load_model(copy.path)

@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..checkpoints.config import short
-from ..utils import write
+from ..utils import one_line, write
 
 
 class PrefixClassifier(nn.Module):
@@ -65,5 +64,5 @@ class PrefixClassifier(nn.Module):
                     raise ValueError(f"{name} must hold finite float32 numbers")
         except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
             path = os.fspath(path)
-            raise ValueError(f"{path} is not a classifier that ministeer saved: {short(error)}") from None
+            raise ValueError(f"{path} is not a classifier that ministeer saved: {one_line(error)}") from None
         return classifier.requires_grad_(False).eval()

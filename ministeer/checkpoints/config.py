@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..utils import printable
+from ..utils import one_line
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,6 @@ class Config:
                 raise ValueError(f"special token {i!r:.40} is outside the vocabulary 0 … {self.n_vocab - 1}.")
 
 
-def short(text: object, most: int = 100) -> str:
-    """`text` as one printable line of a message, cut after `most` characters. For whatever a file holds."""
-    line = " ".join(printable(text).split())
-    return line if len(line) <= most else f"{line[:most]}…"
-
-
 def own_file(path: str | os.PathLike) -> Path:
     """-> `path`, a file of a checkpoint, after checking that it is a file and lies in its folder.
 
@@ -73,7 +67,7 @@ def own_file(path: str | os.PathLike) -> Path:
     path = Path(path)
     if not os.path.isfile(path):
         fault = "is not a file" if path.name and os.path.lexists(path) else "is missing"
-        raise FileNotFoundError(f"no {short(path.name)} in {path.parent}: it {fault}.")
+        raise FileNotFoundError(f"no {one_line(path.name)} in {path.parent}: it {fault}.")
     # In the Hub's cache the folder is repository/snapshots/commit. It links to the blobs of the repository,
     # which may link to blobs that repositories share. Any other way out of the folder is refused.
     home = path.parent.resolve()
@@ -116,7 +110,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
         keys.one_of(key, value)
     unknown = [key for key in raw if key not in keys.used | IRRELEVANT and raw[key] is not None]
     if unknown:
-        raise ValueError(f"ministeer does not know the settings {short(', '.join(sorted(unknown)))}, "
+        raise ValueError(f"ministeer does not know the settings {one_line(', '.join(sorted(unknown)))}, "
                          "so it cannot compute them. Take out those that do not change the logits.")
     return config
 
@@ -212,7 +206,7 @@ def _rope(keys):
         raise ValueError(f"rope_type is {kind!r:.40}; ministeer has 'default', 'linear' and 'llama3'.")
     unused = sorted(set(raw) - rope.used)
     if unused:
-        raise ValueError(f"rope_type {kind!r} does not use {short(', '.join(unused))}, "
+        raise ValueError(f"rope_type {kind!r} does not use {one_line(', '.join(unused))}, "
                          "so its meaning is unclear.")
     return result
 

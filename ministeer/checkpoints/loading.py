@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..model import LM
-from .config import read_config, short
+from ..utils import one_line
+from .config import read_config
 from .fetch import KNOWN, roots
 from .fetch import fetch as fetch_checkpoint
 from .tokenizer import Tokenizer
@@ -48,7 +49,7 @@ def find(name_or_folder: str | Path, fetch: bool = False) -> Path:
             return folder
     if fetch:
         return fetch_checkpoint(name)
-    name, where = short(name), " or ".join(map(short, places))
+    name, where = one_line(name), " or ".join(map(one_line, places))
     raise FileNotFoundError(
         f"no model {name!r} here: there is no config.json in {where}. To get it, run "
         f"`ministeer fetch {name}` in a shell, or load({name!r}, fetch=True) in Python.")

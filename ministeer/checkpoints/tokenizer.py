@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tokenizers
 
-from ..utils import printable
-from .config import Config
+from ..utils import one_line
+from .config import Config, own_file
 from .template import render
 
 MAX_BYTES = 100_000_000     # of a file; the largest tokenizer.json of a known model has 35 million
@@ -30,8 +30,8 @@ def faults_named(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise           # Ctrl-C
-        reason = " ".join(printable(str(error)[:400]).split()) or type(error).__name__
-        raise ValueError(f"{what}: {reason:.200}") from None
+        reason = one_line(str(error)[:400], 200) or type(error).__name__
+        raise ValueError(f"{what}: {reason}") from None
 
 
 class Tokenizer:
@@ -85,7 +85,7 @@ class Tokenizer:
             raise FileNotFoundError(f"no tokenizer.json in {folder}. `transformers` writes one: "
                                     "AutoTokenizer.from_pretrained(folder).save_pretrained(folder).")
         with faults_named(f"{path} is not a tokenizer that can be read"):
-            backend = tokenizers.Tokenizer.from_buffer(_small(path).read_bytes())  # any path, in UTF-8 or not
+            backend = tokenizers.Tokenizer.from_buffer(_small(own_file(path)).read_bytes())  # any path, in UTF-8 or not
             _check_growth(backend)
         tokenizer = cls(backend, config.bos_id, config.eos_ids, _chat_template(Path(folder)))
         if tokenizer.n_vocab > config.n_vocab:
@@ -185,12 +185,12 @@ def _chat_template(folder):
     path = folder / "chat_template.jinja"
     with faults_named(f"{path} does not hold a chat template that can be read"):
         if path.is_file():
-            return _small(path).read_text(encoding="utf-8")
+            return _small(own_file(path)).read_text(encoding="utf-8")
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return None
     with faults_named(f"{path} does not hold a chat template that can be read"):
-        template = json.loads(_small(path).read_text(encoding="utf-8")).get("chat_template")
+        template = json.loads(_small(own_file(path)).read_text(encoding="utf-8")).get("chat_template")
         if isinstance(template, list):          # several by name
             template = next((t["template"] for t in template if t["name"] == "default"), None)
         if not isinstance(template, str | None):

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from ..gpt2 import GPT2
 from ..llama import Llama
 from ..model import LM
-from .config import Config, own_file, read_config, short
+from ..utils import one_line
+from .config import Config, own_file, read_config
 from .tokenizer import Tokenizer
 
 FAMILIES = {"gpt2": GPT2, "llama": Llama}
@@ -75,14 +76,14 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
                 continue
             if name in stored:
                 other, other_name = stored[name]
-                raise ValueError(f"{short(name)} is there twice: {short(other_name)} in {other.name} "
-                                 f"and {short(full_name)} in {path.name}.")
+                raise ValueError(f"{one_line(name)} is there twice: {one_line(other_name)} in {other.name} "
+                                 f"and {one_line(full_name)} in {path.name}.")
             if dtype not in FILE_DTYPES:
-                raise ValueError(f"{short(full_name)} is stored as {dtype} in {path.name}: quantised or "
+                raise ValueError(f"{one_line(full_name)} is stored as {dtype} in {path.name}: quantised or "
                                  "not a weight. ministeer reads float32, float16, bfloat16 and float64.")
             if name in wanted and shape != wanted[name]:
                 hint = " It looks transposed: was this file saved from nn.Linear layers?"
-                raise ValueError(f"{full_name} is {short(shape)} in {path.name}, "
+                raise ValueError(f"{full_name} is {one_line(shape)} in {path.name}, "
                                  f"but {kind} wants {wanted[name]}."
                                  + (hint if shape == wanted[name][::-1] else ""))
             stored[name] = path, full_name
@@ -104,7 +105,7 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
 
 def _listed(names):
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(map(short, names[:3])) or "none") + more
+    return (", ".join(map(one_line, names[:3])) or "none") + more
 
 
 def shards(folder: Path) -> list[Path]:
@@ -122,7 +123,7 @@ def shards(folder: Path) -> list[Path]:
         return [_shard(folder, name) for name in names]
     pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
-        raise ValueError(f"{folder} holds {short(pickles[0])}, a pickle. Opening one can run any code, so "
+        raise ValueError(f"{folder} holds {one_line(pickles[0])}, a pickle. Opening one can run any code, so "
                          "ministeer never does. On a machine that you would trust it on, convert it: "
                          "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).")
     raise FileNotFoundError(f"no model.safetensors in {folder}. Run `ministeer fetch {folder.name}`, or see "
@@ -131,10 +132,10 @@ def shards(folder: Path) -> list[Path]:
 
 def _shard(folder, name):
     if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-        raise ValueError(f"the index in {folder} names {short(repr(name))}, "
+        raise ValueError(f"the index in {folder} names {one_line(repr(name))}, "
                          "not a .safetensors file in the same folder.")
     if not os.path.isfile(folder / name):
-        raise FileNotFoundError(f"no {short(name)} in {folder}, but its index names it: "
+        raise FileNotFoundError(f"no {one_line(name)} in {folder}, but its index names it: "
                                 "an interrupted download?")
     return own_file(folder / name)
 
@@ -147,7 +148,7 @@ def _header(path):
             return [(name, s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()]
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} ({path.stat().st_size:,} bytes) is damaged, cut short or not safetensors: "
-                         f"{short(error)}") from None
+                         f"{one_line(error)}") from None
 
 
 def _read(path, full_name):
@@ -197,7 +198,7 @@ def check_manifest(folder: Path) -> int:
             while block := file.read(2 ** 20):
                 digest.update(block)
         if digest.hexdigest() != wanted:
-            raise ValueError(f"{short(name)} in {folder} has another sha256 than in manifest.json: "
+            raise ValueError(f"{one_line(name)} in {folder} has another sha256 than in manifest.json: "
                              "it was changed or damaged after it was fetched.")
     return len(digests)
 
@@ -218,14 +219,14 @@ def main(folder: str | Path) -> None:
     print(f"sizes       {c.n_layer} layers, {c.n_head} query and {c.n_kv_head} key/value heads of "
           f"{c.d_head}, d_model {c.d_model}, d_mlp {c.d_mlp}")
     print(f"tokens      {c.n_vocab:,} in the vocabulary, context {c.n_ctx:,}, "
-          f"BOS {tokenizer.bos_id} {short(tokenizer.pieces([tokenizer.bos_id])[0])}")
+          f"BOS {tokenizer.bos_id} {one_line(tokenizer.pieces([tokenizer.bos_id])[0])}")
     print(f"loss        {loss:.4f} nats/token on the {ids.shape[1] - 1} tokens of a fixed paragraph; "
           + (f"it should be {known:.4f}" if known else "there is no known value to compare it with"))
 
 
 def complain(message: object, *_: object) -> None:
     """Print one line on stderr."""
-    print(f"ministeer: {short(message, 2000)}", file=sys.stderr)
+    print(f"ministeer: {one_line(message, 2000)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..utils import printable
+from ..utils import one_line
 
 # The topics (section 4.2) and the nine words for weddings (section 4.1) are the paper's; the others are ours.
 TOPIC_WORDS = {topic: frozenset(words.split()) for topic, words in {
@@ -166,7 +166,7 @@ class Hub:
                 place, config=config, trust_remote_code=False, use_safetensors=True,
                 attn_implementation="eager", output_loading_info=True)
         except Exception as error:      # OSError, ValueError, and whatever else a broken file can lead to
-            reason = one_line(error)
+            reason = one_line(error, 200).rstrip(".")
             if "file named model.safetensors" in reason:
                 reason = ("it has no model.safetensors, and a pickle (.bin, .pt) is not opened, because it "
                           "can run code. If you trust it, save it again with save_pretrained")
@@ -181,7 +181,7 @@ class Hub:
         labels = [str(name) for _, name in sorted(config.id2label.items())]
         if label and label not in labels:
             raise ValueError(f"{place} has no label {label!r}. "
-                             f"Possible: {one_line(', '.join(labels))}.")
+                             f"Possible: {one_line(', '.join(labels), 200)}.")
         self.index = labels.index(label) if label else len(labels) - 1
         self.sigmoid = config.problem_type == "multi_label_classification" or len(labels) == 1
         self.context = self._context()
@@ -221,11 +221,6 @@ class Hub:
         if not p.isfinite().all():
             raise JudgeError(f"{self.meaning}: it is not a number. Are the checkpoint's weights damaged?")
         return p[:, self.index].tolist()
-
-
-def one_line(text: object) -> str:
-    """`text`, from whatever source, as one printable line of at most 200 characters without a full stop."""
-    return printable(" ".join(str(text).split()))[:200].rstrip(".")
 
 
 def _import(module):
