@@ -40,7 +40,8 @@ def parse(data, path, **fields):
         try:
             rows.append(_row(line, fields))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {one_line(error, 200).rstrip('.')}. Every line is a JSON object with "
+            fault = one_line(error, 200).rstrip(".")
+            raise ValueError(f"{path}, line {number}: {fault}. Every line is a JSON object with "
                              f"{wanted}.") from None
     return rows
 

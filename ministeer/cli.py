@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             kind, text = type(error).__name__, str(error)
             if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError | Warning):
-                text = f"{kind} {text}: a fault of ministeer. Please report it; PYTHONDEVMODE=1 shows where."
+                text = (f"{kind} {one_line(text, 500)}: a fault of ministeer. Please report it; "
+                        "PYTHONDEVMODE=1 shows where.")
             complain("ministeer", text or kind)
             sys.exit(2)
 
@@ -271,7 +272,7 @@ def run_models(args: argparse.Namespace) -> None:
     others = {name: root for name, root in sorted(here.items()) if name not in KNOWN and name[0] != "."}
     for root in dict.fromkeys(others.values()):
         names = [name for name, place in others.items() if place == root]
-        print("\n" + one_line(f"also in {root}: {', '.join(names)}"))
+        print("\n" + one_line(f"also in {root}: {', '.join(names)}", 10_000))
 
 
 def import_torch() -> None:

@@ -124,7 +124,8 @@ def write(path: str | os.PathLike, data: bytes) -> None:
             shutil.copymode(target, part)
         os.replace(part, target)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from None       # it names the part file
+        fault = error.strerror or str(error)        # without the name of the part
+        raise OSError(error.errno, fault, os.fspath(path)) from None
     finally:
         with contextlib.suppress(OSError):          # there is none after the renaming
             part.unlink()

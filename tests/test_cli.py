@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -128,18 +129,6 @@ def without_layout(texts):
     return ["".join(c if c.isprintable() else "·" for c in text if c not in " \n") for text in texts]
 
 
-@pytest.fixture
-def novel(weights, tmp_path):
-    """novel(name, key) -> the folder of a model whose config.json has a key that nobody knows."""
-    def novel(name, key):
-        folder = shutil.copytree(weights / "tiny-gpt2", tmp_path / name)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, key: 1}))
-        return folder
-
-    return novel
-
-
 # What `steer` prints
 
 
@@ -226,11 +215,19 @@ def test_n_and_max_new_tokens_set_number_and_length(steer):
     assert len(set(steer("--temperature", "0")["unsteered"])) == 1
 
 
-def test_control_characters_do_not_reach_the_terminal(run, novel, tmp_path, monkeypatch):
+def warn_and_give(text):
+    """A stand-in for `generate` that warns of the text and returns it."""
+    def generate(*args, **options):
+        warnings.warn(text, stacklevel=2)
+        return [text]
+    return generate
+
+
+def test_control_characters_do_not_reach_the_terminal(run, weights, tmp_path, monkeypatch):
     evil = "a\x1b[31mred\x07 b\x9b1m c\u202ed\re"
-    folder = novel(f"{evil}\nmodel", f"{evil}\nkey")
+    folder = shutil.copytree(weights / "tiny-gpt2", tmp_path / f"{evil}\nmodel")
     monkeypatch.setattr("ministeer.checkpoints.fetch.fetch", lambda name: name)
-    monkeypatch.setattr("ministeer.generation.generate", lambda *args, **options: [evil])
+    monkeypatch.setattr("ministeer.generation.generate", warn_and_give(evil))
     monkeypatch.setenv("MINISTEER_WEIGHTS", str(tmp_path))
     results = {}
     for name, argv in {"columns": ["steer", f"I love {evil}", *PAIR], "json": [*STEER, "--json"],
@@ -244,7 +241,7 @@ def test_control_characters_do_not_reach_the_terminal(run, novel, tmp_path, monk
         assert all(line.startswith("ministeer: ") for line in err.splitlines())
     assert "a·[31mred· b·1m c·d·e" in results["columns"][1]
     assert 'prompt    "I love a\\u001b' in results["columns"][1]
-    assert results["columns"][2].startswith("ministeer: warning: config.json")
+    assert results["columns"][2].startswith("ministeer: warning: a·[31mred")
     assert json.loads(results["json"][1])["steered"] == [evil]
     assert results["models"][1].endswith("c·d e model\n")
     assert "a·[31mred" in results["fetch"][1]
@@ -531,12 +528,13 @@ def test_what_cannot_be_said_on_stderr_leaves_the_result_and_the_exit_code(proce
         assert process("dance", shell=shell) == (2, "", "")
 
 
-def test_warnings_are_lines_on_stderr_and_with_W_error_an_error(run, process, novel):
-    argv = [*STEER, "--model", novel("novel", "novel_setting"), "--json"]
-    code, out, err = run(*argv)
-    assert code == 0 and json.loads(out) and err.count("\n") == 1
-    assert err.startswith("ministeer: warning: config.json") and "novel_setting" in err
-    check_refused(process(*argv, PYTHONWARNINGS="error::UserWarning"), "novel_setting")
+def test_warnings_are_lines_on_stderr_and_with_W_error_an_error(run, monkeypatch):
+    monkeypatch.setattr("ministeer.generation.generate", warn_and_give("a\nsink"))
+    code, out, err = run(*STEER, "--json")
+    assert code == 0 and json.loads(out)
+    assert err == "ministeer: warning: a sink\n"
+    warnings.simplefilter("error")
+    check_refused(run(*STEER, "--json"), "a sink")
 
 
 def in_a_terminal(weights, cwd, *argv, **streams):

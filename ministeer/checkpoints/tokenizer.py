@@ -85,7 +85,8 @@ class Tokenizer:
             raise FileNotFoundError(f"no tokenizer.json in {folder}. `transformers` writes one: "
                                     "AutoTokenizer.from_pretrained(folder).save_pretrained(folder).")
         with faults_named(f"{path} is not a tokenizer that can be read"):
-            backend = tokenizers.Tokenizer.from_buffer(_small(own_file(path)).read_bytes())  # any path, in UTF-8 or not
+            # from_file would not take a path that is not UTF-8.
+            backend = tokenizers.Tokenizer.from_buffer(_small(own_file(path)).read_bytes())
             _check_growth(backend)
         tokenizer = cls(backend, config.bos_id, config.eos_ids, _chat_template(Path(folder)))
         if tokenizer.n_vocab > config.n_vocab:
