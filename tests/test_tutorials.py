@@ -1,5 +1,6 @@
-"""The tutorials run from start to end, their #> lines are true, and solutions pass where stubs do not."""
+"""The tutorials run from start to end, their #> lines are true; checks accept solutions and nothing else."""
 
+import ast
 import importlib.util
 import os
 import re
@@ -60,9 +61,20 @@ def page(name):
 
 
 def exercises(name):
-    """The functions that a tutorial asks for: those whose stub says so."""
-    stub = r"def (\w+)\([^)]*\):\n(?:(?!\ndef ).)*?return None +# your line"
-    return re.findall(stub, page(name), re.DOTALL)
+    """The functions that a tutorial asks for: those that it checks."""
+    return re.findall(r"(?m)^lesson\.check\((\w+)", page(name))
+
+
+def assert_checks_are_right(name, printed):
+    """Each exercise has two or more cases, its solution passes, and its wrong answers are refused."""
+    for exercise in exercises(name):
+        (n_cases,) = re.findall(rf"(?m)^solution of {exercise}, (\d+) cases: ok$", printed)
+        assert int(n_cases) >= 2
+        verdicts = re.findall(rf"(?m)^wrong answer {exercise}_\w+: (.*)$", printed)
+        assert verdicts
+        assert all(verdict.startswith("not yet. ") for verdict in verdicts), verdicts
+        # A wrong answer gives something wrong: one that stops everywhere would show nothing about the check.
+        assert "gives" in " ".join(verdicts)
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +125,8 @@ def checked(smollm2, tmp_path_factory):
 @pytest.mark.long
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_printed_lines_are_true_on_the_default_model(name, checked):
-    printed = checked(name)
-    asked = exercises(name)
-    assert 2 <= len(asked) <= 3
-    for exercise in asked:
-        assert f"solution of {exercise}: ok" in printed
+    assert_checks_are_right(name, checked(name))
+    for exercise in exercises(name):
         # The #> lines are true, so the page itself shows that the stub does not pass.
         assert f"#> {exercise}: not yet" in page(name)
         assert f"#> {exercise}: ok" not in page(name)
@@ -127,10 +136,20 @@ def test_printed_lines_are_true_on_the_default_model(name, checked):
 def test_runs_as_a_script_without_the_default_model(name, fork, tmp_path):
     printed = fork(FOLDER / f"{name}.py", ["--tiny", "--solutions"], tmp_path)
     assert len(printed.splitlines()) > 10
-    assert exercises(name)
-    assert all(f"solution of {exercise}: ok" in printed for exercise in exercises(name))
+    assert_checks_are_right(name, printed)
     (figure,) = tmp_path.glob("*.png")
     assert figure.stem == name
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_asks_for_work(name):
+    assert 2 <= len(exercises(name)) <= 3
+    tree = ast.parse((FOLDER / "solutions" / f"{name}.py").read_text(encoding="utf-8"))
+    solutions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    lines = [solutions[exercise].end_lineno - solutions[exercise].lineno for exercise in exercises(name)]
+    assert max(lines) >= 5
+    open_question = page(name).split("# ## Your own topic\n")[1]
+    assert re.search(r"(?i)\bbeside\b|\bcontrol\b", open_question)
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
@@ -161,7 +180,8 @@ def test_figure_and_linked_files_exist(name):
 def test_readme_and_solutions_cover_every_tutorial_in_order():
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| \[\d\d\]\((\w+)\.py\)", readme, re.MULTILINE) == TUTORIALS
-    assert sorted(path.stem for path in (FOLDER / "solutions").glob("*.py")) == TUTORIALS
+    for folder in ("solutions", "wrong"):
+        assert sorted(path.stem for path in (FOLDER / folder).glob("*.py")) == TUTORIALS
 
 
 def topic_shares(printed, name):
