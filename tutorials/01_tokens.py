@@ -162,15 +162,16 @@ first = model(torch.tensor([ids[:1]]))[0][0, -1].softmax(dim=-1)            # af
 lesson.check(probability, ((model, tokenizer, prompt, " love"), p[love].item()),
              ((model, tokenizer, prompt, " you"), p[you].item()),
              ((model, tokenizer, "", " you"), first[you].item()),
-             ((model, tokenizer, prompt, "wedding"), ValueError), ((model, tokenizer, prompt, ""), ValueError))
+             ((model, tokenizer, prompt, "wedding"), ValueError),
+             ((model, tokenizer, prompt, ""), ValueError))
 #> probability: not yet. For (model, tokenizer, 'I hate you because', ' love') it gives None, not 0.0002273
 
 # %% [markdown]
 # ## Your own topic
-# Choose a topic to steer toward, and keep it for all the tutorials. Which of its words are single tokens, with
-# the leading space and without, in the singular and in the plural? Write a prompt that does not name the
-# topic: how likely are five of your words to come next? Set five words of another topic beside them. What
-# tutorial 04 adds has to be seen against these numbers.
+# Choose a topic to steer toward, and keep it for all the tutorials. Which of its words are single tokens:
+# with the leading space or without, in the singular or in the plural? Write a prompt that does not name the
+# topic. How likely are five of your words to come next? Set five words of another topic beside them.
+# Tutorial 04 will change these numbers.
 #
 # **Now you know** what the model reads and what it answers, why spaces and BOS matter, and how two prompts
 # are brought to the same length. Next: [02](02_one_block.py), what one block does with its input.

@@ -194,10 +194,10 @@ lesson.check(decided, ((model, resid), last_other + 1), ((Echo(), streams(1, 2, 
 
 # %% [markdown]
 # ## Your own topic
-# Make the vectors of a pair of your own at all layers. At which layers is it mostly sink? Set two things
-# beside its `sink_share`: that of a pair of words with equally many tokens, so that nothing is padded, and the
-# range of five random vectors (`random_like`, seeds 0 to 4), which says how much 4 of 576 dimensions hold by
-# chance.
+# Make the vector of a pair of your own at every layer. At which layers is it mostly sink? Set two things
+# beside its `sink_share`: that of a pair of words with equally many tokens, so that nothing is padded, and
+# the range of five random vectors (`random_like`, seeds 0 to 4), which says how much 4 of 576 dimensions hold
+# by chance.
 #
 # **Now you know** what the list holds, what a layer is here, and that part of what flows in the stream is
 # housekeeping. Next: [04](04_the_addition.py), where we change it.

@@ -144,7 +144,7 @@ def delta(vector, coeff, start, T):
 
 rows = torch.arange(6.0).view(2, 3)
 cases = [((rows, 2.0, 1, 4), ministeer.Steer(0, rows, 2.0, 1).delta(torch.arange(4)))]
-for vector, c, start, T in ((rows, -1.0, 0, 2), (rows, 2.0, 3, 4), (rows, 2.0, 5, 4), (rows.T, 0.5, 2, 6)):
+for vector, c, start, T in ((rows.T, 0.5, 2, 6), (rows, 2.0, 3, 4), (rows, 2.0, 5, 4), (rows, -1.0, 0, 2)):
     cases.append(((vector, c, start, T), ministeer.Steer(0, vector, c, start).delta(torch.arange(T))))
 lesson.check(delta, *cases)
 #> delta: not yet. For (tensor (2, 3), 2, 1, 4) it gives None, not tensor (4, 3)

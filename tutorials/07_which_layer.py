@@ -174,14 +174,14 @@ def smallest_good(steered, random, n):
     return None                 # your lines
 
 
-none = dict.fromkeys((0.5, 1.0, 2.0, 4.0), [0, 1, 0, 0, 1])
+none = {c: [0, 1, 0, 0, 1] for c in (0.5, 1.0, 2.0, 4.0)}
 lesson.check(smallest_good, (({0.5: 2, 1.0: 18, 2.0: 21, 4.0: 12}, none, 40), 1.0),
              (({0.5: 1, 1.0: 4, 2.0: 30}, none, 40), 2.0), (({2.0: 21, 1.0: 16}, none, 40), 1.0),
              (({1.0: 170, 2.0: 200}, none, 400), 2.0),
              (({1.0: 16, 2.0: 21}, {**none, 1.0: [12, 0, 1, 0, 0]}, 40), 2.0),
              (({1.0: 16, 2.0: 21, 4.0: 30}, {**none, 4.0: [20, 25, 18, 22, 21]}, 40), 1.0),
              (({1.0: 3, 2.0: 2}, {1.0: [2] * 5, 2.0: [3] * 5}, 40), ValueError))
-#> smallest_good: not yet. For (dict, dict, 40) it gives None, not 1
+#> smallest_good: not yet. For ({0.5: 2, 1: 18, 2: 21, 4: 12}, dict, 40) it gives None, not 1
 
 # %% [markdown]
 # ## Exercise 2
@@ -202,8 +202,9 @@ lesson.check(highest_of, ((1, 40, 0.2), 0.2), ((30, 40, 0.2), 0.3), ((30, 10, 0.
 # %% [markdown]
 # ## Your own topic
 # Choose a layer and a coefficient for a pair and words of your own, by a rule that you have written down, on
-# three prompts. Then count on three prompts that you have not used: unsteered, steered, and the range of five
-# random vectors (`random_like`, seeds 0 to 4). Write one sentence, of the second three prompts only.
+# three prompts. Then count on three prompts that you have not used. Beside the steered counts, set the
+# unsteered ones and the range of five random vectors (`random_like`, seeds 0 to 4). Sum up in one sentence
+# what you found on the second three prompts.
 #
 # **Now you know** how to sweep, and what a sweep can make you believe.
 # `python -m benchmarks.paper layer-sweep` does the same with n 200 and every layer. Next:

@@ -217,10 +217,11 @@ def beyond_random(steered, randoms):
     return None                 # your lines
 
 
-five = [{7: 0.1 * k, 8: 0.1, 9: -0.3 - 0.1 * k} for k in range(5)]
-lesson.check(beyond_random, (({7: 2.3, 8: 0.1, 9: -0.5}, five), [7]), (({9: -0.9, 8: 0.3, 7: 0.4}, five), [8, 9]),
-             (({7: 0.3, 8: 0.1, 9: 0.1}, five), [9]), (({7: 0.2, 8: 0.1, 9: -0.4}, five), []))
-#> beyond_random: not yet. For (dict, [dict, …, 5 in all]) it gives None, not [7]
+five = [{7: 0.012 + 0.1 * k, 8: 0.104, 9: -0.334 - 0.1 * k} for k in range(5)]
+lesson.check(beyond_random, (({7: 2.3, 8: 0.104, 9: -0.5}, five), [7]),
+             (({9: -0.9, 8: 0.3, 7: 0.4}, five), [8, 9]),
+             (({7: 0.3, 8: 0.104, 9: 0.1}, five), [9]), (({7: 0.2, 8: 0.104, 9: -0.4}, five), []))
+#> beyond_random: not yet. For ({7: 2.3, 8: 0.104, 9: -0.5}, [dict, …, 5 in all]) it gives None, not [7]
 
 # %% [markdown]
 # ## Your own topic

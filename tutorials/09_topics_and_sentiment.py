@@ -176,10 +176,11 @@ def moved(by):
     return [0.05 * i + by + 0.01 * (7 * i % 5) for i in range(20)]
 
 
-apart = [0.05 * i + (0.6 if i % 2 else -0.4) for i in range(20)]            # 0.1 higher, but in no clear way
+apart = [0.05 * i + (0.6 if i % 2 else -0.4) for i in range(20)]    # 0.1 higher than `level`, not clearly
 low, high, one_high = [moved(-0.01 * k) for k in range(5)], [moved(0.5)] * 5, [*[moved(0.0)] * 4, moved(0.5)]
+level = [[0.05 * i for i in range(20)]] * 5
 lesson.check(decide, ((moved(0.2), low), "higher"), ((moved(0.2), high), "lower"),
-             ((moved(0.2), one_high), "not shown"), ((apart, [[0.05 * i for i in range(20)]] * 5), "not shown"))
+             ((moved(0.2), one_high), "not shown"), ((apart, level), "not shown"))
 #> decide: not yet. For ([0.2, …, 20 in all], [[0, …, 20 in all], …, 5 in all]) it gives None, not 'higher'
 
 # %% [markdown]
@@ -201,8 +202,9 @@ lesson.check(sign_test, (([1.0, 2.0, 3.0],), 0.25), (([1.0, -1.0],), 1.0), (([0.
 # %% [markdown]
 # ## Your own topic
 # Choose a feeling, a pair of words for it, and two prompts: one whose first words carry the feeling, and one
-# whose first words do not. Score steered, unsteered and five random vectors (seeds 0 to 4) with VADER. What
-# does `decide` say for each prompt? If it says "not shown" for both, that is your result.
+# whose first words do not. Score the steered texts with VADER, and beside them the unsteered ones and those
+# of five random vectors (`random_like`, seeds 0 to 4). What does `decide` say for each prompt? If it says
+# "not shown" for both, that is your result.
 #
 # **Now you know** that "it got better" is half a sentence; the other half is "than with a random vector".
 # `python -m benchmarks.paper topics`, `sentiment` and `toxicity` measure this on real texts. Next:

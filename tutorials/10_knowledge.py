@@ -7,7 +7,6 @@
 # %%
 import lesson
 import matplotlib.pyplot as plt
-import torch
 
 from ministeer.evaluation.measure import precision_at, ranks
 from ministeer.evaluation.stats import paired, wilson

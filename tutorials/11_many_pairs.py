@@ -189,7 +189,8 @@ def odd_pair(rows):
 
 
 rows = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.5, 0.0], [0.1, -0.3], [0.0, 2.5]])
-lesson.check(odd_pair, ((rows,), 4), ((rows[[4, 3, 2, 1, 0]],), 0), ((torch.cat([rows[4:], 2 * rows[:4]]),), 0),
+lesson.check(odd_pair, ((rows,), 4), ((rows[[4, 3, 2, 1, 0]],), 0),
+             ((torch.cat([rows[4:], 2 * rows[:4]]),), 0),
              ((torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [2.0, 2.0, 0], [1.0, 1.0, 2.0]]),), 3))
 #> odd_pair: not yet. For (tensor (5, 2)) it gives None, not 4
 

@@ -406,7 +406,7 @@ def place(model, layer, coeff=1.0):
 
 
 def made_up(two, four, one):
-    """-> a function that stands in for `hits`, with these counts: coefficients 2 and 4, and 1 before block 1"""
+    """-> a stand-in for `hits`, with these counts: coefficients 2 and 4, and coefficient 1 before block 1"""
     counts = {(5, 2): two, (5, 4): four, (1, 1): one}
     return lambda model, steers: counts[steers]
 

@@ -171,4 +171,7 @@ def short(value):
         if len(value) < 5:
             return f"[{', '.join(map(short, value))}]"
         return f"[{short(value[0])}, …, {len(value)} in all]"
+    if isinstance(value, dict):
+        items = ", ".join(f"{short(key)}: {short(one)}" for key, one in value.items())
+        return f"{{{items}}}" if len(items) < 28 else "dict"
     return "model" if isinstance(value, torch.nn.Module) else type(value).__name__.lower()

@@ -11,7 +11,7 @@ def first_changed(one, other, n):
     result = [None] * n
     for l in sorted(one.layers, reverse=True):
         for t in range(n):
-            pairs = zip(one.layers[l], other.layers[l], strict=True)        # keys with keys, values with values
+            pairs = zip(one.layers[l], other.layers[l], strict=True)    # keys with keys, values with values
             if not all(torch.equal(a[:, :, t], b[:, :, t]) for a, b in pairs):
                 result[t] = l
     return result
