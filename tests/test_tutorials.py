@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import math
 import os
 import re
@@ -282,7 +283,8 @@ def verdict():
 
 @pytest.mark.parametrize(("given", "expected"), [
     (torch.tensor(3), 3), (np.int64(3), 3), (3.0, 3), (torch.tensor(0.5), 0.5), (np.float32(0.5), 0.5),
-    (1, 1.0), (0.50001, 0.5), ((1, 2), [1, 2]), (torch.tensor([1, 2]), [1, 2]), ([torch.tensor(1), 2], [1, 2]),
+    (1, 1.0), (0.50001, 0.5), ((1, 2), [1, 2]), (torch.tensor([1, 2]), [1, 2]),
+    ([torch.tensor(1), 2], [1, 2]),
     ([[1.0, 2.0]], torch.tensor([[1.0, 2.0]])), ([torch.tensor([1.0, 2.0])], torch.tensor([[1.0, 2.0]])),
     (np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])), (torch.ones(2).bfloat16(), torch.ones(2)),
     (torch.ones(2, requires_grad=True), torch.ones(2)), (np.True_, True), ([None, "a"], [None, "a"])])
@@ -321,3 +323,60 @@ def test_check_protects_later_cases_from_changed_arguments(verdict):
         x *= 2
         return x
     assert verdict(doubled, *[((numbers,), 2 * torch.ones(2))] * 2) == "ok"
+
+
+STUDENT = {"01_tokens": """
+import os, sys
+def n_tokens(tokenizer, text):
+    print("x" * 10**7)
+    return len(tokenizer.encode(text, bos=False))
+def n_padding(tokenizer, plus, minus):
+    sys.exit(0)
+def probability(model, tokenizer, prompt, word):
+    os._exit(0)
+""", "02_one_block": """
+def masked_softmax(scores):
+    while True:
+        pass
+def selfish_head(pattern):
+    return pattern[:, 1, 1].argmax().item()
+raise RuntimeError("not a part of an exercise")
+""", "03_residual_stream": """
+import os, signal
+def added(resid, l, t):
+    return (resid[l + 1] - resid[l])[0, t].norm() if len(bytearray(10**11)) else 0
+def decided(model, resid):
+    os.kill(os.getpid(), signal.SIGSEGV)
+""", "04_the_addition": """
+def delta(vector, coeff, start, T):
+    return input()
+"""}
+
+
+def test_grades_right_wrong_and_misbehaving_answers(tmp_path):
+    for name, text in STUDENT.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    run("-m", "tutorials.grade", tmp_path, "--seconds", "4", "--out", tmp_path / "report.json",
+        TMPDIR=str(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    rows = {name: row for exercises in report["tutorials"].values() for name, row in exercises.items()}
+    says = {name: row["differs"] for name, row in rows.items()}
+    assert (report["points"], report["of"]) == (1, 9)
+    assert rows["n_tokens"]["points"] == 1
+    assert rows["n_tokens"]["passed"] == rows["n_tokens"]["cases"] >= 7     # the page's and some more
+    assert says["n_tokens"] == ""
+    assert "stops with SystemExit: 0" in says["n_padding"]
+    assert "the process ended before it answered" in says["probability"]
+    assert says["masked_softmax"] == "no answer after 4 seconds"
+    assert says["selfish_head"] == "For (tensor (3, 4, 4)) it gives 0, not 1"
+    assert "stops with MemoryError" in says["added"]
+    assert "the process ended before it answered" in says["decided"]
+    assert "stops with EOFError" in says["delta"]
+    assert "04_the_addition.py has no function equal_coeff" in says["equal_coeff"]
+
+
+def test_grade_wants_files_named_like_tutorials(tmp_path):
+    refused = subprocess.run([sys.executable, "-m", "tutorials.grade", str(tmp_path)], cwd=ROOT,
+                             capture_output=True, encoding="utf-8", env=ENVIRONMENT)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "is named like a tutorial" in refused.stderr

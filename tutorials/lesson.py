@@ -110,11 +110,8 @@ def verdict(function, cases):
     for arguments, expected in cases:
         where = f"not yet. For ({', '.join(map(short, arguments))}) it"
         raises = expected if isinstance(expected, type) else ()
-        # A function may change what it is given, but not what other cases are made of.
-        own = [copy.deepcopy(argument) if isinstance(argument, torch.Tensor | list | dict) else argument
-               for argument in arguments]
         try:
-            given = function(*own)
+            given = function(*own(arguments))
         except raises:
             continue
         except Exception as error:      # a student's function may fail in any way; the script should go on
@@ -124,6 +121,12 @@ def verdict(function, cases):
         if differs := difference(given, expected):
             return f"{where} {differs}"
     return "ok"
+
+
+def own(arguments):
+    """Copies: a function may change what it is given, but not what other cases are made of."""
+    return [copy.deepcopy(argument) if isinstance(argument, torch.Tensor | list | dict) else argument
+            for argument in arguments]
 
 
 def difference(given, expected, index=()):
