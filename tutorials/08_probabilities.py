@@ -204,9 +204,9 @@ lesson.check(text_ratio, ((a, b), perplexity_ratio(a, b, mean_of="texts")), ((a[
 
 # %% [markdown]
 # ## Exercise 2
-# Which shifts would no random vector have given? Take those outside the range of five random vectors, on
-# either side. Then make five dictionaries with `token_shifts`, for `random_like(weddings, seed)` with seeds 0
-# to 4, and see which of the tokens above stay.
+# Which shifts are not what a random vector gives? Take those above or below the shifts of all five random
+# vectors. Then make the five dictionaries with `token_shifts`, for `random_like(weddings, seed)` with seeds 0
+# to 4, and see which of the tokens above are left.
 
 # %%
 def beyond_random(steered, randoms):
