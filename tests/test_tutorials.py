@@ -1,6 +1,9 @@
-"""The tutorials run from start to end, their #> lines are true, and solutions pass where stubs do not."""
+"""The tutorials run from start to end, their #> lines are true; checks accept solutions and nothing else."""
 
+import ast
 import importlib.util
+import json
+import math
 import os
 import re
 import subprocess
@@ -9,6 +12,7 @@ import sys
 import filelock
 import jupytext
 import nbformat
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -60,9 +64,20 @@ def page(name):
 
 
 def exercises(name):
-    """The functions that a tutorial asks for: those whose stub says so."""
-    stub = r"def (\w+)\([^)]*\):\n(?:(?!\ndef ).)*?return None +# your line"
-    return re.findall(stub, page(name), re.DOTALL)
+    """The functions that a tutorial asks for: those that it checks."""
+    return re.findall(r"(?m)^lesson\.check\((\w+)", page(name))
+
+
+def assert_checks_are_right(name, printed):
+    """Each exercise has two or more cases, its solution passes, and its wrong answers are refused."""
+    for exercise in exercises(name):
+        (n_cases,) = re.findall(rf"(?m)^solution of {exercise}, (\d+) cases: ok$", printed)
+        assert int(n_cases) >= 2
+        verdicts = re.findall(rf"(?m)^wrong answer {exercise}_\w+: (.*)$", printed)
+        assert verdicts
+        assert all(verdict.startswith("not yet. ") for verdict in verdicts), verdicts
+        # A wrong answer gives something wrong: one that stops everywhere would show nothing about the check.
+        assert "gives" in " ".join(verdicts)
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +128,8 @@ def checked(smollm2, tmp_path_factory):
 @pytest.mark.long
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_printed_lines_are_true_on_the_default_model(name, checked):
-    printed = checked(name)
-    asked = exercises(name)
-    assert 2 <= len(asked) <= 3
-    for exercise in asked:
-        assert f"solution of {exercise}: ok" in printed
+    assert_checks_are_right(name, checked(name))
+    for exercise in exercises(name):
         # The #> lines are true, so the page itself shows that the stub does not pass.
         assert f"#> {exercise}: not yet" in page(name)
         assert f"#> {exercise}: ok" not in page(name)
@@ -127,10 +139,20 @@ def test_printed_lines_are_true_on_the_default_model(name, checked):
 def test_runs_as_a_script_without_the_default_model(name, fork, tmp_path):
     printed = fork(FOLDER / f"{name}.py", ["--tiny", "--solutions"], tmp_path)
     assert len(printed.splitlines()) > 10
-    assert exercises(name)
-    assert all(f"solution of {exercise}: ok" in printed for exercise in exercises(name))
+    assert_checks_are_right(name, printed)
     (figure,) = tmp_path.glob("*.png")
     assert figure.stem == name
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_asks_for_work(name):
+    assert 2 <= len(exercises(name)) <= 3
+    tree = ast.parse((FOLDER / "solutions" / f"{name}.py").read_text(encoding="utf-8"))
+    solutions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    lines = [solutions[exercise].end_lineno - solutions[exercise].lineno for exercise in exercises(name)]
+    assert max(lines) >= 5
+    open_question = page(name).split("# ## Your own topic\n")[1]
+    assert re.search(r"(?i)\bbeside\b|\bcontrol\b", open_question)
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
@@ -161,7 +183,8 @@ def test_figure_and_linked_files_exist(name):
 def test_readme_and_solutions_cover_every_tutorial_in_order():
     readme = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| \[\d\d\]\((\w+)\.py\)", readme, re.MULTILINE) == TUTORIALS
-    assert sorted(path.stem for path in (FOLDER / "solutions").glob("*.py")) == TUTORIALS
+    for folder in ("solutions", "wrong"):
+        assert sorted(path.stem for path in (FOLDER / folder).glob("*.py")) == TUTORIALS
 
 
 def topic_shares(printed, name):
@@ -249,24 +272,111 @@ def test_line_matches_within_its_tolerance(expected, line, right, record):
     assert record.matches(expected, line) == right
 
 
-def test_failed_check_says_what_differs(tmp_path):
-    (tmp_path / "exercise.py").write_text("""\
-import lesson, torch
-lesson.check(lambda x: x + 1, ((1,), 2))
-lesson.check(lambda x: x, ((1.0,), 1.0001), ((1.0,), 1.1))
-lesson.check(lambda x: 1 / 0, ((1,), 1))
-lesson.check(lambda x: torch.ones(2), ((1,), torch.ones(3)))
-lesson.check(lambda x: torch.ones(2), ((1,), torch.zeros(2)))
-lesson.check(lambda x: [1], ((1,), [1, 2]))
-lesson.check(lambda x: None, ((1,), False))
-""", encoding="utf-8")
-    ok, *failed = run(tmp_path / "exercise.py", PYTHONPATH=str(FOLDER)).splitlines()
-    assert ok == "<lambda>: ok"
-    assert len(failed) == 6
-    assert all("not yet" in line for line in failed)
-    assert "gives 1, not 1.1" in failed[0]
-    assert "ZeroDivisionError" in failed[1]
-    assert "gives tensor (2,), not tensor (3,)" in failed[2]
-    assert "gives tensor (2,) with other values" in failed[3]
-    assert "gives [1], not [1, 2]" in failed[4]
-    assert "gives None, not False" in failed[5]
+@pytest.fixture(scope="module")
+def verdict():
+    """A function (function, *cases) -> what lesson.check says about it"""
+    spec = importlib.util.spec_from_file_location("lesson", FOLDER / "lesson.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda function, *cases: module.verdict(function, cases)
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    (torch.tensor(3), 3), (np.int64(3), 3), (3.0, 3), (torch.tensor(0.5), 0.5), (np.float32(0.5), 0.5),
+    (1, 1.0), (0.50001, 0.5), ((1, 2), [1, 2]), (torch.tensor([1, 2]), [1, 2]),
+    ([torch.tensor(1), 2], [1, 2]),
+    ([[1.0, 2.0]], torch.tensor([[1.0, 2.0]])), ([torch.tensor([1.0, 2.0])], torch.tensor([[1.0, 2.0]])),
+    (np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])), (torch.ones(2).bfloat16(), torch.ones(2)),
+    (torch.ones(2, requires_grad=True), torch.ones(2)), (np.True_, True), ([None, "a"], [None, "a"])])
+def test_check_accepts_what_is_right(given, expected, verdict):
+    assert verdict(lambda x: given, ((1,), expected)) == "ok"
+
+
+@pytest.mark.parametrize(("given", "expected", "says"), [
+    (1.1, 1.0, "gives 1.1, not 1"),
+    (1280001, 1280000, "gives 1280001, not 1280000"),
+    (True, 1, "gives True, not 1"), (True, 1.0, "gives True, not 1"), (0, False, "gives 0, not False"),
+    (None, False, "gives None, not False"), ("1", 1, "gives '1', not 1"),
+    ((3,), 3, "gives [3], not 3"), (torch.tensor([3]), 3, "gives tensor (1,), not 3"),
+    (math.nan, 0.0, "gives nan, not 0"),
+    ([1], [1, 2], "gives [1], not [1, 2]"), ([1, 3], [1, 2], "gives 3 at [1], not 2"),
+    (torch.ones(2), torch.ones(3), "gives tensor (2,), not tensor (3,)"),
+    (torch.ones(3, 2), torch.ones(3, 1), "gives tensor (3, 2), not tensor (3, 1)"),
+    (1.0, torch.ones(3), "gives 1, not tensor (3,)"),
+    (torch.eye(3), torch.ones(3, 3), "gives 0 at [0, 1], not 1"),
+    (0.5, ValueError, "gives 0.5 and does not raise ValueError"),
+    (ValueError, ValueError, "gives ValueError and does not raise ValueError")])
+def test_failed_check_says_what_differs(given, expected, says, verdict):
+    assert verdict(lambda x: given, ((1,), expected)) == f"not yet. For (1) it {says}"
+
+
+def test_check_takes_an_expected_error_and_no_other(verdict):
+    assert verdict(int, (("x",), ValueError)) == "ok"
+    assert "stops with TypeError: " in verdict(int, (([],), ValueError))
+    assert "stops with ZeroDivisionError: " in verdict(lambda x: 1 / x, ((1,), 1.0), ((0,), 1.0))
+
+
+def test_check_protects_later_cases_from_changed_arguments(verdict):
+    numbers = torch.ones(2)
+
+    def doubled(x):
+        x *= 2
+        return x
+    assert verdict(doubled, *[((numbers,), 2 * torch.ones(2))] * 2) == "ok"
+
+
+STUDENT = {"01_tokens": """
+import os, sys
+def n_tokens(tokenizer, text):
+    print("x" * 10**7)
+    return len(tokenizer.encode(text, bos=False))
+def n_padding(tokenizer, plus, minus):
+    sys.exit(0)
+def probability(model, tokenizer, prompt, word):
+    os._exit(0)
+""", "02_one_block": """
+def masked_softmax(scores):
+    while True:
+        pass
+def selfish_head(pattern):
+    return pattern[:, 1, 1].argmax().item()
+raise RuntimeError("not a part of an exercise")
+""", "03_residual_stream": """
+import os, signal
+def added(resid, l, t):
+    return (resid[l + 1] - resid[l])[0, t].norm() if len(bytearray(10**11)) else 0
+def decided(model, resid):
+    os.kill(os.getpid(), signal.SIGSEGV)
+""", "04_the_addition": """
+def delta(vector, coeff, start, T):
+    return input()
+"""}
+
+
+def test_grades_right_wrong_and_misbehaving_answers(tmp_path):
+    for name, text in STUDENT.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    run("-m", "tutorials.grade", tmp_path, "--seconds", "4", "--out", tmp_path / "report.json",
+        TMPDIR=str(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    rows = {name: row for exercises in report["tutorials"].values() for name, row in exercises.items()}
+    says = {name: row["differs"] for name, row in rows.items()}
+    assert (report["points"], report["of"]) == (1, 9)
+    assert rows["n_tokens"]["points"] == 1
+    assert rows["n_tokens"]["passed"] == rows["n_tokens"]["cases"] >= 7     # the page's and some more
+    assert says["n_tokens"] == ""
+    assert "stops with SystemExit: 0" in says["n_padding"]
+    assert "the process ended before it answered" in says["probability"]
+    assert says["masked_softmax"] == "no answer after 4 seconds"
+    assert says["selfish_head"] == "For (tensor (3, 4, 4)) it gives 0, not 1"
+    assert "stops with MemoryError" in says["added"]
+    assert "the process ended before it answered" in says["decided"]
+    assert "stops with EOFError" in says["delta"]
+    assert "04_the_addition.py has no function equal_coeff" in says["equal_coeff"]
+
+
+def test_grade_wants_files_named_like_tutorials(tmp_path):
+    refused = subprocess.run([sys.executable, "-m", "tutorials.grade", str(tmp_path)], cwd=ROOT,
+                             capture_output=True, encoding="utf-8", env=ENVIRONMENT)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "is named like a tutorial" in refused.stderr

@@ -126,7 +126,8 @@ def n_tokens(tokenizer, text):
     return None                 # your line
 
 
-lesson.check(n_tokens, ((tokenizer, ""), 0), ((tokenizer, prompt), len(ids) - 1))
+cases = [((tokenizer, text), len(tokenizer.encode(text)) - 1) for text in ("", prompt, "weddings", " love  ")]
+lesson.check(n_tokens, *cases)
 #> n_tokens: not yet. For (tokenizer, '') it gives None, not 0
 
 # %% [markdown]
@@ -140,7 +141,10 @@ def n_padding(tokenizer, plus, minus):
 
 
 n_hate = len(tokenizer.encode(" hate", bos=False))
-lesson.check(n_padding, ((tokenizer, "I hate", "I"), n_hate), ((tokenizer, "I", "I hate"), n_hate))
+n_wedding = len(tokenizer.encode("wedding", bos=False))
+lesson.check(n_padding, ((tokenizer, "I hate", "I"), n_hate), ((tokenizer, "I", "I hate"), n_hate),
+             ((tokenizer, "", prompt), len(ids) - 1), ((tokenizer, prompt, prompt), 0),
+             ((tokenizer, "", "wedding"), n_wedding))
 #> n_padding: not yet. For (tokenizer, 'I hate', 'I') it gives None, not 1
 
 # %% [markdown]
@@ -153,10 +157,21 @@ def probability(model, tokenizer, prompt, word):
     return None                 # your lines
 
 
-(love,) = tokenizer.encode(" love", bos=False)
-lesson.check(probability, ((model, tokenizer, prompt, " love"), p[love].item()))
+(love,), (you,) = (tokenizer.encode(word, bos=False) for word in (" love", " you"))
+first = model(torch.tensor([ids[:1]]))[0][0, -1].softmax(dim=-1)            # after BOS alone
+lesson.check(probability, ((model, tokenizer, prompt, " love"), p[love].item()),
+             ((model, tokenizer, prompt, " you"), p[you].item()),
+             ((model, tokenizer, "", " you"), first[you].item()),
+             ((model, tokenizer, prompt, "wedding"), ValueError),
+             ((model, tokenizer, prompt, ""), ValueError))
 #> probability: not yet. For (model, tokenizer, 'I hate you because', ' love') it gives None, not 0.0002273
 
 # %% [markdown]
+# ## Your own topic
+# Choose a topic to steer toward, and keep it for all the tutorials. Which of its words are single tokens:
+# with the leading space or without, in the singular or in the plural? Write a prompt that does not name the
+# topic. How likely are five of your words to come next? Set five words of another topic beside them.
+# Tutorial 04 will change these numbers.
+#
 # **Now you know** what the model reads and what it answers, why spaces and BOS matter, and how two prompts
 # are brought to the same length. Next: [02](02_one_block.py), what one block does with its input.

@@ -149,7 +149,8 @@ lesson.save(figure, "02_one_block")
 
 # %% [markdown]
 # ## Exercise 1
-# Write softmax with the mask, from scores to pattern.
+# Write softmax with the mask, from scores to pattern, with `exp`. What the mask hides must not count in the
+# sum of a row. Subtract the largest score of each row first: it changes nothing, but exp(1000) is infinite.
 
 # %%
 def masked_softmax(scores):
@@ -157,7 +158,9 @@ def masked_softmax(scores):
     return None                 # your lines
 
 
-lesson.check(masked_softmax, ((scores[0, 0],), pattern[0, 0]))
+large = torch.tensor([[0.0, 1000, 1000], [1000, 1001, 5], [-1000, -1001, -1002]])
+lesson.check(masked_softmax, ((scores[0, 0],), pattern[0, 0]), ((torch.zeros(1, 1),), torch.ones(1, 1)),
+             ((large,), torch.tensor([[1, 0, 0], [0.2689, 0.7311, 0], [0.6652, 0.2447, 0.0900]])))
 #> masked_softmax: not yet. For (tensor (11, 11)) it gives None, not tensor (11, 11)
 
 # %% [markdown]
@@ -171,11 +174,24 @@ def selfish_head(pattern):
     return None                 # your line
 
 
-patterns = torch.stack([torch.eye(4).roll(-1, dims=1), torch.eye(4), torch.full((4, 4), 0.25)])
-lesson.check(selfish_head, ((patterns,), 1), ((patterns[[1, 0, 2]],), 0))
+def looks(*own):
+    """-> the pattern of a head that looks at itself this much, position by position, and else at BOS"""
+    own = torch.tensor(own)
+    return torch.cat([(1 - own)[:, None], torch.zeros(len(own), len(own) - 1)], dim=1) + own.diag()
+
+
+patterns = torch.stack([looks(1, 0.9, 0.1, 0.1), looks(1, 0.3, 0.6, 0.6), looks(1, 0.1, 0.1, 0.9)])
+more = torch.stack([looks(1, 0.2, 0.2, 0.2, 0.9, 0.9), looks(1, 0.9, 0.5, 0.5, 0.5, 0.5)])
+lesson.check(selfish_head, ((patterns,), 1), ((patterns[[1, 0, 2]],), 0), ((more,), 1))
 #> selfish_head: not yet. For (tensor (3, 4, 4)) it gives None, not 1
 
 # %% [markdown]
+# ## Your own topic
+# Write a sentence about your topic in which a word refers to an earlier one, as "she" refers to "bride" here.
+# In which heads does the one look at the other? Set the same sentence beside it, with the earlier word
+# replaced by one that makes no sense ("train") and has as many tokens. A head that looks there just as much
+# looks at the place, not at the word.
+#
 # **Now you know** everything that happens in a block: a norm, attention, an addition; then a norm, an MLP, an
 # addition. [ministeer/llama.py](../ministeer/llama.py) does the same in 130 lines. Next:
 # [03](03_residual_stream.py), the stream through all the blocks.

@@ -159,7 +159,8 @@ def added(resid, l, t):
     return None                 # your line
 
 
-cases = [((resid, l, t), (resid[l + 1] - resid[l])[0, t].norm().item()) for l, t in ((0, 1), (9, 2))]
+cases = [((resid, l, t), (resid[l + 1] - resid[l])[0, t].norm().item())
+         for l, t in ((0, 1), (9, 2), (n_layer - 1, 0))]
 lesson.check(added, *cases)
 #> added: not yet. For ([tensor (1, 9, 576), …, 31 in all], 0, 1) it gives None, not 41.8
 
@@ -173,11 +174,30 @@ def decided(model, resid):
     return None                 # your lines
 
 
+class Echo:
+    """Stands in for a model: the stream of its last position is its logits."""
+
+    def unembed(self, x):
+        return x
+
+
+def streams(*tops):
+    """-> a list like resid, with these tokens as the likeliest, entry by entry; position 0 always has 0"""
+    return [torch.nn.functional.one_hot(torch.tensor([[0, top]]), 4).float() for top in tops]
+
+
 tops = [model.unembed(x)[0, -1].argmax().item() for x in resid]
 last_other = max([l for l, top in enumerate(tops) if top != tops[-1]], default=-1)
-lesson.check(decided, ((model, resid), last_other + 1))
+lesson.check(decided, ((model, resid), last_other + 1), ((Echo(), streams(1, 2, 1, 3, 1, 1)), 4),
+             ((Echo(), streams(2, 2, 2)), 0), ((Echo(), streams(3, 3, 1)), 2))
 #> decided: not yet. For (model, [tensor (1, 9, 576), …, 31 in all]) it gives None, not 25
 
 # %% [markdown]
+# ## Your own topic
+# Make the vector of a pair of your own at every layer. At which layers is it mostly sink? Set two things
+# beside its `sink_share`: that of a pair of words with equally many tokens, so that nothing is padded, and
+# the range of five random vectors (`random_like`, seeds 0 to 4), which says how much 4 of 576 dimensions hold
+# by chance.
+#
 # **Now you know** what the list holds, what a layer is here, and that part of what flows in the stream is
 # housekeeping. Next: [04](04_the_addition.py), where we change it.

@@ -133,7 +133,8 @@ lesson.save(figure, "04_the_addition")
 
 # %% [markdown]
 # ## Exercise 1
-# Write what a `Steer` adds. `start` is the position of the vector's first row.
+# Write what a `Steer` adds. `start` is the position of the vector's first row. Rows that would stand at T or
+# later are left out.
 
 # %%
 def delta(vector, coeff, start, T):
@@ -142,7 +143,10 @@ def delta(vector, coeff, start, T):
 
 
 rows = torch.arange(6.0).view(2, 3)
-lesson.check(delta, ((rows, 2.0, 1, 4), ministeer.Steer(0, rows, 2.0, 1).delta(torch.arange(4))))
+cases = [((rows, 2.0, 1, 4), ministeer.Steer(0, rows, 2.0, 1).delta(torch.arange(4)))]
+for vector, c, start, T in ((rows.T, 0.5, 2, 6), (rows, 2.0, 3, 4), (rows, 2.0, 5, 4), (rows, -1.0, 0, 2)):
+    cases.append(((vector, c, start, T), ministeer.Steer(0, vector, c, start).delta(torch.arange(T))))
+lesson.check(delta, *cases)
 #> delta: not yet. For (tensor (2, 3), 2, 1, 4) it gives None, not tensor (4, 3)
 
 # %% [markdown]
@@ -155,10 +159,18 @@ def equal_coeff(model, tokenizer, steer, prompt):
     return None                 # your line
 
 
-lesson.check(equal_coeff, ((model, tokenizer, weddings, prompt), coeff / ratios[1].item()))
+other = ministeer.Steer(3, weddings.vector, start=2)
+lesson.check(equal_coeff, ((model, tokenizer, weddings, prompt), coeff / ratios[1].item()),
+             ((model, tokenizer, other, prompt), (plain_resid[3][0, 2].norm() / other.vector.norm()).item()))
 #> equal_coeff: not yet. For (model, tokenizer, steer, 'I went up to my friend…') it gives None, not 0.5412
 
 # %% [markdown]
+# ## Your own topic
+# Make a vector from a pair of your own, and add it to a prompt of your own. Look at the probabilities of five
+# words of your topic and of five words of another one. Beside each, set the unsteered probability and the
+# range of five random vectors (`random_like`, seeds 0 to 4). Which words leave that range? Only these are
+# about your vector.
+#
 # **Now you know** the whole method. In the library it is this line of
 # [ministeer/model.py](../ministeer/model.py): `x = x + s.delta(pos).to(x)`. Next: [05](05_generation.py),
 # whole texts.

@@ -177,8 +177,9 @@ def kept(p, top_p):
     return None                 # your lines
 
 
-p = torch.tensor([0.05, 0.5, 0.1, 0.35])
-lesson.check(kept, ((p, 0.3), [1]), ((p, 0.6), [1, 3]), ((p, 0.9), [1, 3, 2]))
+p, halves = torch.tensor([0.05, 0.5, 0.1, 0.35]), torch.tensor([0.125, 0.375, 0.5])
+lesson.check(kept, ((p, 0.3), [1]), ((p, 0.6), [1, 3]), ((p, 0.9), [1, 3, 2]), ((p, 1.0), [1, 3, 2, 0]),
+             ((halves, 0.5), [2, 1]))
 #> kept: not yet. For (tensor (4,), 0.3) it gives None, not [1]
 
 # %% [markdown]
@@ -196,6 +197,12 @@ lesson.check(enough, ((0.5,), 12), ((0.2,), 94), ((0.1,), 382))
 #> enough: not yet. For (0.5) it gives None, not 12
 
 # %% [markdown]
+# ## Your own topic
+# Write a set of words for your topic, and count it with `count_words(text, words)` at five coefficients of
+# your own vector. Beside each count and each disfluency, set the unsteered one and the range of five random
+# vectors (`random_like`, seeds 0 to 4). From which coefficient on does the topic leave that range, and from
+# which on does the disfluency?
+#
 # **Now you know** how texts are sampled, that a comparison needs a control and an n, and what a coefficient
 # costs. Next: [06](06_cache.py): the vector was added to the prompt only. How can it still act 30 tokens
 # later?

@@ -182,20 +182,6 @@ lesson.save(figure, "06_cache")
 
 # %% [markdown]
 # ## Exercise 1
-# How many numbers does a cache hold for S positions of one text? Count keys and values, in every block.
-
-# %%
-def cache_numbers(config, S):
-    """-> how many numbers, an int; config has n_layer, n_kv_head and d_head"""
-    return None                 # your line
-
-
-n_numbers = sum(t[:, :, :T].numel() for pair in steered.layers.values() for t in pair)
-lesson.check(cache_numbers, ((model.config, T), n_numbers))
-#> cache_numbers: not yet. For (config, 11) it gives None, not 126720
-
-# %% [markdown]
-# ## Exercise 2
 # Positions are absolute. A cache holds `cached` positions, and T more are read. Which of the T positions does
 # a Steer touch?
 
@@ -208,11 +194,43 @@ def touched(start, rows, cached, T):
     return None                 # your line
 
 
-cases = [((1, 2, 0, 5), [1, 2]), ((1, 2, 2, 5), [2]), ((1, 2, 5, 1), []), ((3, None, 5, 2), [5, 6])]
+cases = [((1, 2, 0, 5), [1, 2]), ((1, 2, 2, 5), [2]), ((1, 2, 5, 1), []), ((3, None, 5, 2), [5, 6]),
+         ((2, 9, 1, 4), [2, 3, 4]), ((6, 2, 0, 4), []), ((3, None, 0, 5), [3, 4]), ((4, 3, 2, 4), [4, 5])]
 lesson.check(touched, *cases)
 #> touched: not yet. For (1, 2, 0, 5) it gives None, not [1, 2]
 
 # %% [markdown]
+# ## Exercise 2
+# Where does the addition stay? Compare two caches, position by position: which is the first block whose keys
+# or values differ there? `cache.layers[l]` is the pair (keys, values) of block l, each (texts, heads,
+# positions, d_head). Use `torch.equal`.
+
+# %%
+def first_changed(one, other, n):
+    """two caches -> for each of the positions 0 … n - 1 the first block that differs, or None; a list"""
+    return None                 # your lines
+
+
+changed_value, one_restored = copy.deepcopy(clean), copy.deepcopy(steered)
+changed_value.layers[0][1][0, 0, 2, 0] += 1
+for l in range(10):
+    for changed, original in zip(one_restored.layers[l], clean.layers[l], strict=True):
+        changed[:, :, 1] = original[:, :, 1]
+lesson.check(first_changed, ((steered, clean, T), [None, 1] + [2] * (T - 2)), ((plain, clean, T), [None] * T),
+             ((changed_value, clean, 4), [None, None, 0, None]), ((one_restored, clean, 4), [None, 10, 2, 2]))
+#> first_changed: not yet. For (kvcache, kvcache, 11) it gives None, not [None, …, 11 in all]
+
+# %% [markdown]
+# Once your function works, it shows the way of the addition. Block 1 reads the steered stream, so its keys
+# and values differ at position 1. Block 2 reads what block 1 wrote, and block 1 wrote at all later positions,
+# because they looked back. Position 0 never differs.
+#
+# ## Your own topic
+# Take words, ways to continue and a pair of your own topic. First make sure that there is an effect: does the
+# steered probability lie outside the range of five random vectors (`random_like`, seeds 0 to 4)? If it does,
+# what is left of it when position 1 is restored, and what when all the others are? Set the same two numbers
+# for weddings beside them.
+#
 # **Now you know** why nothing has to be added again, and that "steered" is a property of a cache. The library
 # does not let you continue a cache under different steering. Next: [07](07_which_layer.py), choosing a layer
 # without fooling yourself.

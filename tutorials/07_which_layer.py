@@ -159,18 +159,29 @@ lesson.save(figure, "07_which_layer")
 
 # %% [markdown]
 # ## Exercise 1
-# Choose by this rule: the smallest coefficient whose share lies inside the 95 % interval of the highest
-# share. (A smaller one costs less.)
+# Write down how you choose, so that you cannot change your mind when you see the numbers. The rule: first
+# drop every coefficient that is not better than its controls: the low end of its 95 % interval must be above
+# the share of each of its five random vectors. Of the others, take the smallest whose share lies inside the
+# 95 % interval of the highest share. (A smaller one costs less.)
 
 # %%
-def smallest_good(counts, n):
-    """counts: {coefficient: how many of n completions have the topic} -> the coefficient chosen"""
+def smallest_good(steered, random, n):
+    """-> the coefficient chosen; ValueError if none is better than its controls
+
+    steered: {coefficient: how many of n completions have the topic}
+    random: {coefficient: five such numbers, one for each random vector}
+    """
     return None                 # your lines
 
 
-lesson.check(smallest_good, (({0.5: 2, 1.0: 18, 2.0: 21, 4.0: 12}, 40), 1.0),
-             (({0.5: 1, 1.0: 4, 2.0: 30}, 40), 2.0))
-#> smallest_good: not yet. For (dict, 40) it gives None, not 1
+none = {c: [0, 1, 0, 0, 1] for c in (0.5, 1.0, 2.0, 4.0)}
+lesson.check(smallest_good, (({0.5: 2, 1.0: 18, 2.0: 21, 4.0: 12}, none, 40), 1.0),
+             (({0.5: 1, 1.0: 4, 2.0: 30}, none, 40), 2.0), (({2.0: 21, 1.0: 16}, none, 40), 1.0),
+             (({1.0: 170, 2.0: 200}, none, 400), 2.0),
+             (({1.0: 16, 2.0: 21}, {**none, 1.0: [12, 0, 1, 0, 0]}, 40), 2.0),
+             (({1.0: 16, 2.0: 21, 4.0: 30}, {**none, 4.0: [20, 25, 18, 22, 21]}, 40), 1.0),
+             (({1.0: 3, 2.0: 2}, {1.0: [2] * 5, 2.0: [3] * 5}, 40), ValueError))
+#> smallest_good: not yet. For ({0.5: 2, 1: 18, 2: 21, 4: 12}, dict, 40) it gives None, not 1
 
 # %% [markdown]
 # ## Exercise 2
@@ -184,10 +195,17 @@ def highest_of(k, n, rate, seed=0):
     return None                 # your lines
 
 
-lesson.check(highest_of, ((1, 40, 0.2), 0.2), ((30, 40, 0.2), 0.3))
+lesson.check(highest_of, ((1, 40, 0.2), 0.2), ((30, 40, 0.2), 0.3), ((30, 10, 0.2), 0.5),
+             ((30, 1000, 0.2), 0.2), ((30, 10, 0.5), 0.8))
 #> highest_of: not yet. For (1, 40, 0.2) it gives None, not 0.2
 
 # %% [markdown]
+# ## Your own topic
+# Choose a layer and a coefficient for a pair and words of your own, by a rule that you have written down, on
+# three prompts. Then count on three prompts that you have not used. Beside the steered counts, set the
+# unsteered ones and the range of five random vectors (`random_like`, seeds 0 to 4). Sum up in one sentence
+# what you found on the second three prompts.
+#
 # **Now you know** how to sweep, and what a sweep can make you believe.
 # `python -m benchmarks.paper layer-sweep` does the same with n 200 and every layer. Next:
 # [08](08_probabilities.py), what the vector does to text that is already written.

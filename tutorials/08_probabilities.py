@@ -8,6 +8,8 @@
 # finds each of their tokens.
 
 # %%
+import math
+
 import lesson
 import matplotlib.pyplot as plt
 import torch
@@ -181,37 +183,52 @@ lesson.save(figure, "08_probabilities")
 # random vector, not with no vector. Two good measures, two answers; say which one you mean.
 #
 # ## Exercise 1
-# Compute the ratio by documents: first the mean of each text, then the mean of these means. (The paper's text
-# says this, but its code weights all tokens equally.)
+# Mend this function. It should compute the ratio by documents: first the mean of each text, then the mean of
+# these means. (The paper's text says this, but its code weights all tokens equally.) It has two mistakes.
 
 # %%
 def text_ratio(plain, steered):
     """plain, steered: lists of tensors, one a text, log p of its tokens -> the perplexity ratio, a float"""
-    return None                 # your line
+    total, count = 0.0, 0
+    for before, after in zip(plain, steered, strict=True):
+        total += (after - before).sum().item()
+        count += len(before)
+    return math.exp(total / count)
 
 
 a = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0])]
 b = [torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-2.0])]
-lesson.check(text_ratio, ((a, b), perplexity_ratio(a, b, mean_of="texts")))
-#> text_ratio: not yet. For ([tensor (3,), tensor (1,)], [tensor (3,), tensor (1,)]) it gives None, not 1
+lesson.check(text_ratio, ((a, b), perplexity_ratio(a, b, mean_of="texts")), ((a[:1], b[:1]), math.exp(-1)),
+             ((b[:1], a[:1]), math.exp(1)), (([a[0], b[0]], [b[0], b[0]]), math.exp(-0.5)))
+#> text_ratio: not yet. For ([tensor (3,), tensor (1,)], [tensor (3,), tensor (1,)]) it gives 1.649, not 1
 
 # %% [markdown]
 # ## Exercise 2
-# A vector changes the whole distribution, not only the probability of the token that came. Write KL(p || q),
-# in nats, from two rows of logits.
+# Which shifts are not what a random vector gives? Take those above or below the shifts of all five random
+# vectors. Then make the five dictionaries with `token_shifts`, for `random_like(weddings, seed)` with seeds 0
+# to 4, and see which of the tokens above are left.
 
 # %%
-def kl(logits_p, logits_q):
-    """logits (n_vocab,), unsteered and steered -> sum over tokens of p (log p - log q), a float"""
-    return None                 # your line
+def beyond_random(steered, randoms):
+    """steered: {token: mean shift}, randoms: five such dictionaries, with the same tokens
+
+    -> the tokens whose shift lies above or below all five, as a list, the largest shift first
+    """
+    return None                 # your lines
 
 
-p, q = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([2.0, 1.0, 0.0])
-expected = torch.nn.functional.kl_div(q.log_softmax(0), p.log_softmax(0), reduction="sum", log_target=True)
-lesson.check(kl, ((p, p), 0.0), ((p, q), expected.item()))
-#> kl: not yet. For (tensor (3,), tensor (3,)) it gives None, not 0
+five = [{7: 0.012 + 0.1 * k, 8: 0.104, 9: -0.334 - 0.1 * k} for k in range(5)]
+lesson.check(beyond_random, (({7: 2.3, 8: 0.104, 9: -0.5}, five), [7]),
+             (({9: -0.9, 8: 0.3, 7: 0.4}, five), [8, 9]),
+             (({7: 0.3, 8: 0.104, 9: 0.1}, five), [9]), (({7: 0.2, 8: 0.104, 9: -0.4}, five), []))
+#> beyond_random: not yet. For ({7: 2.3, 8: 0.104, 9: -0.5}, [dict, …, 5 in all]) it gives None, not [7]
 
 # %% [markdown]
+# ## Your own topic
+# Write twelve sentences about your topic and twelve about another. Does a vector of your own make the first
+# twelve likelier, and leave the others as they were? Beside the two ratios and their intervals, set the range
+# of the same ratios for five random vectors (`random_like`, seeds 0 to 4) at the same layer.
+#
 # **Now you know** how to measure a vector without sampling a single text, and why the unit of uncertainty is
 # the sentence. `python -m benchmarks.paper perplexity` and `token-shifts` do this with hundreds of documents.
 # Next: [09](09_topics_and_sentiment.py).

@@ -157,17 +157,31 @@ lesson.save(figure, "09_topics_and_sentiment")
 
 # %% [markdown]
 # ## Exercise 1
-# How much of the matrix lies where it should? Return the mean of the diagonal minus the mean of the rest.
+# Repeat the comparison with five random vectors, and decide. A difference is shown only if the 95 % interval
+# of steered minus random (`bootstrap` of the differences, text by text) lies on the same side of 0 for all
+# five. Write this rule. Then score completions with `random_like(love, seed)` for seeds 0 to 4, as `feelings`
+# does, and see what it says about each of the two prompts.
 
 # %%
-def on_target(matrix):
-    """matrix (k, k), row i steered toward topic i, column j counting topic j -> a float"""
+def decide(steered, randoms):
+    """steered: n scores; randoms: five lists of n scores, in the same order -> "higher", "lower", "not shown"
+
+    "higher" if all five intervals of steered - random lie above 0, "lower" if all lie below 0
+    """
     return None                 # your lines
 
 
-lesson.check(on_target, ((torch.eye(3),), 1.0), ((torch.full((4, 4), 0.3),), 0.0),
-             ((torch.tensor([[0.5, 0.1], [0.3, 0.7]]),), 0.4))
-#> on_target: not yet. For (tensor (3, 3)) it gives None, not 1
+def moved(by):
+    """-> 20 scores that rise from 0 to 0.95, each moved by `by` and by a little noise"""
+    return [0.05 * i + by + 0.01 * (7 * i % 5) for i in range(20)]
+
+
+apart = [0.05 * i + (0.6 if i % 2 else -0.4) for i in range(20)]    # 0.1 higher than `level`, not clearly
+low, high, one_high = [moved(-0.01 * k) for k in range(5)], [moved(0.5)] * 5, [*[moved(0.0)] * 4, moved(0.5)]
+level = [[0.05 * i for i in range(20)]] * 5
+lesson.check(decide, ((moved(0.2), low), "higher"), ((moved(0.2), high), "lower"),
+             ((moved(0.2), one_high), "not shown"), ((apart, level), "not shown"))
+#> decide: not yet. For ([0.2, …, 20 in all], [[0, …, 20 in all], …, 5 in all]) it gives None, not 'higher'
 
 # %% [markdown]
 # ## Exercise 2
@@ -181,10 +195,17 @@ def sign_test(differences):
     return None                 # your lines
 
 
-lesson.check(sign_test, (([1.0, 2.0, 3.0],), 0.25), (([1.0, -1.0],), 1.0), (([0.5] * 8,), 2 / 2**8))
+lesson.check(sign_test, (([1.0, 2.0, 3.0],), 0.25), (([1.0, -1.0],), 1.0), (([0.5] * 8,), 2 / 2**8),
+             (([3.0, -1.0, 2.0],), 0.5), (([-4.0, -2.0, 1.0, -8.0],), 0.25))
 #> sign_test: not yet. For ([1, 2, 3]) it gives None, not 0.25
 
 # %% [markdown]
+# ## Your own topic
+# Choose a feeling, a pair of words for it, and two prompts: one whose first words carry the feeling, and one
+# whose first words do not. Score the steered texts with VADER, and beside them the unsteered ones and those
+# of five random vectors (`random_like`, seeds 0 to 4). What does `decide` say for each prompt? If it says
+# "not shown" for both, that is your result.
+#
 # **Now you know** that "it got better" is half a sentence; the other half is "than with a random vector".
 # `python -m benchmarks.paper topics`, `sentiment` and `toxicity` measure this on real texts. Next:
 # [10](10_knowledge.py), what steering leaves unchanged.

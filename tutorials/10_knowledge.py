@@ -7,7 +7,6 @@
 # %%
 import lesson
 import matplotlib.pyplot as plt
-import torch
 
 from ministeer.evaluation.measure import precision_at, ranks
 from ministeer.evaluation.stats import paired, wilson
@@ -144,17 +143,20 @@ lesson.save(figure, "10_knowledge")
 
 # %% [markdown]
 # ## Exercise 1
-# The rank of a token is the number of tokens with a strictly higher logit. Write it.
+# Plan before you measure: how many facts must you ask? Suppose that steering makes each fact be lost with
+# probability `lost`, or else gained with probability `gained`. Call a loss *shown* if lost − gained is more
+# than 2 √(lost + gained), counted in facts. (Chance alone does that in 2 or 3 of 100 cases.) Draw n facts a
+# few thousand times: how often is the loss shown?
 
 # %%
-def rank(logits, token):
-    """logits (n_vocab,), token an id -> an int, 0 for the likeliest"""
-    return None                 # your line
+def power(n, lost, gained, seed=0):
+    """-> how often n facts show the loss, a float rounded to one digit"""
+    return None                 # your lines
 
 
-logits = torch.tensor([0.5, 3.0, -1.0, 0.5])
-lesson.check(rank, ((logits, 1), 0), ((logits, 0), 1), ((logits, 2), 3))
-#> rank: not yet. For (tensor (4,), 1) it gives None, not 0
+lesson.check(power, ((42, 0.05, 0.03), 0.0), ((1000, 0.05, 0.03), 0.6), ((42, 0.3, 0.1), 0.5),
+             ((42, 0.1, 0.0), 0.4))
+#> power: not yet. For (42, 0.05, 0.03) it gives None, not 0
 
 # %% [markdown]
 # ## Exercise 2
@@ -167,10 +169,16 @@ def reciprocal(ranks):
     return None                 # your lines
 
 
-lesson.check(reciprocal, (([0, 1, None, 3],), (1 + 1 / 2 + 1 / 4) / 3), (([0],), 1.0))
+lesson.check(reciprocal, (([0, 1, None, 3],), (1 + 1 / 2 + 1 / 4) / 3), (([0],), 1.0),
+             (([None, 9, None],), 0.1))
 #> reciprocal: not yet. For ([0, 1, None, 3]) it gives None, not 0.5833
 
 # %% [markdown]
+# ## Your own topic
+# Write 40 facts about your topic, each ending in a single token, and steer toward it. Does the model know
+# them better or worse than before? Count the facts lost and gained. Beside them set the same counts for five
+# random vectors (`random_like`, seeds 0 to 4), and for the 42 facts above, which are not about your topic.
+#
 # **Now you know** how to look for damage, and that not seeing any is a statement about n.
 # `python -m benchmarks.paper knowledge` asks thousands of facts. Next: [11](11_many_pairs.py), vectors from
 # many pairs instead of one.

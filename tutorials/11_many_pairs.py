@@ -178,18 +178,21 @@ lesson.save(figure, "11_many_pairs")
 # and pairs and coefficients that we made up. It shows how to compare, not who wins.
 #
 # ## Exercise 1
-# Write the mean difference.
+# Look at your data. Which pair pulls the mean furthest to its own side? Leave out one pair at a time: the
+# cosine of the mean of the others with the mean of all is lowest for that pair. Then ask it of
+# `differences(12)`, and read the pair again.
 
 # %%
-def mean_difference(plus, minus):
-    """plus, minus (n, d_model): the last positions of n texts each -> (d_model,)"""
-    return None                 # your line
+def odd_pair(rows):
+    """rows (n, d_model): one difference for each pair -> the number of the pair, an int"""
+    return None                 # your lines
 
 
-rows = torch.arange(12.0).view(3, 4)
-lesson.check(mean_difference, ((rows, rows.flip(0)), torch.zeros(4)),
-             ((rows, torch.zeros(3, 4)), torch.tensor([4.0, 5.0, 6.0, 7.0])))
-#> mean_difference: not yet. For (tensor (3, 4), tensor (3, 4)) it gives None, not tensor (4,)
+rows = torch.tensor([[3.0, 0.0], [3.0, 0.0], [3.5, 0.0], [0.1, -0.3], [0.0, 2.5]])
+lesson.check(odd_pair, ((rows,), 4), ((rows[[4, 3, 2, 1, 0]],), 0),
+             ((torch.cat([rows[4:], 2 * rows[:4]]),), 0),
+             ((torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [2.0, 2.0, 0], [1.0, 1.0, 2.0]]),), 3))
+#> odd_pair: not yet. For (tensor (5, 2)) it gives None, not 4
 
 # %% [markdown]
 # ## Exercise 2
@@ -204,11 +207,17 @@ def component(rows):
     return None                 # your lines
 
 
-rows = torch.tensor([[-2.0, 0.1], [-1.0, -0.1], [-3.0, 0.0]])
-direction = torch.linalg.svd(rows).Vh[0]
-lesson.check(component, ((rows,), direction * torch.sign(rows @ direction).sum().sign()))
+rows, direction = torch.tensor([[-3.0, -4.0], [-6.0, -8.0], [0.8, -0.6]]), torch.tensor([0.6, 0.8])
+most = torch.tensor([[-3.0, -4.0], [-3.0, -4.0], [9.0, 12.0], [0.8, -0.6]])     # two of three point back
+lesson.check(component, ((rows,), -direction), ((-rows,), direction), ((most,), -direction))
 #> component: not yet. For (tensor (3, 2)) it gives None, not tensor (2,)
 
 # %% [markdown]
+# ## Your own topic
+# Write twelve pairs of sentences about your topic. How well do they agree? Set the same number beside it for
+# twelve pairs that end in any two words, which have nothing in common: this is the control that is missing
+# above. Then add the vector at every position, beside the unsteered model and five random vectors
+# (`random_like`, seeds 0 to 4) at the same coefficient.
+#
 # **Now you know** the two questions to ask of every steering method: how is the vector made, and where is it
 # added? Next: [12](12_grow_your_own.py), a model of your own, small enough to understand why a layer works.

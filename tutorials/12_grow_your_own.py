@@ -10,6 +10,7 @@
 # differ, some of them by a lot. That is why the tolerances (±) here are so wide.
 
 # %%
+import dataclasses
 import json
 import random
 
@@ -382,7 +383,9 @@ def n_weights(config):
     return None                 # your lines
 
 
-lesson.check(n_weights, ((config,), sum(p.numel() for p in models["plain"].parameters())))
+small = dataclasses.replace(config, n_layer=2, n_vocab=50, n_ctx=16, d_mlp=96)
+lesson.check(n_weights, ((config,), sum(p.numel() for p in models["plain"].parameters())),
+             ((small,), sum(p.numel() for p in GPT2(small).parameters())))
 #> n_weights: not yet. For (config) it gives None, not 1280000
 
 # %% [markdown]
@@ -397,12 +400,31 @@ def stronger_helps(hits, vectors, model):
     return None                 # your lines
 
 
+def place(model, layer, coeff=1.0):
+    """Stands in for `vectors`"""
+    return layer, coeff
+
+
+def made_up(two, four, one):
+    """-> a stand-in for `hits`, with these counts: coefficients 2 and 4, and coefficient 1 before block 1"""
+    counts = {(5, 2): two, (5, 4): four, (1, 1): one}
+    return lambda model, steers: counts[steers]
+
+
 model = models["skipping"]
 best = max(hits(model, vectors(model, 5, coeff)) for coeff in (2, 4))
-lesson.check(stronger_helps, ((hits, vectors, model), best > steered["skipping"][1]))
+lesson.check(stronger_helps, ((hits, vectors, model), best > steered["skipping"][1]),
+             ((made_up(10, 30, 20), place, model), True), ((made_up(30, 10, 20), place, model), True),
+             ((made_up(20, 5, 20), place, model), False), ((made_up(1, 2, 20), place, model), False))
 #> stronger_helps: not yet. For (function, function, model) it gives None, not False
 
 # %% [markdown]
+# ## Your own topic
+# Add a ninth topic to `world`, with words of your own, as many as the others have, and train again. Before
+# you look, write down before which blocks you expect its vector to work. Then count its hits block by block.
+# Beside them, set those of the other eight topics and the range of five random vectors (`random_like`, seeds
+# 0 to 4). Is your topic like the others, and if not, what differs in the words that you gave it?
+#
 # **Now you know** why a layer works in one small model. For the questions of all the tutorials, answered with
 # larger n, see [benchmarks](../benchmarks/README.md). Next: [13](13_activations_or_logits.py), other ways to
 # the same goal.

@@ -224,24 +224,37 @@ def lma(p, q, s):
     return None                 # your line
 
 
-lesson.check(lma, ((p, q, 0.0), p), ((p, q, 9.0), baselines.lma("", 9.0).combine([p, q])))
+few = torch.tensor([-1.0, -2.0, -3.0])
+lesson.check(lma, ((p, q, 0.0), p), ((p, q, 9.0), baselines.lma("", 9.0).combine([p, q])),
+             ((few, few.flip(0), 0.5), torch.tensor([-1.0, -2.0, -4.0])))
 #> lma: not yet. For (tensor (49152,), tensor (49152,), 0) it gives None, not tensor (49152,)
 
 # %% [markdown]
 # ## Exercise 2
-# `method.steered(steer)` is the same method with ActAdd in its first reading. Ask for the goal *and* add the
-# vector: what is then the first of its `.branches`? (It has a `.prefix` and a tuple `.steer`.)
+# Compare at equal fluency. Each method takes the setting with the most hits among those whose disfluency is
+# at most `limit`; a method without such a setting is out. Who is not clearly worse than the best? A method is
+# clearly worse if its 95 % interval (`wilson`) lies below that of the best one.
 
 # %%
-def both(request, steer):
-    """-> the prefix of the first branch, and the layer and coeff of its Steer"""
+def not_worse(results, limit, n):
+    """results: {method: {setting: (hits of n, disfluency)}} -> the names that are left, a sorted list"""
     return None                 # your lines
 
 
-lesson.check(both, ((request, 2 * weddings), (request, 1, 2.0)), (("Sing!", weddings), ("Sing!", 1, 1.0)))
-#> both: not yet. For ('The following text is …', steer) it gives None, not ['The following text is …', 1, 2]
+curves = {"vector": {"c 1": (21, 5.0), "c 2": (27, 6.0), "c 4": (12, 5.5)}, "prompt": {"": (30, 6.0)},
+          "mixture": {"s 2": (37, 12.5), "s 1": (33, 5.5)}, "votes": {"s 9": (1, 6.2), "s 1": (0, 4.2)}}
+lesson.check(not_worse, ((curves, 7.0, 40), ["mixture", "prompt", "vector"]),
+             ((curves, 5.7, 40), ["mixture"]), ((curves, 5.2, 40), ["vector"]),
+             ((curves, 20.0, 40), ["mixture", "prompt"]), ((curves, 4.5, 40), ["votes"]))
+#> not_worse: not yet. For (dict, 7, 40) it gives None, not ['mixture', 'prompt', 'vector']
 
 # %% [markdown]
+# ## Your own topic
+# Ask for your own topic in words, and steer toward it with a vector of your own; compare the two at equal
+# disfluency. Each needs a control of its own: for the vector, five random vectors (`random_like`, seeds 0 to
+# 4); for the words, five requests of the same form for something else ("The following text is about a
+# train."). What do you get from the vector that asking does not give you, and the other way round?
+#
 # **Now you know** that there are two places to steer, and how to compare them: at equal fluency, with equal
 # effort spent on tuning, and with the costs beside the results. That was the last tutorial: go and steer
 # something.

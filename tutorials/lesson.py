@@ -2,9 +2,11 @@
 
 --tiny: run on a random model of a few thousand weights, to try a script quickly; its figure goes to a
     temporary folder.
---solutions: let each check also run the solution of its exercise, from tutorials/solutions.
+--solutions: let each check also run the solution of its exercise, from tutorials/solutions, and the wrong
+    answers to it, from tutorials/wrong: functions called EXERCISE_MISTAKE.
 """
 
+import copy
 import importlib.util
 import math
 import os
@@ -83,47 +85,85 @@ def save(figure, name):
 
 
 def check(function, *cases):
-    """Print `ok` if function(*arguments) gives `expected` for every (arguments, expected), or say why not."""
-    print(f"{function.__name__}: {verdict(function, cases)}")
+    """Print `ok` if function(*arguments) gives `expected` for every (arguments, expected), or say why not.
+
+    expected: a value, or the class of the error that these arguments must raise
+    """
+    name = function.__name__
+    print(f"{name}: {verdict(function, cases)}")
     if "--solutions" in sys.argv:
-        path = HERE / "solutions" / Path(sys.argv[0]).name
-        spec = importlib.util.spec_from_file_location("solutions", path)
-        solutions = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(solutions)
-        solution = getattr(solutions, function.__name__)
-        print(f"solution of {function.__name__}: {verdict(solution, cases)}")
+        print(f"solution of {name}, {len(cases)} cases: {verdict(answers('solutions')[name], cases)}")
+        for wrong, answer in answers("wrong").items():
+            if wrong.startswith(f"{name}_"):
+                print(f"wrong answer {wrong}: {verdict(answer, cases)}")
+
+
+def answers(folder):
+    """What tutorials/FOLDER has for the running script -> {name: function}"""
+    spec = importlib.util.spec_from_file_location(folder, HERE / folder / Path(sys.argv[0]).name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
 
 
 def verdict(function, cases):
     for arguments, expected in cases:
         where = f"not yet. For ({', '.join(map(short, arguments))}) it"
+        raises = expected if isinstance(expected, type) else ()
         try:
-            given = function(*arguments)
+            given = function(*own(arguments))
+        except raises:
+            continue
         except Exception as error:      # a student's function may fail in any way; the script should go on
             return f"{where} stops with {type(error).__name__}: {error}"
-        if not same(given, expected):
-            differs = f", not {short(expected)}" if short(given) != short(expected) else " with other values"
-            return f"{where} gives {short(given)}{differs}"
+        if raises:
+            return f"{where} gives {short(given)} and does not raise {raises.__name__}"
+        if differs := difference(given, expected):
+            return f"{where} {differs}"
     return "ok"
 
 
-def same(given, expected):
-    if isinstance(expected, torch.Tensor):
-        alike = isinstance(given, torch.Tensor) and given.shape == expected.shape
-        return alike and torch.allclose(given.float(), expected.float(), rtol=1e-3, atol=1e-4)
-    if isinstance(expected, float):
-        number = isinstance(given, int | float | torch.Tensor)
-        return number and math.isclose(float(given), expected, rel_tol=1e-3, abs_tol=1e-6)
-    if isinstance(expected, list | tuple):
-        alike = isinstance(given, list | tuple) and len(given) == len(expected)
-        return alike and all(map(same, given, expected))
-    return type(given) is type(expected) and given == expected
+def own(arguments):
+    """Copies: a function may change what it is given, but not what other cases are made of."""
+    return [copy.deepcopy(argument) if isinstance(argument, torch.Tensor | list | dict) else argument
+            for argument in arguments]
+
+
+def difference(given, expected, index=()):
+    """-> how they differ, such as "gives 1 at [0, 2], not 3"; "" if they do not
+
+    A tensor, a NumPy array and a list are the same if their shapes and numbers are. True is not a number.
+    """
+    a, b = plain(given), plain(expected)
+    shapes = {tuple(value.shape) for value in (given, expected) if hasattr(value, "shape")}
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and len(shapes) < 2:
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            if differs := difference(*pair, (*index, i)):
+                return differs
+        return ""
+    if isinstance(b, float):
+        same = type(a) in (int, float) and math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)
+    else:
+        same = a == b and isinstance(a, bool) == isinstance(b, bool)
+    at = f" at {list(index)}" if index else ""
+    return "" if same else f"gives {short(given)}{at}, not {short(expected)}"
+
+
+def plain(value):
+    """Tensors, NumPy arrays and scalars, and tuples as Python's numbers and lists."""
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def short(value):
     """A value as it is shown when a check fails, on less than a line."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.ndim:
         return f"tensor {tuple(value.shape)}"
+    if isinstance(value, type):
+        return value.__name__
+    if not isinstance(value, list | tuple):
+        value = plain(value)
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, str) and len(value) > 23:
@@ -134,4 +174,7 @@ def short(value):
         if len(value) < 5:
             return f"[{', '.join(map(short, value))}]"
         return f"[{short(value[0])}, …, {len(value)} in all]"
+    if isinstance(value, dict):
+        items = ", ".join(f"{short(key)}: {short(one)}" for key, one in value.items())
+        return f"{{{items}}}" if len(items) < 28 else "dict"
     return "model" if isinstance(value, torch.nn.Module) else type(value).__name__.lower()

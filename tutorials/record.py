@@ -6,7 +6,7 @@
 
 In a `#>` line, `21±3` stands for any number from 18 to 24; the text after `≈` was sampled and may be
 any text. Such a line is kept if it still matches. The flags of lesson.py (--tiny, --solutions) are passed
-on. Lines about solutions are shown but not compared.
+on. Lines about solutions and wrong answers are shown but not compared.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ministeer.utils import write
 
+ANSWERS = ("solution of ", "wrong answer ")
 NUMBER = r"([+-]?\d+(?:\.\d+)?)"
 TOLERANCE = re.compile(NUMBER + r"±(\d+(?:\.\d+)?)")
 
@@ -94,9 +95,9 @@ def main():
     text = path.read_text(encoding="utf-8")
     printed = run(path, text, [flag for flag in flags if flag not in ("--check", "--show")])
     for line in itertools.chain(*printed):
-        if show or line.startswith("solution of "):
+        if show or line.startswith(ANSWERS):
             print(line)
-    pairs = [(cell, [line for line in lines if not line.startswith("solution of ")])
+    pairs = [(cell, [line for line in lines if not line.startswith(ANSWERS)])
              for cell, lines in zip(cells(text), printed, strict=True)]
     if check:
         wrong = [difference for cell, lines in pairs if is_code(cell)

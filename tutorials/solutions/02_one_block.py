@@ -8,7 +8,9 @@ import torch
 def masked_softmax(scores):
     T = len(scores)
     later = torch.ones(T, T, dtype=torch.bool).triu(1)
-    return scores.masked_fill(later, -math.inf).softmax(dim=-1)
+    scores = scores.masked_fill(later, -math.inf)
+    weights = (scores - scores.max(dim=-1, keepdim=True).values).exp()
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def selfish_head(pattern):

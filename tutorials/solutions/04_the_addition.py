@@ -7,7 +7,9 @@ from ministeer.steering import relative_norm
 
 def delta(vector, coeff, start, T):
     rows = torch.zeros(T, vector.shape[1])
-    rows[start:start + len(vector)] = coeff * vector
+    for i, row in enumerate(vector):
+        if start + i < T:
+            rows[start + i] = coeff * row
     return rows
 
 

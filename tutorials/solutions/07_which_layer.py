@@ -5,9 +5,12 @@ import torch
 from ministeer.evaluation.stats import wilson
 
 
-def smallest_good(counts, n):
-    low, _ = wilson(max(counts.values()), n)
-    return min(c for c, k in counts.items() if k / n >= low)
+def smallest_good(steered, random, n):
+    better = {c: k for c, k in steered.items() if wilson(k, n)[0] > max(random[c]) / n}
+    if not better:
+        raise ValueError("no coefficient is better than its random vectors.")
+    low, _ = wilson(max(better.values()), n)
+    return min(c for c, k in better.items() if k / n >= low)
 
 
 def highest_of(k, n, rate, seed=0):

@@ -4,10 +4,17 @@ import math
 
 
 def text_ratio(plain, steered):
-    means = [(s - p).mean().item() for p, s in zip(plain, steered, strict=True)]
-    return math.exp(-sum(means) / len(means))
+    total, count = 0.0, 0
+    for before, after in zip(plain, steered, strict=True):
+        total += (before - after).mean().item()         # the sign: a likelier text has the lower perplexity
+        count += 1                                      # the unit: a text, not a token
+    return math.exp(total / count)
 
 
-def kl(logits_p, logits_q):
-    p, q = logits_p.log_softmax(dim=-1), logits_q.log_softmax(dim=-1)
-    return (p.exp() * (p - q)).sum().item()
+def beyond_random(steered, randoms):
+    result = []
+    for token, shift in steered.items():
+        five = [random[token] for random in randoms]
+        if not min(five) <= shift <= max(five):
+            result.append(token)
+    return sorted(result, key=steered.get, reverse=True)

@@ -2,11 +2,18 @@
 
 from itertools import product
 
+from ministeer.evaluation.stats import bootstrap
 
-def on_target(matrix):
-    diagonal = matrix.diagonal()
-    rest = (matrix.sum() - diagonal.sum()) / (matrix.numel() - len(diagonal))
-    return (diagonal.mean() - rest).item()
+
+def decide(steered, randoms):
+    lows, highs = [], []
+    for random in randoms:
+        low, high = bootstrap([s - r for s, r in zip(steered, random, strict=True)])
+        lows.append(low)
+        highs.append(high)
+    if min(lows) > 0:
+        return "higher"
+    return "lower" if max(highs) < 0 else "not shown"
 
 
 def sign_test(differences):

@@ -3,8 +3,12 @@
 import torch
 
 
-def mean_difference(plus, minus):
-    return (plus - minus).mean(dim=0)
+def odd_pair(rows):
+    cosines = []
+    for i in range(len(rows)):
+        others = torch.cat([rows[:i], rows[i + 1:]]).mean(dim=0)
+        cosines.append(torch.cosine_similarity(others, rows.mean(dim=0), dim=0))
+    return torch.stack(cosines).argmin().item()
 
 
 def component(rows):

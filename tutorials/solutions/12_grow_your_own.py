@@ -3,8 +3,11 @@
 
 def n_weights(config):
     d, m = config.d_model, config.d_mlp
-    block = 2 * 2 * d + (d * 3 * d + 3 * d) + (d * d + d) + (d * m + m) + (m * d + d)
-    return (config.n_vocab + config.n_ctx) * d + config.n_layer * block + 2 * d
+    embedding = (config.n_vocab + config.n_ctx) * d
+    norm = 2 * d
+    attention = (d * 3 * d + 3 * d) + (d * d + d)
+    mlp = (d * m + m) + (m * d + d)
+    return embedding + config.n_layer * (2 * norm + attention + mlp) + norm
 
 
 def stronger_helps(hits, vectors, model):
