@@ -13,16 +13,17 @@ from .compare import FILES, HERE, Importing, Student, Wrong
 
 def main(argv=None):
     """Run one command -> the exit status: 0 done, 1 a part is not right yet, 2 bad input."""
-    top = Parser(prog="python -m tutorials.build", description="Build it yourself: see tutorials/build/README.md.")
+    top = Parser(prog="python -m tutorials.build", description="Build it yourself. See the README.md there.")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
     start = commands.add_parser("start", help="copy the files that you fill in to a folder of your own")
     start.add_argument("folder", metavar="DIR", type=Path)
     start.set_defaults(run=lambda args: copy_stubs(args.folder))
-    check = commands.add_parser("check", help="check your parts, in order, up to the first that is not right")
-    check.add_argument("parts", metavar="PART", nargs="*", help=f"of {', '.join(FILES)}; all, if none is given")
-    check.add_argument("--folder", metavar="DIR", type=Path, default=HERE, help="where your files are")
-    check.add_argument("--solutions", action="store_true", help="check the solutions instead")
-    check.set_defaults(run=lambda args: run_check(HERE / "solutions" if args.solutions else args.folder, args.parts))
+    checked = commands.add_parser("check", help="check parts in order, up to the first that is not right")
+    checked.add_argument("parts", metavar="PART", nargs="*", help=f"{', '.join(FILES)}; all if none is given")
+    checked.add_argument("--folder", metavar="DIR", type=Path, default=HERE, help="where your files are")
+    checked.add_argument("--solutions", action="store_const", dest="folder", const=HERE / "solutions",
+                         help="check the solutions instead")
+    checked.set_defaults(run=lambda args: run_check(args.folder, args.parts))
     hint = commands.add_parser("hint", help="a hint: 1 the idea, 2 the equation, 3 nearly the code")
     hint.add_argument("part", metavar="PART")
     hint.add_argument("number", metavar="N", type=int)
@@ -63,11 +64,15 @@ def run_check(folder, parts):
 
 
 def check(folder, parts, reference=None):
-    """Yield (part, what is wrong or "", a note) for each of `parts`, up to the first that is wrong."""
+    """Yield (part, what is wrong or "", a note) for each of `parts`, up to the first that is wrong.
+
+    Raises FileNotFoundError if the default model is not here.
+    """
     import torch
 
     from . import checks
     reference = reference or checks.Reference()
+    _ = reference.folder        # what goes wrong from here on is about the student's files
     with Importing(folder), torch.no_grad():
         for part in parts:
             wrong, note = "", ""
@@ -77,23 +82,20 @@ def check(folder, parts, reference=None):
                 wrong = str(error)
             except (Exception, SystemExit) as error:    # a student's file may fail in any way
                 wrong = where_in(folder, error)
-                if not wrong:
-                    raise
             yield part, wrong, note
             if wrong:
                 return
 
 
 def where_in(folder, error):
-    """The line of the student's file at which an exception arose, and what it says; "" if it is not theirs."""
+    """An exception in one line: the last line of the student's files that it passed, and what it says."""
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    message = str(error)
     if isinstance(error, SyntaxError):
-        places.append((error.filename, error.lineno))
-    theirs = [(Path(name).name, line) for name, line in places if name and Path(name).parent == folder]
-    if not theirs:
-        return ""
-    message = " ".join(str(error).split()) if not isinstance(error, SyntaxError) else error.msg
-    return "{}, line {}: {}: {:.200}".format(*theirs[-1], type(error).__name__, message)
+        places, message = [*places, (str(error.filename), error.lineno)], error.msg
+    theirs = [place for place in places if Path(place[0]).parent == folder]
+    name, line = (theirs or places)[-1]
+    return f"{Path(name).name}, line {line}: {type(error).__name__}: {' '.join(message.split()):.200}"
 
 
 def check_part(part):

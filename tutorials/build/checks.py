@@ -4,6 +4,7 @@ shortcut fails somewhere. Read first: compare.py.
 
 import functools
 import importlib.util
+from itertools import pairwise
 
 import torch
 
@@ -151,8 +152,9 @@ def block(student, reference):
         resid = model.residuals(ids)
         for l, one in enumerate(model.blocks):
             for T in (1, 7, ids.shape[1]):
-                student.gives(resid[l + 1][:, :T], "gpt2_block", resid[l][:, :T], dict(one.named_parameters()),
-                              model.config.n_head, case=f"block {l} of {name}, positions 0 … {T - 1}")
+                student.gives(resid[l + 1][:, :T], "gpt2_block", resid[l][:, :T],
+                              dict(one.named_parameters()), model.config.n_head,
+                              case=f"block {l} of {name}, positions 0 … {T - 1}")
 
 
 def chunks(student, model, l, w, x, name):
@@ -160,10 +162,10 @@ def chunks(student, model, l, w, x, name):
     runs = [(run, model.blocks[l](run, l, model.rope(torch.arange(x.shape[1])))) for run in (x, x.flip(1))]
     for cuts in ((0, 4, 5, 6, 9), (0, 1, 7)):
         pasts = {}, {}
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             for (run, expected), past in zip(runs, pasts, strict=True):
-                student.gives(expected[:, start:stop], "llama_block", run[:, start:stop], w, model.config.n_head,
-                              model.rope(torch.arange(start, stop)), past,
+                student.gives(expected[:, start:stop], "llama_block", run[:, start:stop], w,
+                              model.config.n_head, model.rope(torch.arange(start, stop)), past,
                               case=f"block {l} of {name}, positions {start} … {stop - 1}, {start} in past")
 
 
@@ -190,8 +192,8 @@ def vector(student, reference):
             def stream(ids, layer=layer):
                 return model.residuals(check_ids(ids), stop_layer=layer)[-1]
             h = stream(torch.tensor(pad_together(tokenizer, plus, minus)))
-            student.gives((h[0] - h[1])[1:], "steering_vector", functools.partial(tokenizer.encode, bos=False),
-                          stream, plus, minus, tokenizer.bos_id,
+            encode = functools.partial(tokenizer.encode, bos=False)
+            student.gives((h[0] - h[1])[1:], "steering_vector", encode, stream, plus, minus, tokenizer.bos_id,
                           case=f"{plus!r} - {minus!r} before block {layer} of the default model")
 
 
@@ -220,7 +222,7 @@ def loop(student, reference):
         _, resid = model(ids, ministeer.Steer(layer, rows, coeff))
         for cuts in ((0, T), (0, 2, 3, T)):
             cache = KVCache(T, 2)
-            for start, stop in zip(cuts, cuts[1:], strict=False):
+            for start, stop in pairwise(cuts):
                 pos = torch.arange(start, stop)
                 student.gives([x[:, pos] for x in resid], "run", model.embed(ids[:, pos], pos), pos,
                               blocks(model, cache), layer, rows, coeff,
@@ -245,7 +247,7 @@ def hook(student, reference):
     theirs = hub(ids, output_hidden_states=True, use_cache=False)
     handle.remove()
     resid = student.module.run(model.embed(ids, pos), pos, blocks(model), layer, rows, 3)
-    # transformers notes a stream before the hook, and its last one after the final norm: both differ from resid
+    # Trap: transformers notes a stream before its hook, and the last one after the final norm.
     for l in range(layer + 1, model.config.n_layer):
         compare(resid[l], theirs.hidden_states[l], f"run, against a hook in transformers: resid[{l}]")
 
@@ -260,8 +262,8 @@ class Forward:
         wanted = list(range(self.read, self.read + check_ids(ids).shape[1]))
         given = pos.tolist() if isinstance(pos, torch.Tensor) else pos
         if given != wanted:
-            raise Wrong(f"forward has read {self.read} positions; given: ids {shape(ids)} at pos {given!s:.40}, "
-                        f"expected pos {wanted!s:.40}")
+            raise Wrong(f"forward has read {self.read} positions, so it expects ids {shape(ids)} at pos "
+                        f"{wanted!s:.40}; given: pos {given!s:.40}")
         self.read += len(wanted)
         return self.logits(ids, pos)
 
@@ -310,21 +312,25 @@ def generation(student, reference):
         student.gives(logits.argmax(dim=-1), "greedy", logits, case=f"logits {shape(logits)}")
     for seed, (logits, name, most) in enumerate([
             (random(40, 6, seed=0), "random", 1), (4 * random(60, 900, seed=1), "random", 1),
-            (0.1 * random(60, 300, seed=2), "nearly equal", 1), (real.repeat(4, 1), "the default model's", 0.6)]):
+            (0.1 * random(60, 300, seed=2), "nearly equal", 1),
+            (real.repeat(4, 1), "the default model's", 0.6)]):
         for p in (0, 0.05, 0.3, 0.6, 0.95):
             if p <= most:                       # the nucleus of 0.95 may hold more than 1,000 tokens
                 u = draw(len(logits), seed=seed)
                 drawn, clear = nucleus(logits, p, u)
                 student.gives(drawn[clear], "top_p", logits[clear], p, u[clear],
                               case=f"{name} logits {shape(logits[clear])}, p {p}")
-    for seed, (B, T, n, p) in enumerate([(1, 1, 1, 0), (1, 3, 8, 0), (3, 4, 9, 0.3), (2, 1, 12, 0.9), (4, 6, 5, 0.6)]):
+    for seed, (B, T, n, p) in enumerate([(1, 1, 1, 0), (1, 3, 8, 0), (3, 4, 9, 0.3), (2, 1, 12, 0.9),
+                                         (4, 6, 5, 0.6)]):
         ids, draws = torch.arange(B * T).view(B, T) * 7 % 30, draw(B, n, seed=seed)
-        student.gives(continued(toy_model(seed), ids, draws, p), "generate", toy_model(seed), ids, draws, p,
+        expected = continued(toy_model(seed), ids, draws, p)
+        student.gives(expected, "generate", toy_model(seed), ids, draws, p,
                       case=f"ids {shape(ids)}, {n} new tokens, p {p}, a toy model")
     ids, draws = torch.tensor([tokenizer.encode(PROMPT)] * 3), draw(3, 12, seed=5)
     for p in (0, 0.3):
-        student.gives(continued(cached_model(model, 3), ids, draws, p), "generate", cached_model(model, 3), ids,
-                      draws, p, case=f"ids {shape(ids)}, 12 new tokens, p {p}, the default model")
+        expected = continued(cached_model(model, 3), ids, draws, p)
+        student.gives(expected, "generate", cached_model(model, 3), ids, draws, p,
+                      case=f"ids {shape(ids)}, 12 new tokens, p {p}, the default model")
 
 
 # Of 20 completions each, with a word about weddings; see README.md for what was measured.
@@ -348,7 +354,8 @@ def logits(student, reference):
     expected, _ = model(ids, ministeer.Steer(student.module.LAYER, rows, 2.0))
     forward = own.forward(rows, 2.0)
     for part in pos.split([3, 1, len(pos) - 4]):
-        compare(forward(ids[:, part], part), expected[:, part], f"the logits of the whole model at {part.tolist()}")
+        where = f"the logits of the whole model, positions {part[0]} … {part[-1]}"
+        compare(forward(ids[:, part], part), expected[:, part], where)
 
 
 PARTS = {"a": softmax, "b": head, "c": block, "d": vector, "e": loop, "f": generation, "together": together}

@@ -115,7 +115,7 @@ def limit(expected):
 
 
 def shape(x):
-    return f"({', '.join(map(str, x.shape))})"
+    return str(tuple(x.shape))
 
 
 def kind(value):

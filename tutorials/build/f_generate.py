@@ -15,7 +15,7 @@ def greedy(logits):
 
 
 def top_p(logits, p, u):
-    """Draw one token for each row from the nucleus: the likeliest tokens, up to the one that brings their sum over p.
+    """Draw a token for each row from its nucleus: the likeliest, up to the one that lifts their sum over p.
 
     Sort the tokens from the likeliest to the least likely. One is in the nucleus if those before it sum to p
     or less. Divide by the sum of the nucleus, add up from the likeliest on, and take the first token at which

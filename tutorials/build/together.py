@@ -21,7 +21,8 @@ class SmolLM2:
     def __init__(self, folder):
         with open(f"{folder}/config.json", encoding="utf-8") as file:
             config = json.load(file)
-        w = {name.removeprefix("model."): x.float() for name, x in load_file(f"{folder}/model.safetensors").items()}
+        w = {name.removeprefix("model."): stored.float()
+             for name, stored in load_file(f"{folder}/model.safetensors").items()}
         self.embedding, self.norm = w["embed_tokens.weight"], w["norm.weight"]
         self.layers = [{name.removeprefix(f"layers.{l}."): x for name, x in w.items()
                         if name.startswith(f"layers.{l}.")} for l in range(config["num_hidden_layers"])]

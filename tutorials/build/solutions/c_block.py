@@ -31,7 +31,8 @@ def gpt2_block(x, w, n_head):
         return y @ w[f"{name}.weight"] + w[f"{name}.bias"]
 
     y = F.layer_norm(x, x.shape[-1:], w["ln_1.weight"], w["ln_1.bias"], 1e-5)
-    q, k, v = (z.unflatten(-1, (n_head, -1)).transpose(1, 2) for z in linear(y, "attn.c_attn").chunk(3, dim=-1))
+    heads = linear(y, "attn.c_attn").unflatten(-1, (3, n_head, -1))      # (B, T, 3, n_head, d)
+    q, k, v = heads.permute(2, 0, 3, 1, 4)
     x = x + linear(head(q, k, v).transpose(1, 2).flatten(2), "attn.c_proj")
     y = F.layer_norm(x, x.shape[-1:], w["ln_2.weight"], w["ln_2.bias"], 1e-5)
     return x + linear(F.gelu(linear(y, "mlp.c_fc"), approximate="tanh"), "mlp.c_proj")
