@@ -18,7 +18,7 @@ from ministeer.gpt2 import GPT2
 from ministeer.llama import Llama, rotate
 from ministeer.steering import pad_together
 
-from .compare import Wrong, compare, kind, shape
+from .compare import MANY_BLOCKS, Wrong, compare, kind, shape
 
 TEXT = "The bride said that she was late for her wedding, and everybody in the church laughed."
 STORY = " Now Mary tells Tom a tale. Then the baker kneads the dough near the oven."
@@ -249,7 +249,8 @@ def hook(student, reference):
     resid = student.module.run(model.embed(ids, pos), pos, blocks(model), layer, rows, 3)
     # Trap: transformers notes a stream before its hook, and the last one after the final norm.
     for l in range(layer + 1, model.config.n_layer):
-        compare(resid[l], theirs.hidden_states[l], f"run, against a hook in transformers: resid[{l}]")
+        where = f"run, against a hook in transformers: resid[{l}]"
+        compare(resid[l], theirs.hidden_states[l], where, MANY_BLOCKS)
 
 
 class Forward:
@@ -355,7 +356,7 @@ def logits(student, reference):
     forward = own.forward(rows, 2.0)
     for part in pos.split([3, 1, len(pos) - 4]):
         where = f"the logits of the whole model, positions {part[0]} … {part[-1]}"
-        compare(forward(ids[:, part], part), expected[:, part], where)
+        compare(forward(ids[:, part], part), expected[:, part], where, MANY_BLOCKS)
 
 
 PARTS = {"a": softmax, "b": head, "c": block, "d": vector, "e": loop, "f": generation, "together": together}
