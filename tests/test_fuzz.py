@@ -200,7 +200,8 @@ TEMPLATE = [
     "{{ 10 ** 10 ** 8 }}", "{{ messages | tojson }}", "{% if x %}", "{{ x.y.z }}", "{{ ''.__class__ }}",
     "{% set ns = namespace(n=0) %}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ '\x1b[2J' }}",
     "{{ raise_exception('\x1b[2J no') }}", "{% include 'x' %}", "{{ 'x'.join(['a' * 9999] * 9999) }}",
-    "{{ '%999999999d' % 1 }}", "{{ 'ab' | center(10 ** 9) }}", "{% while %}", "{{ bos_token }}", "{{ 1 / 0 }}"]
+    "{{ '%999999999d' % 1 }}", "{{ 'ab' | center(10 ** 9) }}", "{% while %}", "{{ bos_token }}",
+    "{{ 1 / 0 }}"]
 
 
 def chat_template(bench, draw):
@@ -318,8 +319,8 @@ def arguments(bench, draw):
     import ministeer
     from ministeer.generation import stream
     model, made = bench.model, bench.tokenizer
-    odd = [*ODD, 2, 0.3, "The gulls", ["The gulls", "I"], bench.steer, [bench.steer], bench.torch.ones(3), b"x",
-           object(), 1j, bench.torch.tensor(float("nan"))]
+    odd = [*ODD, 2, 0.3, "The gulls", ["The gulls", "I"], bench.steer, [bench.steer], b"x", object(), 1j,
+           bench.torch.ones(3), bench.torch.tensor(float("nan"))]
     if draw.random() < 0.3:
         fields = {"layer": 1, "vector": bench.steer.vector, "coeff": 1.0, "start": 1}
         vectors = [bench.torch.ones(2, 32, dtype=dtype) for dtype in
@@ -348,11 +349,12 @@ def arguments(bench, draw):
 def command(bench, draw):
     """A command line, whose exit code is 0 or 2 and whose complaint is one line."""
     from ministeer.cli import main
-    options = {"--plus": " weddings", "--minus": " ", "--layer": "1", "--coeff": "1", "-n": "1", "--seed": "0",
-               "--max-new-tokens": "3", "--temperature": "1", "--top-p": "0.3", "--freq-penalty": "1",
+    options = {"--plus": " weddings", "--minus": " ", "--layer": "1", "--coeff": "1", "-n": "1",
+               "--seed": "0", "--max-new-tokens": "3", "--temperature": "1", "--top-p": "0.3",
+               "--freq-penalty": "1",
                "--model": str(bench.whole), "--save": str(bench.folder / "saved.safetensors")}
-    odd = ["", " ", "x", "-1", "0", "nan", "inf", "1e-320", "1e999", str(10 ** 20), str(10 ** 9), "\x1b[2J", "é" * 99,
-           "../..", "/dev/null", "/", str(bench.folder), "--", "-n", "\udcff", "1,5"]
+    odd = ["", " ", "x", "-1", "0", "nan", "inf", "1e-320", "1e999", str(10 ** 20), str(10 ** 9), "\x1b[2J",
+           "é" * 99, "../..", "/dev/null", "/", str(bench.folder), "--", "-n", "\udcff", "1,5"]
     for name in draw.sample(list(options), draw.choice([1, 1, 2, 3])):
         options[name] = draw.choice(odd)
     for name in draw.sample(list(options), draw.choice([0, 0, 1])):
@@ -426,11 +428,11 @@ def attempt(bench, kind, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--tries", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ["MINISTEER_WEIGHTS"] = os.environ["XDG_CACHE_HOME"] = "/nonexistent"
@@ -453,8 +455,8 @@ def main():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_try_works_or_is_refused_with_a_sentence(kind):
     from conftest import UNTRACED
-    done = subprocess.run([sys.executable, __file__, kind, "--tries", str(TRIES)], capture_output=True, text=True,
-                          env=UNTRACED, timeout=SECONDS * 10, check=False)
+    done = subprocess.run([sys.executable, __file__, kind, "--tries", str(TRIES)], capture_output=True,
+                          text=True, env=UNTRACED, timeout=SECONDS * 10, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith("| 0 |"), done.stderr[-2000:]
 
