@@ -243,7 +243,7 @@ def test_control_characters_do_not_reach_the_terminal(run, weights, tmp_path, mo
     assert 'prompt    "I love a\\u001b' in results["columns"][1]
     assert results["columns"][2].startswith("ministeer: warning: a·[31mred")
     assert json.loads(results["json"][1])["steered"] == [evil]
-    assert results["models"][1].endswith("c·d e model\n")
+    assert ": a·[31mred· b·1m c·d e model" in results["models"][1]
     assert "a·[31mred" in results["fetch"][1]
 
 
