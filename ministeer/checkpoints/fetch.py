@@ -24,7 +24,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..utils import one_line, printable
+from ..utils import printable
 from .config import read_config
 
 
@@ -106,7 +106,7 @@ def _safe(text):
 
 
 def _one_line(text):
-    return one_line(_safe(str(text)), 300).rstrip(".") or type(text).__name__
+    return _safe(" ".join(str(text).split()))[:300].rstrip(".") or type(text).__name__
 
 
 def roots() -> list[Path]:
