@@ -33,6 +33,8 @@ def main(argv=None):
         return args.run(args)
     except (OSError, ValueError) as error:
         top.error(error)
+    except KeyboardInterrupt:
+        return 130
 
 
 def copy_stubs(folder):
@@ -56,8 +58,9 @@ def run_check(folder, parts):
     done = 0
     for part, wrong, note in check(folder.resolve(), asked):
         print(f"{part:8}  {'not yet' if wrong else 'ok'}  {printable(wrong or note)}".rstrip(), flush=True)
-        if wrong and part in "abcdef":
-            print(f"{'':8}  For a hint: python -m tutorials.build hint {part} 1")
+        if wrong:
+            hint = f"For a hint: python -m tutorials.build hint {part} 1"
+            print(f"{'':8}  {hint if part != 'together' else 'It runs parts a to f: are they all ok?'}")
         done += not wrong
     print(f"{done} of {len(asked)} parts done")
     return 0 if done == len(asked) else 1
@@ -91,8 +94,8 @@ def where_in(folder, error):
     """An exception in one line: the last line of the student's files that it passed, and what it says."""
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     message = str(error)
-    if isinstance(error, SyntaxError):
-        places, message = [*places, (str(error.filename), error.lineno)], error.msg
+    if isinstance(error, SyntaxError) and error.filename:
+        places, message = [*places, (error.filename, error.lineno)], error.msg
     theirs = [place for place in places if Path(place[0]).parent == folder]
     name, line = (theirs or places)[-1]
     return f"{Path(name).name}, line {line}: {type(error).__name__}: {' '.join(message.split()):.200}"

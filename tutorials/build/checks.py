@@ -334,7 +334,7 @@ def generation(student, reference):
                       case=f"ids {shape(ids)}, 12 new tokens, p {p}, the default model")
 
 
-# Of 20 completions each, with a word about weddings; see README.md for what was measured.
+# Of N completions each, how many must or may have a word about weddings; README.md says what was measured.
 N, STEERED, OTHERS = 20, 5, 1
 
 
