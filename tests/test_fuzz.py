@@ -298,9 +298,7 @@ def unit(bench, draw):
 
 def rows(bench, draw):
     """Rows of texts, as benchmarks/paper.py reads them."""
-    from types import SimpleNamespace
-
-    from benchmarks.lab import Lab
+    from benchmarks import rows as files
     folder = bench.folder / "data"
     folder.mkdir(exist_ok=True)
     good = {"text": "The gulls argue.", "label": "pos", "split": "test"}
@@ -309,8 +307,8 @@ def rows(bench, draw):
         lambda: mutated_text(draw, good), lambda: b"", lambda: b"[]", lambda: b"\xff\xfe", lambda: b"null",
         lambda: b'{"text": "\\ud800"}', lambda: b"\xef\xbb\xbf" + lines[0], lambda: b"a" * 10 ** 6])()
     (folder / "imdb.jsonl").write_bytes(draw.choice([b"\n", b"\r\n"]).join(lines))
-    lab = SimpleNamespace(args=SimpleNamespace(data=str(folder), seed=0))
-    for row in Lab.rows(lab, "imdb.jsonl"):
+    path = folder / "imdb.jsonl"
+    for row in files.parse(files.read(path), path, text=str):
         row["text"].encode()
 
 
