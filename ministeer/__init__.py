@@ -14,7 +14,7 @@ if TYPE_CHECKING:       # for editors; at run time __getattr__ imports each on f
     from .generation import generate
     from .steering import Steer, steering_vector
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["KVCache", "Steer", "fast", "generate", "load", "steering_vector"]
 
 _HOME = {"KVCache": "attention", "Steer": "steering", "fast": "faster", "generate": "generation",
