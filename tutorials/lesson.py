@@ -129,24 +129,32 @@ def own(arguments):
             for argument in arguments]
 
 
-def difference(given, expected, index=()):
+def difference(given, expected):
     """-> how they differ, such as "gives 1 at [0, 2], not 3"; "" if they do not
 
     A tensor, a NumPy array and a list are the same if their shapes and numbers are. True is not a number.
     """
-    a, b = plain(given), plain(expected)
     shapes = {tuple(value.shape) for value in (given, expected) if hasattr(value, "shape")}
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and len(shapes) < 2:
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            if differs := difference(*pair, (*index, i)):
-                return differs
+    first = first_difference(plain(given), plain(expected)) if len(shapes) < 2 else ((), given, expected)
+    if first is None:
         return ""
+    index, a, b = first
+    at = f" at {list(index)}" if index else ""
+    return f"gives {short(a if index else given)}{at}, not {short(b if index else expected)}"
+
+
+def first_difference(a, b, index=()):
+    """-> (index, what a has there, what b has there), or None; a, b: what `plain` gives"""
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for i in range(len(a)):
+            if first := first_difference(a[i], b[i], (*index, i)):
+                return first
+        return None
     if isinstance(b, float):
         same = type(a) in (int, float) and math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)
     else:
         same = a == b and isinstance(a, bool) == isinstance(b, bool)
-    at = f" at {list(index)}" if index else ""
-    return "" if same else f"gives {short(given)}{at}, not {short(expected)}"
+    return None if same else (index, a, b)
 
 
 def plain(value):
