@@ -201,7 +201,7 @@ def test_any_number_of_processes_finds_the_same(experiment, tiny_llama, data, tm
 @pytest.mark.parametrize(("experiment", "change", "message"), [
     ("knowledge", {"--data": "nothing"}, "no file conceptnet.jsonl in nothing"),
     ("knowledge", {"--model": "nothing"}, "nothing"),
-    ("knowledge", {"--model": "\x1b[31m"}, "no model '\\x1b[31m' here"),
+    ("knowledge", {"--model": "\x1b[31m"}, "no model '·[31m' here"),
     ("knowledge", {"--data": "pipes"}, "no file conceptnet.jsonl in pipes"),
     ("knowledge", {"--out": "pipes"}, "pipes/knowledge.md' cannot be written: it is a device, a pipe"),
     ("knowledge", {"--data": "bad"}, "conceptnet.jsonl, line 2: it has no 'answer'."),
