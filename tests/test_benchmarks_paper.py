@@ -162,6 +162,7 @@ def test_whatever_results_depend_on_makes_other_units(tiny_llama, data, tmp_path
     assert units(**{**changes, **({"data": tmp_path} if "data" in changes else {})}) != first
 
 
+@pytest.mark.long
 def test_another_model_of_a_judge_is_asked_and_named(tiny_llama, data, tmp_path, monkeypatch):
     monkeypatch.setattr(web_judges.OpenAI, "score", lambda judge, text: float(judge.model == "B"))
     monkeypatch.setenv("OPENAI_API_KEY", "none")

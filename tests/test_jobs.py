@@ -227,8 +227,8 @@ def expected_sums(processes):
     return [f"sum {rank} {processes} {total(range(N))!r}" for rank in range(processes)]
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2,
-                                       pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2, 4])
 def test_a_sum_is_the_same_to_the_last_digit_in_any_number_of_processes(tmp_path, processes):
     done, logs = start(tmp_path, processes)
     assert done.returncode == 0, done.stderr

@@ -346,6 +346,7 @@ def test_real_weights_steered(real, hub_real, prose, make):
     check_parity(model, hub_real, make_steers(make, model, 1.0), ids=prose)
 
 
+@pytest.mark.long
 def test_real_weights_greedy_generation(real, hub_real):
     model, tokenizer = real
     prompt = "The capital of France is Paris, the capital of Italy is"

@@ -27,6 +27,7 @@ def test_the_first_example_runs_and_prints_weddings(smollm2, monkeypatch, capsys
     assert "wedding" in printed
 
 
+@pytest.mark.long
 def test_the_example_of_logit_methods_runs(smollm2, monkeypatch):
     monkeypatch.setenv("MINISTEER_WEIGHTS", str(smollm2.parent))
     blocks = [block for block in BLOCKS["python"] if "steering_vector" in block or "logits.preadd" in block]

@@ -353,6 +353,7 @@ def delta(vector, coeff, start, T):
 """}
 
 
+@pytest.mark.long
 def test_grades_right_wrong_and_misbehaving_answers(tmp_path):
     for name, text in STUDENT.items():
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
