@@ -175,7 +175,7 @@ def selfish_head(pattern):
 
 
 def looks(*own):
-    """-> the pattern of a head that looks at itself this much, position by position, and else at BOS"""
+    """-> the pattern of a head that looks at itself this much, position by position, and otherwise at BOS"""
     own = torch.tensor(own)
     return torch.cat([(1 - own)[:, None], torch.zeros(len(own), len(own) - 1)], dim=1) + own.diag()
 

@@ -221,14 +221,14 @@ lesson.check(first_changed, ((steered, clean, T), [None, 1] + [2] * (T - 2)), ((
 #> first_changed: not yet. For (kvcache, kvcache, 11) it gives None, not [None, …, 11 in all]
 
 # %% [markdown]
-# Once your function works, it shows the way of the addition. Block 1 reads the steered stream, so its keys
+# Once your function works, it shows the path of the addition. Block 1 reads the steered stream, so its keys
 # and values differ at position 1. Block 2 reads what block 1 wrote, and block 1 wrote at all later positions,
 # because they looked back. Position 0 never differs.
 #
 # ## Your own topic
 # Take words, ways to continue and a pair of your own topic. First make sure that there is an effect: does the
 # steered probability lie outside the range of five random vectors (`random_like`, seeds 0 to 4)? If it does,
-# what is left of it when position 1 is restored, and what when all the others are? Set the same two numbers
+# how much is left when position 1 is restored, and how much when all the others are? Set the same two numbers
 # for weddings beside them.
 #
 # **Now you know** why nothing has to be added again, and that "steered" is a property of a cache. The library

@@ -183,7 +183,7 @@ lesson.save(figure, "08_probabilities")
 # random vector, not with no vector. Two good measures, two answers; say which one you mean.
 #
 # ## Exercise 1
-# Mend this function. It should compute the ratio by documents: first the mean of each text, then the mean of
+# Fix this function. It should compute the ratio by documents: first the mean of each text, then the mean of
 # these means. (The paper's text says this, but its code weights all tokens equally.) It has two mistakes.
 
 # %%
@@ -204,7 +204,7 @@ lesson.check(text_ratio, ((a, b), perplexity_ratio(a, b, mean_of="texts")), ((a[
 
 # %% [markdown]
 # ## Exercise 2
-# Which shifts are not what a random vector gives? Take those above or below the shifts of all five random
+# Which shifts go beyond what a random vector gives? Take those above or below the shifts of all five random
 # vectors. Then make the five dictionaries with `token_shifts`, for `random_like(weddings, seed)` with seeds 0
 # to 4, and see which of the tokens above are left.
 

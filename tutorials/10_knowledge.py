@@ -143,7 +143,7 @@ lesson.save(figure, "10_knowledge")
 
 # %% [markdown]
 # ## Exercise 1
-# Plan before you measure: how many facts must you ask? Suppose that steering makes each fact be lost with
+# Plan before you measure: how many facts must you ask? Suppose that under steering each fact is lost with
 # probability `lost`, or else gained with probability `gained`. Call a loss *shown* if lost − gained is more
 # than 2 √(lost + gained), counted in facts. (Chance alone does that in 2 or 3 of 100 cases.) Draw n facts a
 # few thousand times: how often is the loss shown?

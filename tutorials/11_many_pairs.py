@@ -179,8 +179,8 @@ lesson.save(figure, "11_many_pairs")
 #
 # ## Exercise 1
 # Look at your data. Which pair pulls the mean furthest to its own side? Leave out one pair at a time: the
-# cosine of the mean of the others with the mean of all is lowest for that pair. Then ask it of
-# `differences(12)`, and read the pair again.
+# cosine of the mean of the others with the mean of all is lowest for that pair. Then try it
+# on `differences(12)`, and read that pair again.
 
 # %%
 def odd_pair(rows):

@@ -1,9 +1,9 @@
 """Grade the exercises in a folder of students' scripts, as JSON: python -m tutorials.grade FOLDER
 
 FOLDER holds files named like the tutorials, whole copies or only the functions. Each exercise gets a process
-of its own, and there the cases of the page and more, drawn with --seed. From a student's file come only its
-imports, functions, classes and constants; everything else that they use is that of the page itself.
-The limits stop accidents, not attacks: grade strangers in a container. Linux and macOS only.
+of its own, and there the cases of the page and more, drawn with --seed. Of a student's file, only the
+imports, functions, classes and constants are used; everything else comes from the page itself.
+The limits stop accidents, not attacks: grade untrusted scripts in a container. Linux and macOS only.
 """
 
 import argparse
@@ -34,8 +34,8 @@ def main(argv=None):
     top = Parser(prog="python -m tutorials.grade", description=__doc__.splitlines()[0],
                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     top.add_argument("folder", metavar="FOLDER", type=Path)
-    top.add_argument("--out", metavar="FILE", help="write the JSON there and not to stdout")
-    top.add_argument("--model", action="store_true", help="take the default model, not a small random one")
+    top.add_argument("--out", metavar="FILE", help="write the JSON to this file instead of stdout")
+    top.add_argument("--model", action="store_true", help="use the default model, not a small random one")
     top.add_argument("--seconds", type=float, default=20, help="the most that one exercise may take")
     top.add_argument("--gigabytes", type=float, default=2, help="the most memory that one exercise may add")
     top.add_argument("--seed", type=int, default=0, help="for the cases that are not on the page")
@@ -64,7 +64,7 @@ def grade(pages, args):
     import lesson
     import torch
     lesson.save = lambda figure, name: lesson.plt.close(figure)
-    torch.set_num_threads(1)            # Trap: a forked process waits for ever for OpenMP's other threads.
+    torch.set_num_threads(1)            # Trap: a forked process waits forever for OpenMP's other threads.
     report = {}
     for page in pages:
         rows = report[page.stem] = {}

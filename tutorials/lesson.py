@@ -124,7 +124,7 @@ def verdict(function, cases):
 
 
 def own(arguments):
-    """Copies: a function may change what it is given, but not what other cases are made of."""
+    """Copies: a function may change what it is given, but must not change other cases."""
     return [copy.deepcopy(argument) if isinstance(argument, torch.Tensor | list | dict) else argument
             for argument in arguments]
 
