@@ -254,7 +254,7 @@ def test_start_copies_the_stubs_and_leaves_what_is_there(tmp_path, capsys):
     (mine / "a_softmax.py").write_text("my work")
     main(["start", str(mine)])
     assert (mine / "a_softmax.py").read_text() == "my work"
-    assert "a_softmax.py: it is there already, and stays" in capsys.readouterr().out
+    assert "a_softmax.py: already there, and kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", LETTERS)

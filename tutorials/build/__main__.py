@@ -38,11 +38,11 @@ def main(argv=None):
 
 
 def copy_stubs(folder):
-    """Never over a file that is there."""
+    """Copy each file, except where one of that name is there already."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES.values():
         target = folder / f"{file}.py"
-        print(f"{target}: {'it is there already, and stays' if target.exists() else 'new'}")
+        print(f"{target}: {'already there, and kept' if target.exists() else 'new'}")
         if not target.exists():
             shutil.copyfile(HERE / target.name, target)
     print(f"Begin with {folder / FILES['a']}.py, and then: python -m tutorials.build check --folder {folder}")

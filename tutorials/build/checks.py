@@ -48,7 +48,7 @@ class Reference:
 
     @property
     def llamas(self):
-        """Yield (name, model, ids, layers): the default model, and two whose heads share keys otherwise."""
+        """Yield (name, model, ids, layers): the default model, and two whose heads share keys differently."""
         yield "the default model", self.loaded[0], self.ids, self.layers
         for seed, (n_head, n_kv_head, d_head) in enumerate([(4, 1, 4), (6, 2, 8)]):
             model = Llama(Config("llama", n_layer=2, n_head=n_head, n_kv_head=n_kv_head, n_vocab=50, n_ctx=64,
@@ -234,7 +234,7 @@ def loop(student, reference):
 
 
 def hook(student, reference):
-    """`run` against the model of transformers, whose block is given more by a hook."""
+    """`run` against the model of transformers, where a hook adds to what the block reads."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()

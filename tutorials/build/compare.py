@@ -89,7 +89,7 @@ def compare(given, expected, where, tolerance=TOLERANCE):
     """Raises Wrong with the kind or the shape that differs, or the first index with both values."""
     if isinstance(expected, list):
         if not isinstance(given, list | tuple) or len(given) != len(expected):
-            what = f"{len(given)}" if isinstance(given, list | tuple) else kind(given)
+            what = f"a list of {len(given)}" if isinstance(given, list | tuple) else kind(given)
             raise Wrong(f"{where}: it gives {what}, expected a list of {len(expected)} tensors")
         for l, pair in enumerate(zip(given, expected, strict=True)):
             compare(*pair, f"{where}: resid[{l}]", MANY_BLOCKS)

@@ -19,7 +19,7 @@ def top_p(logits, p, u):
 
     Sort the tokens from the likeliest to the least likely. One is in the nucleus if those before it sum to p
     or less. Divide by the sum of the nucleus, add up from the likeliest on, and take the first token at which
-    the sum is greater than u. Only the 1,000 likeliest need be looked at: to sort all takes too long.
+    the sum is greater than u. Look only at the 1,000 likeliest: sorting all of them takes too long.
 
     logits (B, n_vocab), p: 0 … 1, u (B,): a random number from 0 up to 1 for each row
     -> (B,)
@@ -40,7 +40,7 @@ def generate(forward, ids, draws, p):
         positions 0 … T - 1, then each new token alone, at the next position.
     ids (B, T): the prompts, int64
     draws (B, n): column t holds the numbers u with which top_p draws new token t
-    p: of top_p; if it is 0, take the token that `greedy` does
+    p: of top_p; if it is 0, take the token that `greedy` takes
     -> (B, T + n): the prompts and n new tokens
 
     With a model that always expects the next number:
