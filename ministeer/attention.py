@@ -63,7 +63,7 @@ class KVCache:
         self.layers = {}            # l -> (k, v), each (batch, H_kv, room, D)
         self.length = 0             # positions that every block has read
         self.model = None           # a weak reference to the model that read them, and
-        self.steer = None           # what steered them: a run must go on with the same model and steering
+        self.steer = None           # what steered them: a run must continue with the same model and steering
         self.mask = None            # of the latest chunk, shared by all blocks
 
     def __len__(self) -> int:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise
             kind, text = type(error).__name__, str(error)
             if not isinstance(error, ValueError | OSError | RuntimeError | MemoryError | Warning):
-                text = (f"{kind} {one_line(text, 500)}: a fault of ministeer. Please report it; "
+                text = (f"{kind} {one_line(text, 500)}: a bug in ministeer. Please report it; "
                         "PYTHONDEVMODE=1 shows where.")
             complain("ministeer", text or kind)
             sys.exit(2)
@@ -86,7 +86,7 @@ def open_streams() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)    # open takes the lowest free number
-    if sys.stdout is None:          # what is open for reading refuses a result, so that the user hears of it
+    if sys.stdout is None:          # opened for reading, it refuses output, so that the user gets an error
         sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w")        # noqa: SIM115 (open until the exit)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")      # noqa: SIM115
@@ -110,7 +110,7 @@ def flush(out: TextIO) -> None:
 def complain(who: str, message: object) -> None:
     """Print one line on stderr, whatever characters are in the message."""
     text = one_line(message, 1000)
-    with contextlib.suppress(OSError):              # the exit code still says it
+    with contextlib.suppress(OSError):              # the exit code still shows the failure
         try:
             print(f"{who}: {text}", file=sys.stderr)
         finally:

@@ -40,7 +40,7 @@ def check_number(name: str, value: object, low: float = -MAX, high: float = MAX)
 
 def check_list(name: str, values: object, what: str = "a list") -> list:
     """`values`, which may be any iterable but a text, as a list. Raises ValueError."""
-    with contextlib.suppress(TypeError):            # it is no iterable
+    with contextlib.suppress(TypeError):            # it is not iterable
         if not isinstance(values, str | bytes):
             return list(values)
     raise ValueError(f"{name} must be {what}; given: {short(values)}.")
@@ -74,12 +74,12 @@ def batches(lengths: Sequence[int], max_batch_tokens: int, equal: bool = False) 
 
 
 def printable(text: object) -> str:
-    """The text, with a dot for each character that could command the terminal. For whatever a file holds."""
+    """The text, with a dot for each character that could command the terminal. For text from a file."""
     return "".join(c if c.isprintable() or c == "\n" else "·" for c in str(text))
 
 
 def short(value: object) -> str:
-    """A value as an error shows it: its repr, on less than a line."""
+    """A value as an error shows it: its repr, shortened to less than a line."""
     return " ".join(reprlib.repr(value).split())
 
 
@@ -102,7 +102,7 @@ def check_target(path: str | os.PathLike) -> Path:
         fault = "its folder is read-only"
     elif target.exists() and not target.is_file():
         fault = "it is a device, a pipe or a socket"
-    elif target.exists() and not target.stat().st_mode & 0o222:     # root may write it; its owner said no
+    elif target.exists() and not target.stat().st_mode & 0o222:     # root may write it; its owner forbids it
         fault = "it is read-only"
     if fault:
         raise ValueError(f"{os.fspath(path)!r} cannot be written: {fault}.")

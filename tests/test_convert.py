@@ -100,8 +100,8 @@ def string(text):
     ({"tokenizer__ggml__token_type": [3, 3]}, r"has 2 types for \d+ tokens"),
     ({"tokenizer__ggml__token_type": ["3"]}, "tokenizer.ggml.token_type is not a list of int"),
     ({"tokenizer__ggml__merges": [5]}, "tokenizer.ggml.merges is not a list of str"),
-    ({"tokenizer__ggml__merges": ["ab"]}, "merges has one that is not two tokens with a space between"),
-    ({"tokenizer__ggml__merges": ["a b c"]}, "merges has one that is not two tokens with a space between"),
+    ({"tokenizer__ggml__merges": ["ab"]}, "merges has an entry that is not two tokens with a space"),
+    ({"tokenizer__ggml__merges": ["a b c"]}, "merges has an entry that is not two tokens with a space"),
     ({"tokenizer__ggml__merges": ["東 京"]}, "Token `東` out of vocabulary"),
     ({"tokenizer__chat_template": 5}, "its chat template is 5, not text"),
 ], ids=lambda x: ascii(x)[:60])
@@ -193,7 +193,7 @@ def test_refuses_the_byte_order_of_other_machines(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    check_refused(tmp_path, "byte order of other machines")
+    check_refused(tmp_path, "byte order of this machine")
 
 
 @pytest.mark.parametrize("make", [os.mkdir, make_pipe, lambda path: None], ids=["folder", "pipe", "nothing"])

@@ -337,7 +337,7 @@ def test_refuses_bytes_that_contradict_the_hub(hub, tiny_repo, fail, succeed, wh
     data = hub.repositories[tiny_repo][name]
     hub.sent[name] = sent = bytes([data[0] ^ 1]) + data[1:]
     digest = git_id if name == "config.json" else sha256
-    says = f"{name} should have the digest {digest(data)}, but what came has {digest(sent)}. It was removed."
+    says = f"{name} should have the digest {digest(data)}, but the file has {digest(sent)}. It was removed."
     assert says in fail(tiny_repo)
     assert sent not in [path.read_bytes() for path in (tmp_path / "hf").rglob("*") if path.is_file()]
     hub.sent.clear()

@@ -411,7 +411,7 @@ def test_the_process_of_a_template_prints_one_line_of_json(monkeypatch, capsys):
         assert json.loads(capsys.readouterr().out) == answer
     crash = subprocess.CompletedProcess([], -11, "", "")
     monkeypatch.setattr(limits.subprocess, "run", lambda *a, **how: crash)
-    with pytest.raises(ValueError, match=r"messages: its process broke off \(exit -11\)"):
+    with pytest.raises(ValueError, match=r"messages: its process ended early \(exit -11\)"):
         with_template("x").chat(CHATS[0])
 
 

@@ -56,7 +56,7 @@ class PrefixClassifier(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            with torch.device("meta"):          # shapes only: those that lie must not take memory
+            with torch.device("meta"):          # shapes only, so that wrong ones take no memory
                 classifier = cls(*tensors["embedding.weight"].shape, tensors["head.weight"].shape[1])
             classifier.load_state_dict(tensors, assign=True)
             for name, x in tensors.items():

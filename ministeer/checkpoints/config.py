@@ -111,7 +111,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
     unknown = [key for key in raw if key not in keys.used | IRRELEVANT and raw[key] is not None]
     if unknown:
         raise ValueError(f"ministeer does not know the settings {one_line(', '.join(sorted(unknown)))}, "
-                         "so it cannot compute them. Take out those that do not change the logits.")
+                         "so it cannot compute them. Remove those that do not change the logits.")
     return config
 
 

@@ -40,7 +40,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     the measured loss. Raises ValueError for whatever would not be the same model afterwards, before anything
     is written.
     """
-    if not path.is_file():      # Trap: to open a pipe is to wait for whoever writes to it
+    if not path.is_file():      # Trap: opening a pipe waits until something is written to it
         raise ValueError(f"{path} is not a file.")
     with faults_named(f"{path.name} cannot be converted"), np.errstate(all="ignore"):      # NaN is looked for
         weights, texts = _converted(Reader(path))
@@ -61,9 +61,9 @@ class Reader(gguf.GGUFReader):
     values = 0
 
     def _get(self, offset, dtype, count=1, override_order=None):
-        # Trap: behind the end there is nothing to read, and a list may announce 2**60 times nothing.
+        # Trap: past the end there is nothing to read, and a list may claim to have 2**60 entries.
         if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
-            raise ValueError("it ends before what its header announces.")
+            raise ValueError("it is shorter than its header says.")
         self.values += 1
         if self.values > MOST_VALUES:
             raise ValueError(f"its header holds more than {MOST_VALUES:,} values.")
@@ -78,7 +78,7 @@ def _converted(reader):
         raise ValueError(f"it says {', '.join(f'{name!r:.40}' for name in kind)}; "
                          "only a Llama with SmolLM's byte-level BPE can be converted.")
     if reader.byte_order != "I":
-        raise ValueError("its numbers are in the byte order of other machines.")
+        raise ValueError("its numbers are not in the byte order of this machine.")
     try:
         settings = hub_config(about, tied=all(tensor.name != "output.weight" for tensor in reader.tensors))
         config = parse_config(settings)
@@ -88,7 +88,8 @@ def _converted(reader):
         raise ValueError(f"it does not say its {error.args[0]}.") from None
     if (any(key.startswith("llama.rope.scaling.") for key in about)
             or about.get("llama.rope.dimension_count", config.d_head) != config.d_head):
-        raise ValueError("it stretches its rotary embedding or turns part of a head, which is not converted.")
+        raise ValueError("it stretches its rotary embedding or rotates only part of a head, "
+                         "which cannot be converted.")
     template = about.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise ValueError(f"its chat template is {template!r:.40}, not text.")
@@ -175,7 +176,7 @@ def byte_level_bpe(tokens: list[str], merges: list[str], types: list[int]) -> to
                          f"of which {len(vocabulary):,} are different.")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
-        raise ValueError("tokenizer.ggml.merges has one that is not two tokens with a space between.")
+        raise ValueError("tokenizer.ggml.merges has an entry that is not two tokens with a space between.")
     tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])

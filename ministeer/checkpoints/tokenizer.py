@@ -37,7 +37,7 @@ def faults_named(what: str) -> Iterator[None]:
 class Tokenizer:
     """encode, decode, pieces, chat; bos_id, space_id, eos_ids, n_vocab, fingerprint.
 
-    ids are lists of token numbers. One that no token has stands for no text: an embedding may have more rows
+    ids are lists of token numbers. A number that no token has gives no text: an embedding may have more rows
     than the tokenizer has tokens. Every method raises ValueError for what tokenizer.json cannot do.
     """
 
@@ -50,7 +50,7 @@ class Tokenizer:
         self.backend, self.eos_ids, self.chat_template = backend, tuple(eos_ids), chat_template
         backend.no_truncation()         # Trap: tokenizer.json may keep the length of a training run's texts
         backend.no_padding()
-        if getattr(backend.model, "dropout", None):     # Trap: its merges are left to chance then
+        if getattr(backend.model, "dropout", None):     # Trap: with it, merges are random
             backend.model.dropout = None
         self.n_vocab = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         for i in self._numbers([bos_id, *eos_ids]):
@@ -73,7 +73,7 @@ class Tokenizer:
                 if isinstance(given, bool) or not 0 <= numbers[-1] < 2**32:
                     raise TypeError
         except (TypeError, RuntimeError):       # torch raises RuntimeErrors
-            raise ValueError("token numbers are whole, and those of this tokenizer go from 0 to "
+            raise ValueError("token numbers must be whole; those of this tokenizer go from 0 to "
                              f"{self.n_vocab - 1}; given: {given!r:.80}.") from None
         return numbers
 
@@ -159,7 +159,7 @@ class Tokenizer:
 
 
 def _check_growth(backend):
-    """Refuse steps that can make a text 65,536 times as long: the library has no limit of memory."""
+    """Refuse steps that can make a text over 65,536 times as long: the library has no memory limit."""
     growth = 1
 
     def count(step):

@@ -198,7 +198,7 @@ def check_manifest(folder: Path) -> int:
             while block := file.read(2 ** 20):
                 digest.update(block)
         if digest.hexdigest() != wanted:
-            raise ValueError(f"{one_line(name)} in {folder} has another sha256 than in manifest.json: "
+            raise ValueError(f"{one_line(name)} in {folder} does not have the sha256 in manifest.json: "
                              "it was changed or damaged after it was fetched.")
     return len(digests)
 

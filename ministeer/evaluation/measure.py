@@ -204,7 +204,7 @@ def _same_texts(*lists: Sequence[Sequence[float] | Tensor]) -> list[list[Tensor]
               for row in check_list("tokens and log-probabilities", rows)] for rows in lists]
     lengths = [[len(row) for row in rows] for rows in lists]
     if not lengths[0] or any(given != lengths[0] for given in lengths):
-        raise ValueError("these must be of the same texts, one or more, and of the same tokens; "
+        raise ValueError("the lists must be of the same texts, one or more, and of the same tokens; "
                          f"given: rows of {' and '.join(map(short, lengths))} numbers.")
     return lists
 

@@ -16,7 +16,7 @@ Interval = tuple[float, float]          # (low, high)
 def wilson(k: int, n: int, z: float = 1.96) -> Interval:
     """The 95 % interval (low, high) of a proportion k of n (Wilson 1927), which stays sensible at 0 and n."""
     check_number("z", z, 0, 1e6)
-    if check_whole("k", k) > check_whole("n", n, 1, 2**53):       # floats count no further
+    if check_whole("k", k) > check_whole("n", n, 1, 2**53):       # floats are exact up to here
         raise ValueError(f"{k} of {n} is not a proportion.")
     centre = (k + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
