@@ -37,7 +37,8 @@ def run(args):
     texts = [row["text"] for row in rows.parse(rows.read(args.data), args.data, text=str)]
     texts = [text[:4 * args.tokens] for text in texts if len(text) > 20][:args.n]
     if len(texts) < 2:
-        raise ValueError(f"{args.data} has {len(texts)} texts of more than 20 characters; wanted: 2 or more.")
+        raise ValueError(f"{args.data} has {len(texts)} texts of more than 20 characters; "
+                         "at least 2 are needed.")
     model, tokenizer = ministeer.load(args.model)
     losses = {}
     for piece in tqdm(CANDIDATES, "candidates"):

@@ -2,9 +2,10 @@
 
     python -m benchmarks.demo_grid
 
-One cell is 25 completions of each of four prompts, with the vector " weddings" - " "; beside it as many that
-five random vectors of the same norm share. The choice is the smallest coefficient, then the lowest layer,
-whose count lies within the 95 % interval of the highest, because a larger addition damages the text more.
+One cell is 25 completions of each of four prompts, with the vector " weddings" - " "; beside it, as many
+shared out among five random vectors of the same norm. The choice is the smallest coefficient, then the lowest
+layer, whose count lies within the 95 % interval of the highest, because a larger addition damages the text
+more.
 """
 
 import argparse

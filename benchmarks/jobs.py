@@ -90,9 +90,9 @@ def _once(unit, work, folder):
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ValueError(f"{path} is not a result that this program wrote. "
-                     "Delete it, and that unit is computed again.")
+                     "Delete it, and that unit will be computed again.")
 
 
 def _digest(name, result):
-    """It tells a result that was damaged or put there by hand."""
+    """It reveals a result that was damaged or put there by hand."""
     return hashlib.sha256(f"{name}\n{json.dumps(result)}".encode()).hexdigest()

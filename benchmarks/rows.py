@@ -15,7 +15,7 @@ KINDS = {str: "a string", float | None: "a number from 0 to 1, or null"}
 def read(path, where="Name a folder that holds it with --data."):
     """-> the bytes of a file. where: what to do if there is none. Raises ValueError."""
     path = Path(path)
-    if not path.is_file():      # a pipe or a device could go on for ever
+    if not path.is_file():      # a pipe or a device might never end
         raise ValueError(f"no file {path.name} in {path.parent}. {where}")
     return path.read_bytes()
 
@@ -51,7 +51,7 @@ def _row(line, fields):
         raise ValueError(f"it has {len(line)} bytes, and at most {LONGEST} are read")
     row = json.loads(line.decode())
     if not isinstance(row, dict):
-        raise ValueError(f"it is no object but a {type(row).__name__}")
+        raise ValueError(f"it is a {type(row).__name__}, not an object")
     for name, kind in fields.items():
         if name not in row:
             raise ValueError(f"it has no {name!r}")

@@ -83,7 +83,7 @@ class Cache:
     """Scores in FOLDER/judges.sqlite, which several processes may use at once.
 
     The key of a score is the SHA-256 of judge, version and text: another setting does not find it, and the
-    file does not contain the texts. What is not a number in the judge's range counts as not there.
+    file does not contain the texts. A value that is not a number in the judge's range counts as missing.
     """
 
     def __init__(self, folder: str | os.PathLike, judge: Judge):
@@ -130,7 +130,7 @@ class Cache:
 
 
 class Refused(JudgeError):
-    """A service answered with an error. unscorable: whether it is that this text cannot be scored"""
+    """A service answered with an error. unscorable: whether it says that this text cannot be scored"""
 
     def __init__(self, message, unscorable):
         super().__init__(message)
@@ -140,8 +140,8 @@ class Refused(JudgeError):
 class Call(urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPErrorProcessor):
     """One request, which `cut` ends from another thread, whatever the server is doing.
 
-    Trap: a timeout of urllib's is for one wait. A server that sends a byte now and then, of its headers, of a
-    length, of a trailer, is never late.
+    Trap: a timeout of urllib's is for one wait. A server that sends a byte now and then (of its headers, a
+    chunk's length or a trailer) is never late.
     """
 
     def __init__(self, proxies):
@@ -250,7 +250,7 @@ class Service:
         try:
             return answers.get(timeout=TIMEOUT)
         except queue.Empty:
-            return 0, f"no whole answer within {TIMEOUT} s", 0
+            return 0, f"no complete answer within {TIMEOUT} s", 0
         finally:
             call.cut()
 
@@ -279,9 +279,9 @@ class Service:
         """One line of a service's own words, or "***" if they hold the key.
 
         Whatever a service, or a library about it, says passes through here on its way to a message. Headers
-        are quoted nowhere.
+        are never quoted.
         """
-        text = str(text)[:2000]         # so that looking for the key takes no time
+        text = str(text)[:2000]         # so that looking for the key stays quick
         return "***" if holds(text, self.key) else one_line(text, 200).rstrip(".")
 
     def no_score(self, text, reason):
@@ -378,7 +378,7 @@ def _seconds(retry_after):
 def holds(text, key):
     """Whether the text has the key, or eight letters of it in a row, as they are or encoded.
 
-    Encoded: letter by letter with backslashes, percent signs or HTML's references, also several times over;
+    Encoded: letter by letter with backslashes, percent signs or HTML references, also several times over;
     in base64; in hexadecimal digits. Case, and signs between the letters, do not matter.
     """
     codes = [key.encode().hex()]

@@ -235,7 +235,8 @@ FIELDS = {"text": str, "toxicity": float | None}
 @pytest.mark.parametrize(("line", "fault"), [
     (b"not JSON", "Expecting value"), (b'{"text": "cut', "Unterminated string"),
     (b"\xff\xfe", "can't decode byte"),
-    (b"[" * 100_000, "recursion"), (b"[]", "it is no object but a list"), (b"null", "it is no object but a"),
+    (b"[" * 100_000, "recursion"), (b"[]", "it is a list, not an object"),
+    (b"null", "it is a NoneType, not an object"),
     (b'{"text": "x"}', "it has no 'toxicity'"), (b'{"toxicity": 1}', "it has no 'text'"),
     (b"{}" * 2 ** 20, "it has 2097152 bytes, and at most 1048576 are read"),
     *((json.dumps({**GOOD, "text": value}).encode(), f"its 'text' is {json.dumps(value)}.")
