@@ -68,3 +68,11 @@ def test_every_command_parses():
     assert len(lines) >= 5
     for line in lines:
         parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_security_names_tests_that_exist():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 15
+    for file, name in named:
+        assert f"def {name}" in (ROOT / "tests" / file).read_text(encoding="utf-8")

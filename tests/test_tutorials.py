@@ -172,6 +172,18 @@ def test_opens_as_a_notebook(name):
             assert not re.search(r"^(import|from|print)\b", cell.source, re.MULTILINE)
 
 
+def test_a_run_leaves_the_committed_figures_alone(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("lesson_alone", FOLDER / "lesson.py")
+    lesson = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(lesson)
+    monkeypatch.setattr(lesson, "HERE", tmp_path)
+    for flags in ([], ["--record"]):
+        monkeypatch.setattr(sys, "argv", ["01_tokens.py", *flags])
+        lesson.save(lesson.plt.figure(), "drawn")
+        assert (tmp_path / "figures" / "drawn.png").is_file()
+        assert (tmp_path / "drawn.png").is_file() == bool(flags)
+
+
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_figure_and_linked_files_exist(name):
     assert (FOLDER / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -76,8 +76,13 @@ def tiny():
 
 
 def save(figure, name):
-    """Write the figure to tutorials/NAME.png, or to a temporary folder with --tiny."""
-    folder = Path(tempfile.gettempdir()) if TINY else HERE
+    """Write the figure to tutorials/figures/NAME.png; with --tiny to a temporary folder.
+
+    record.py asks with --record for the one beside the script, which belongs to the page.
+    """
+    folder = HERE if "--record" in sys.argv else HERE / "figures"
+    folder = Path(tempfile.gettempdir()) if TINY else folder
+    folder.mkdir(exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=130)
     if NOTEBOOK:
         plt.show()

@@ -6,7 +6,8 @@
 
 In a `#>` line, `21±3` stands for any number from 18 to 24; the text after `≈` was sampled and may be
 any text. Such a line is kept if it still matches. The flags of lesson.py (--tiny, --solutions) are passed
-on. Lines about solutions and wrong answers are shown but not compared.
+on. Lines about solutions and wrong answers are shown but not compared. Writing the lines also renews the
+figure beside the script.
 """
 
 import contextlib
@@ -93,7 +94,8 @@ def main():
     if len(names) != 1 or not (path := Path(names[0]).resolve()).is_file():
         sys.exit(__doc__)
     text = path.read_text(encoding="utf-8")
-    printed = run(path, text, [flag for flag in flags if flag not in ("--check", "--show")])
+    passed_on = [flag for flag in flags if flag not in ("--check", "--show")]
+    printed = run(path, text, passed_on if check else [*passed_on, "--record"])
     for line in itertools.chain(*printed):
         if show or line.startswith(ANSWERS):
             print(line)
