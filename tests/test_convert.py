@@ -68,7 +68,7 @@ def string(text):
     ({"tokenizer__ggml__pre": "llama-bpe"}, "says 'llama', 'gpt2', 'llama-bpe'; only"),
     ({"tokenizer__ggml__pre": "x\n" * 999}, r"says 'llama', 'gpt2', 'x\\nx\\n"),
     ({"llama__rope__scaling__type": "yarn"}, "stretches its rotary embedding"),
-    ({"llama__rope__dimension_count": 8}, "or turns part of a head"),
+    ({"llama__rope__dimension_count": 8}, "or rotates only part of a head"),
     *(({"drop": [key]}, f"does not say its {key}") for key in (
         "llama.block_count", "llama.rope.freq_base", "llama.attention.layer_norm_rms_epsilon",
         "tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tokenizer.ggml.token_type",
