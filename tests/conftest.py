@@ -34,13 +34,17 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out the long tests unless asked for or named; the longest go first, so that no worker waits."""
+    """Leave out the long tests unless asked for or named; the longest go first, so that no worker waits.
+
+    The longest is tutorial 12, whose trained models other tests use afterwards.
+    """
     named = any("::" in argument for argument in config.args)
     if not config.option.all and not named:
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
-    items.sort(key=lambda item: (not item.get_closest_marker("long"), "trained_gpt2" in item.name))
+    items.sort(key=lambda item: (not item.get_closest_marker("long"), "12_grow_your_own" not in item.name,
+                                 "trained_gpt2" in item.name))
 
 
 def tiny_tokenizer(bos="<|endoftext|>"):

@@ -29,7 +29,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 SECONDS, MEMORY = 20, 8 * 2 ** 30       # of one try; of the whole process
-TRIES = 60                              # of each kind, in pytest
+TRIES = 30                              # of each kind, in pytest
 ODD = [None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 63, 10 ** 30, 1e308, -0.5, 1e-300, float("nan"),
        float("inf"), "", "x", "\x1b[31mred", "é" * 300, "a" * 100_000, "../../x", "NaN", [], [[]], {},
        {"a": 1}, [1, 2], [None], ["x"] * 1000]
