@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import math
 import os
 import reprlib
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 MAX = sys.float_info.max
 
@@ -129,6 +131,15 @@ def write(path: str | os.PathLike, data: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):          # there is none after the renaming
             part.unlink()
+
+
+def file_digest(path: str | os.PathLike, digest: Any = None) -> str:
+    """The hex digest of a file, read a megabyte at a time. digest: one of hashlib's; SHA-256 by default"""
+    digest = digest or hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @functools.cache

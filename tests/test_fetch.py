@@ -253,7 +253,7 @@ def large_repo(hub, tiny_repo):
 def stub(whole, monkeypatch):
     """In this process, every repository on the Hub is the tiny checkpoint."""
     files = [(path, sha256(path.read_bytes())) for path in sorted(whole.iterdir())]
-    monkeypatch.setattr(fetch_module, "_hub_files", lambda source: files)
+    monkeypatch.setattr("ministeer.checkpoints.hub._hub_files", lambda *args: files)
 
 
 def same(folder, other):
@@ -369,7 +369,7 @@ def test_a_download_goes_on_where_it_stopped(hub, whole, large_repo, start, fail
     if not how.startswith("SIG"):
         hub.cut_at, hub.reset = 15 * MB, how == "reset"
     if how == "reset":
-        says = "owner/tiny could not be fetched; complete files are kept, and the next try goes on from there"
+        says = "owner/tiny could not be fetched; complete files are kept, and the next try continues from there"
         assert says in fail(large_repo)
     if how.startswith("SIG"):
         hub.flow.clear()

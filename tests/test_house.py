@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a file imports from floors below its own, or from its own folder.
 FLOORS = [
     ["utils"],
-    ["checkpoints.config", "checkpoints.template", "checkpoints.tokenizer"],
+    ["checkpoints.config", "checkpoints.hub", "checkpoints.template", "checkpoints.tokenizer"],
     ["attention"],
     ["model"],
     ["gpt2", "llama"],

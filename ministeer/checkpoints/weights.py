@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..gpt2 import GPT2
 from ..llama import Llama
 from ..model import LM
-from ..utils import one_line
+from ..utils import file_digest, one_line
 from .config import Config, own_file, read_config
 from .tokenizer import Tokenizer
 
@@ -193,11 +193,7 @@ def check_manifest(folder: Path) -> int:
         raise ValueError(f'{path} is not a manifest: it must hold {{"files": {{file name: sha256 in hex}}}}, '
                          "and the files must lie beside it.")
     for name, wanted in digests.items():
-        digest = hashlib.sha256()
-        with open(own_file(folder / name), "rb") as file:
-            while block := file.read(2 ** 20):
-                digest.update(block)
-        if digest.hexdigest() != wanted:
+        if file_digest(own_file(folder / name)) != wanted:
             raise ValueError(f"{one_line(name)} in {folder} does not have the sha256 in manifest.json: "
                              "it was changed or damaged after it was fetched.")
     return len(digests)
