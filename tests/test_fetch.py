@@ -369,7 +369,7 @@ def test_a_download_goes_on_where_it_stopped(hub, whole, large_repo, start, fail
     if not how.startswith("SIG"):
         hub.cut_at, hub.reset = 15 * MB, how == "reset"
     if how == "reset":
-        says = "owner/tiny could not be fetched; complete files are kept, and the next try continues from there"
+        says = "could not be fetched; complete files are kept, and the next try continues from there"
         assert says in fail(large_repo)
     if how.startswith("SIG"):
         hub.flow.clear()
