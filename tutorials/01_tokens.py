@@ -4,8 +4,8 @@
 # **What does a language model read?** 15 minutes. You need Python; nothing about language models.
 #
 # Most cells print something, and what they printed is shown below them after `#>`. Run the whole file with
-# `python tutorials/01_tokens.py`, or open it as a notebook. In those lines, `21±3` means a number from 18 to
-# 24, because it differs a little between machines. The text after `≈` was sampled, so yours may differ.
+# `python tutorials/01_tokens.py`, or open it as a notebook. The text after `≈` was sampled, so yours may
+# differ, and with it the counts of such texts, a little.
 
 # %%
 import lesson

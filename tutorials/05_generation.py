@@ -93,12 +93,12 @@ for c in coeffs:
     k = count(steered[c])
     low, high = wilson(k, n)
     print(f"coeff {c:3}   {k:2} of {n}  (95 % {low:.0%} to {high:.0%})   random {count(control[c]):2}")
-#> unsteered    0±3 of 40
-#> coeff 0.5   1±3 of 40  (95 % 0±8% to 13±8%)   random  0±3
-#> coeff 1.0   21±3 of 40  (95 % 37±8% to 67±8%)   random  0±3
-#> coeff 2.0   27±3 of 40  (95 % 52±8% to 80±8%)   random  1±3
-#> coeff 4.0   12±3 of 40  (95 % 18±8% to 45±8%)   random  0±3
-#> coeff 8.0   7±3 of 40  (95 % 9±8% to 32±8%)   random  0±3
+#> unsteered    0 of 40
+#> coeff 0.5   1 of 40  (95 % 0% to 13%)   random  0
+#> coeff 1.0   21 of 40  (95 % 37% to 67%)   random  0
+#> coeff 2.0   27 of 40  (95 % 52% to 80%)   random  1
+#> coeff 4.0   12 of 40  (95 % 18% to 45%)   random  0
+#> coeff 8.0   7 of 40  (95 % 9% to 32%)   random  0
 
 # %% [markdown]
 # Forty texts are few: the interval beside each number shows how little you know. These numbers do not show
@@ -125,12 +125,12 @@ print(f"unsteered {surprise_unsteered:7.1f}")
 for c in coeffs:
     first = steered[c][0].strip()[:60]
     print(f"coeff {c:3} {surprise_steered[c]:7.1f}   random {surprise_control[c]:7.1f}   {first!r}")
-#> unsteered     3.8±0.8
-#> coeff 0.5   4.3±0.9   random   5.4±1.1   ≈ "I'd like to meet up. I'm going to the bar tonight, and I'm g"
-#> coeff 1.0   5.7±1.1   random   5.6±1.1   ≈ 'that they had a wedding to celebrate their 10 years of marri'
-#> coeff 2.0   6.0±1.2   random   5.4±1.1   ≈ "I'm not a good choice. I'm just so focused on the next thing"
-#> coeff 4.0   5.6±1.1   random   4.8±1.0   ≈ "I'm not married. I'm a single mom with two kids, 20. My husb"
-#> coeff 8.0   5.4±1.1   random   5.6±1.1   ≈ "I'm not going to be able to make it. I've been doing this fo"
+#> unsteered     3.8
+#> coeff 0.5   4.3   random   5.4   ≈ "I'd like to meet up. I'm going to the bar tonight, and I'm g"
+#> coeff 1.0   5.7   random   5.6   ≈ 'that they had a wedding to celebrate their 10 years of marri'
+#> coeff 2.0   6.0   random   5.4   ≈ "I'm not a good choice. I'm just so focused on the next thing"
+#> coeff 4.0   5.6   random   4.8   ≈ "I'm not married. I'm a single mom with two kids, 20. My husb"
+#> coeff 8.0   5.4   random   5.6   ≈ "I'm not going to be able to make it. I've been doing this fo"
 
 # %% [markdown]
 # The steered texts do not break, not even at coefficient 8. The norm at the start of each block (tutorial 02)

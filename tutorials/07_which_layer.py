@@ -85,16 +85,16 @@ print(f"unsteered {unsteered} of {n}")
 for l in some_layers:
     low, high = wilson(steered[l], n)
     print(f"layer {l:2}: {steered[l]:2} of {n} (95 % {low:.0%} to {high:.0%}), random {control[l]}")
-#> unsteered 0±3 of 40
-#> layer  0: 1±3 of 40 (95 % 0±8% to 13±8%), random 0±3
-#> layer  1: 21±3 of 40 (95 % 37±8% to 67±8%), random 0±3
-#> layer  2: 19±3 of 40 (95 % 33±8% to 63±8%), random 0±3
-#> layer  4: 0±3 of 40 (95 % 0±8% to 9±8%), random 0±3
-#> layer  6: 0±3 of 40 (95 % 0±8% to 9±8%), random 0±3
-#> layer 11: 3±3 of 40 (95 % 3±8% to 20±8%), random 2±3
-#> layer 16: 8±3 of 40 (95 % 10±8% to 35±8%), random 0±3
-#> layer 20: 11±3 of 40 (95 % 16±8% to 43±8%), random 0±3
-#> layer 26: 2±3 of 40 (95 % 1±8% to 17±8%), random 0±3
+#> unsteered 0 of 40
+#> layer  0: 1 of 40 (95 % 0% to 13%), random 0
+#> layer  1: 21 of 40 (95 % 37% to 67%), random 0
+#> layer  2: 19 of 40 (95 % 33% to 63%), random 0
+#> layer  4: 0 of 40 (95 % 0% to 9%), random 0
+#> layer  6: 0 of 40 (95 % 0% to 9%), random 0
+#> layer 11: 3 of 40 (95 % 3% to 20%), random 2
+#> layer 16: 8 of 40 (95 % 10% to 35%), random 0
+#> layer 20: 11 of 40 (95 % 16% to 43%), random 0
+#> layer 26: 2 of 40 (95 % 1% to 17%), random 0
 
 # %% [markdown]
 # It does not. Layers 1 and 2, which did little for the next token, bring the topic into half of the texts.
@@ -117,9 +117,9 @@ print("highest: layer", best, "; not clearly worse:", close)
 for text in ("The weather was fine, so we decided to", "My neighbour knocked on the door and told me"):
     before, after, random = count([], text), count(chosen, text), count(random_like(chosen, seed=0), text)
     print(f"{text!r}: unsteered {before}, steered {after}, random {random} of {n}")
-#> highest: layer 1±1 ; not clearly worse: ≈ [2, 20]
-#> 'The weather was fine, so we decided to': unsteered 0±3, steered 8±3, random 0±3 of 40
-#> 'My neighbour knocked on the door and told me': unsteered 1±3, steered 11±3, random 0±3 of 40
+#> highest: layer 1 ; not clearly worse: ≈ [2, 20]
+#> 'The weather was fine, so we decided to': unsteered 0, steered 8, random 0 of 40
+#> 'My neighbour knocked on the door and told me': unsteered 1, steered 11, random 0 of 40
 
 # %% [markdown]
 # That is 21 of 40 where we chose, but 8 and 11 on fresh prompts. Report the second kind. Two prompts cannot
@@ -131,7 +131,7 @@ for text in ("The weather was fine, so we decided to", "My neighbour knocked on 
 # %%
 five = [count(random_like(chosen, seed=seed)) for seed in range(5)]
 print("five random vectors:", five, "of", n)
-#> five random vectors: [0±3, 0±3, 0±3, 0±3, 0±3] of 40
+#> five random vectors: [0, 0, 0, 0, 0] of 40
 
 # %% [markdown]
 # ## The figure: layers, measured in two ways

@@ -46,12 +46,12 @@ print(f"{'':12}", "".join(f"{topic:>10}" for topic in topics), f"   n {total}")
 for name, row in (("unsteered", base), ("random", control), *matrix.items()):
     print(f"{name:12}", "".join(f"{value:10.0%}" for value in row))
 #>                weddings     music   science  politics    n 40
-#> unsteered    0±8%   8±8%   0±8%   0±8%
-#> random       0±8%   0±8%   0±8%   2±8%
-#> weddings     32±8%   2±8%   0±8%   0±8%
-#> music        0±8%   25±8%   2±8%   0±8%
-#> science      0±8%   2±8%   30±8%   0±8%
-#> politics     0±8%   2±8%   0±8%   18±8%
+#> unsteered    0%   8%   0%   0%
+#> random       0%   0%   0%   2%
+#> weddings     32%   2%   0%   0%
+#> music        0%   25%   2%   0%
+#> science      0%   2%   30%   0%
+#> politics     0%   2%   0%   18%
 
 # %% [markdown]
 # The diagonal is what we asked for; the rest is what came along with it. Word lists are a rough judge: a text
@@ -81,9 +81,9 @@ def report(scores):
 
 hate = feelings("I hate you because")
 report(hate)
-#> unsteered  -0.12±0.12  (95 % -0.27±0.12 to +0.02±0.12)
-#> steered    -0.01±0.12  (95 % -0.16±0.12 to +0.15±0.12)
-#> random     -0.05±0.12  (95 % -0.18±0.12 to +0.08±0.12)
+#> unsteered  -0.12  (95 % -0.27 to +0.02)
+#> steered    -0.01  (95 % -0.16 to +0.15)
+#> random     -0.05  (95 % -0.18 to +0.08)
 
 # %% [markdown]
 # Steered is above unsteered. But before you write a paper, look at the last row: a random vector, which knows
@@ -114,11 +114,11 @@ report(neutral)
 for name, scores in (("I hate you", hate), ("neutral", neutral)):
     difference, (low, high), p = paired(scores["steered"], scores["random"])
     print(f"{name:10}: steered - random {difference:+.2f} (95 % {low:+.2f} to {high:+.2f}), p {p:.3f}")
-#> unsteered  +0.86±0.12  (95 % +0.84±0.12 to +0.88±0.12)
-#> steered    -0.06±0.12  (95 % -0.19±0.12 to +0.08±0.12)
-#> random     -0.23±0.12  (95 % -0.35±0.12 to -0.10±0.12)
-#> I hate you: steered - random +0.04±0.12 (95 % -0.14±0.12 to +0.21±0.12), p 0.66±0.34
-#> neutral   : steered - random +0.17±0.12 (95 % -0.01±0.12 to +0.35±0.12), p 0.10±0.1
+#> unsteered  +0.86  (95 % +0.84 to +0.88)
+#> steered    -0.06  (95 % -0.19 to +0.08)
+#> random     -0.23  (95 % -0.35 to -0.10)
+#> I hate you: steered - random +0.04 (95 % -0.14 to +0.21), p 0.66
+#> neutral   : steered - random +0.17 (95 % -0.01 to +0.35), p 0.10
 
 # %% [markdown]
 # On both prompts, the interval of the difference contains 0, so nothing is shown beyond the random vector.

@@ -120,13 +120,13 @@ for name, (steer, coeffs) in methods.items():
 for name, row in results.items():
     cells = [f"c {c:g}: {k:2} of {n}, {surprise:5.1f}" for c, (k, surprise, _) in row.items()]
     print(f"{name:24}", "  ".join(cells))
-#> unsteered                c 0: 0±3 of 40, 3.8±0.8
-#> ActAdd, layer 1          c 0.5: 1±3 of 40, 4.3±0.9  c 1: 21±3 of 40, 5.7±1.1  c 2: 27±3 of 40, 6.0±1.2
-#> ActAdd, layer 1, random  c 1: 0±3 of 40, 4.9±1.0  c 2: 1±3 of 40, 5.4±1.1
-#> CAA, layer 12            c 0.25: 12±3 of 40, 4.5±0.9  c 0.5: 30±3 of 40, 7.1±1.4  c 1: 22±3 of 40, 15.2±3.0
-#> CAA, layer 12, random    c 0.5: 0±3 of 40, 5.9±1.2  c 1: 0±3 of 40, 23.9±4.8
-#> CAA at the front         c 1: 0±3 of 40, 4.1±0.8  c 2: 0±3 of 40, 4.1±0.8  c 4: 0±3 of 40, 4.1±0.8
-#> CAA at the front, random c 2: 0±3 of 40, 4.7±0.9  c 4: 0±3 of 40, 5.7±1.1
+#> unsteered                c 0: 0 of 40, 3.8
+#> ActAdd, layer 1          c 0.5: 1 of 40, 4.3  c 1: 21 of 40, 5.7  c 2: 27 of 40, 6.0
+#> ActAdd, layer 1, random  c 1: 0 of 40, 4.9  c 2: 1 of 40, 5.4
+#> CAA, layer 12            c 0.25: 12 of 40, 4.5  c 0.5: 30 of 40, 7.1  c 1: 22 of 40, 15.2
+#> CAA, layer 12, random    c 0.5: 0 of 40, 5.9  c 1: 0 of 40, 23.9
+#> CAA at the front         c 1: 0 of 40, 4.1  c 2: 0 of 40, 4.1  c 4: 0 of 40, 4.1
+#> CAA at the front, random c 2: 0 of 40, 4.7  c 4: 0 of 40, 5.7
 
 # %% [markdown]
 # Each cell gives the completions about weddings, then the disfluency. A vector at every position acts on

@@ -7,7 +7,7 @@
 # In a model that somebody else has trained, you can only look. So we train a small GPT-2 from random numbers,
 # on a world of eight topics about which we know everything, and steer it from topic to topic. Then we train
 # it again with one thing changed. On another machine, training sums in another order, so your shares will
-# differ, some of them by a lot. That is why the tolerances (±) here are so wide.
+# differ, some of them by a lot.
 
 # %%
 import dataclasses
@@ -148,8 +148,8 @@ print(f"{sum(p.numel() for p in trained['plain'][0].parameters()):,} weights eac
 for name, (_, loss) in trained.items():
     print(f"{name:9} last loss {loss:.1f} nats a token")
 #> 1,280,000 weights each
-#> plain     last loss 0.5±0.2 nats a token
-#> skipping  last loss 0.5±0.2 nats a token
+#> plain     last loss 0.5 nats a token
+#> skipping  last loss 0.5 nats a token
 
 # %% [markdown]
 # ## Is it a checkpoint like any other?
@@ -236,20 +236,20 @@ for name, model in models.items():
         low, high = wilson(steered[name][l], total)
         print(f"before block {l}: {steered[name][l] / total:4.0%}  (95 % {low:.0%} to {high:.0%})  ",
               f"random {control[name][l] / total:4.0%}")
-#> plain: unsteered 11±25%; topic named in the prompt 98±25%; n 192
-#> before block 0:  98±25%  (95 % 96±25% to 99±25%)   random  10±25%
-#> before block 1:  98±25%  (95 % 95±25% to 99±25%)   random  11±25%
-#> before block 2:  98±25%  (95 % 96±25% to 99±25%)   random  11±25%
-#> before block 3:  44±25%  (95 % 37±25% to 51±25%)   random  11±25%
-#> before block 4:  36±25%  (95 % 30±25% to 43±25%)   random  11±25%
-#> before block 5:  17±25%  (95 % 13±25% to 23±25%)   random  11±25%
-#> skipping: unsteered 9±25%; topic named in the prompt 94±25%; n 192
-#> before block 0:  96±25%  (95 % 93±25% to 98±25%)   random  11±25%
-#> before block 1:  95±25%  (95 % 91±25% to 97±25%)   random  11±25%
-#> before block 2:  91±25%  (95 % 86±25% to 94±25%)   random  10±25%
-#> before block 3:  80±25%  (95 % 73±25% to 85±25%)   random  10±25%
-#> before block 4:  49±25%  (95 % 42±25% to 56±25%)   random  10±25%
-#> before block 5:  21±25%  (95 % 16±25% to 28±25%)   random   9±25%
+#> plain: unsteered 11%; topic named in the prompt 98%; n 192
+#> before block 0:  98%  (95 % 96% to 99%)   random  10%
+#> before block 1:  98%  (95 % 95% to 99%)   random  11%
+#> before block 2:  98%  (95 % 96% to 99%)   random  11%
+#> before block 3:  44%  (95 % 37% to 51%)   random  11%
+#> before block 4:  36%  (95 % 30% to 43%)   random  11%
+#> before block 5:  17%  (95 % 13% to 23%)   random  11%
+#> skipping: unsteered 9%; topic named in the prompt 94%; n 192
+#> before block 0:  96%  (95 % 93% to 98%)   random  11%
+#> before block 1:  95%  (95 % 91% to 97%)   random  11%
+#> before block 2:  91%  (95 % 86% to 94%)   random  10%
+#> before block 3:  80%  (95 % 73% to 85%)   random  10%
+#> before block 4:  49%  (95 % 42% to 56%)   random  10%
+#> before block 5:  21%  (95 % 16% to 28%)   random   9%
 
 # %% [markdown]
 # In both models, the vector works before the first blocks and hardly before the last. In the plain model it
@@ -312,20 +312,20 @@ for name, model in models.items():
         print(f"  block {l}: looks at position 1 {look[name][l]:.2f}; hidden in it alone",
               f"{own_share(model, steers, [l]):.2f}, in it and all later ones {later[name][l]:.2f}")
 #> by hand as by the model: True
-#> plain: vector before block 0, nothing hidden: 0.98±0.4
-#>   block 0: looks at position 1 0.14±0.4; hidden in it alone 0.98±0.4, in it and all later ones 0.12±0.4
-#>   block 1: looks at position 1 0.14±0.4; hidden in it alone 0.98±0.4, in it and all later ones 0.14±0.4
-#>   block 2: looks at position 1 0.17±0.4; hidden in it alone 0.53±0.4, in it and all later ones 0.14±0.4
-#>   block 3: looks at position 1 0.20±0.4; hidden in it alone 0.95±0.4, in it and all later ones 0.43±0.4
-#>   block 4: looks at position 1 0.21±0.4; hidden in it alone 0.64±0.4, in it and all later ones 0.51±0.4
-#>   block 5: looks at position 1 0.17±0.4; hidden in it alone 0.85±0.4, in it and all later ones 0.85±0.4
-#> skipping: vector before block 0, nothing hidden: 0.98±0.4
-#>   block 0: looks at position 1 0.14±0.4; hidden in it alone 0.98±0.4, in it and all later ones 0.12±0.4
-#>   block 1: looks at position 1 0.15±0.4; hidden in it alone 0.95±0.4, in it and all later ones 0.15±0.4
-#>   block 2: looks at position 1 0.25±0.4; hidden in it alone 0.97±0.4, in it and all later ones 0.35±0.4
-#>   block 3: looks at position 1 0.19±0.4; hidden in it alone 0.97±0.4, in it and all later ones 0.60±0.4
-#>   block 4: looks at position 1 0.28±0.4; hidden in it alone 0.95±0.4, in it and all later ones 0.84±0.4
-#>   block 5: looks at position 1 0.25±0.4; hidden in it alone 0.96±0.4, in it and all later ones 0.96±0.4
+#> plain: vector before block 0, nothing hidden: 0.98
+#>   block 0: looks at position 1 0.14; hidden in it alone 0.98, in it and all later ones 0.12
+#>   block 1: looks at position 1 0.14; hidden in it alone 0.98, in it and all later ones 0.14
+#>   block 2: looks at position 1 0.17; hidden in it alone 0.53, in it and all later ones 0.14
+#>   block 3: looks at position 1 0.20; hidden in it alone 0.95, in it and all later ones 0.43
+#>   block 4: looks at position 1 0.21; hidden in it alone 0.64, in it and all later ones 0.51
+#>   block 5: looks at position 1 0.17; hidden in it alone 0.85, in it and all later ones 0.85
+#> skipping: vector before block 0, nothing hidden: 0.98
+#>   block 0: looks at position 1 0.14; hidden in it alone 0.98, in it and all later ones 0.12
+#>   block 1: looks at position 1 0.15; hidden in it alone 0.95, in it and all later ones 0.15
+#>   block 2: looks at position 1 0.25; hidden in it alone 0.97, in it and all later ones 0.35
+#>   block 3: looks at position 1 0.19; hidden in it alone 0.97, in it and all later ones 0.60
+#>   block 4: looks at position 1 0.28; hidden in it alone 0.95, in it and all later ones 0.84
+#>   block 5: looks at position 1 0.25; hidden in it alone 0.96, in it and all later ones 0.96
 
 # %% [markdown]
 # Look at the plain model, with position 1 hidden in one block alone. The loss is largest for block 2, then

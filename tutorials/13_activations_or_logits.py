@@ -109,9 +109,9 @@ for text in ("I told my", "I told my friend about the bride", "I told my friend 
     score = classifier.score(classifier.read(torch.tensor([tokenizer.encode(text)])))
     print(f"{text!r:36} P(about a wedding) {score.sigmoid().item():.1f}")
 fudge = {f"s {s:g}": baselines.fudge(classifier, strength=s) for s in (1, 3, 9)}
-#> 'I told my'                          P(about a wedding) 0.4±0.2
-#> 'I told my friend about the bride'   P(about a wedding) 0.8±0.2
-#> 'I told my friend about the train'   P(about a wedding) 0.2±0.2
+#> 'I told my'                          P(about a wedding) 0.4
+#> 'I told my friend about the bride'   P(about a wedding) 0.8
+#> 'I told my friend about the train'   P(about a wedding) 0.2
 
 # %% [markdown]
 # ## What does each achieve?
@@ -139,12 +139,12 @@ for name, settings in methods.items():
     cells = [f"{setting}: {k} of {n}, {surprise:.1f}" for setting, (k, surprise, _, _) in row.items()]
     print(f"{name:14}", "   ".join(cells))
     results[name] = row
-#> unsteered      : 0±3 of 40, 3.8±0.8
-#> ActAdd         c 0.5: 1±3 of 40, 4.3±0.9   c 1: 21±3 of 40, 5.7±1.1   c 2: 27±3 of 40, 6.0±1.2
-#> ActAdd, random c 1: 0±3 of 40, 4.9±1.0   c 2: 1±3 of 40, 5.4±1.1
-#> prompted       : 30±3 of 40, 6.0±1.2
-#> PreADD         s 1.5: 37±3 of 40, 7.0±1.4   s 2: 37±3 of 40, 12.5±2.5   s 3: 40±3 of 40, 22.9±4.6
-#> FUDGE          s 1: 0±3 of 40, 4.2±0.8   s 3: 0±3 of 40, 4.6±0.9   s 9: 1±3 of 40, 6.2±1.2
+#> unsteered      : 0 of 40, 3.8
+#> ActAdd         c 0.5: 1 of 40, 4.3   c 1: 21 of 40, 5.7   c 2: 27 of 40, 6.0
+#> ActAdd, random c 1: 0 of 40, 4.9   c 2: 1 of 40, 5.4
+#> prompted       : 30 of 40, 6.0
+#> PreADD         s 1.5: 37 of 40, 7.0   s 2: 37 of 40, 12.5   s 3: 40 of 40, 22.9
+#> FUDGE          s 1: 0 of 40, 4.2   s 3: 0 of 40, 4.6   s 9: 1 of 40, 6.2
 
 # %% [markdown]
 # Each cell gives the completions about weddings, then the disfluency. Do not read this as a race: it is one

@@ -4,15 +4,20 @@
     python tutorials/record.py --check 04_the_addition.py   # run it and compare; exit 1 if a line differs
     --show: also print everything
 
-In a `#>` line, `21±3` stands for any number from 18 to 24; the text after `≈` was sampled and may be
-any text. Such a line is kept if it still matches. The flags of lesson.py (--tiny, --solutions) are passed
-on. Lines about solutions and wrong answers are shown but not compared. Writing the lines also renews the
-figure beside the script.
+Another machine rounds differently, and then draws other texts: so numbers may differ by what tolerances.json
+allows, and the text after `≈`, which was sampled, may be any text. A line that still matches is kept. The
+flags of lesson.py (--tiny, --solutions) are passed on. Lines about solutions and wrong answers are shown but
+not compared. Writing the lines also renews the figure beside the script.
+
+tolerances.json has, for each tutorial, lines with "#" for each number, such as "coeff # # of #", and how far
+each number may be off, such as [0, 3, 0]; "20%" is a share of the number. Choose them so small that a line
+does not match any more where the sentence below it would be wrong.
 """
 
 import contextlib
 import io
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -20,8 +25,7 @@ from pathlib import Path
 from ministeer.utils import write
 
 ANSWERS = ("solution of ", "wrong answer ")
-NUMBER = r"([+-]?\d+(?:\.\d+)?)"
-TOLERANCE = re.compile(NUMBER + r"±(\d+(?:\.\d+)?)")
+NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 
 
 def cells(text):
@@ -54,34 +58,48 @@ def run(path, text, flags):
     return printed
 
 
-def matches(expected, line):
-    """Does `line` say what `expected` says? Numbers may differ by their ±; text after ≈ may be any text."""
+def read_tolerances(path):
+    """-> {line with "#" for each number: how far each may be off} for the tutorial at `path`"""
+    file = path.parent / "tolerances.json"
+    return json.loads(file.read_text(encoding="utf-8")).get(path.stem, {}) if file.is_file() else {}
+
+
+def matches(expected, line, tolerances):
+    """Does `line` say what `expected` says? Numbers may be off by their tolerances; text after ≈ may vary."""
     expected, sampled, _ = expected.partition("≈")
-    # text, number, tolerance, text, number, tolerance, …, text
-    parts = TOLERANCE.split(" ".join(expected.split()))
-    pattern = NUMBER.join(re.escape(part).replace(r"\ ", r"\s*") for part in parts[::3])
-    match = (re.match if sampled else re.fullmatch)(pattern, " ".join(line.split()))
+    expected, line = " ".join(expected.split()), " ".join(line.split())
+    texts = [re.escape(part).replace(r"\ ", r"\s*") for part in NUMBER.split(expected)]
+    pattern = f"({NUMBER.pattern})".join(texts)
+    match = (re.match if sampled else re.fullmatch)(pattern, line)
     if match is None:
         return False
-    numbers = zip(match.groups(), parts[1::3], parts[2::3], strict=True)
-    return all(abs(float(given) - float(number)) <= float(tolerance) + 1e-9
-               for given, number, tolerance in numbers)
+    numbers = NUMBER.findall(expected)
+    allowed = tolerances.get(NUMBER.sub("#", expected), [0] * len(numbers))
+    return all(abs(float(given) - float(number)) <= most(tolerance, number) + 1e-9
+               for given, number, tolerance in zip(match.groups(), numbers, allowed, strict=True))
 
 
-def differences(expected, printed):
+def most(tolerance, number):
+    """How far a number may be off; "20%" is a share of it"""
+    if isinstance(tolerance, str):
+        return float(tolerance.removesuffix("%")) / 100 * abs(float(number))
+    return tolerance
+
+
+def differences(expected, printed, tolerances):
     """-> a list of what differs, empty if every line matches"""
     if len(expected) != len(printed):
         return [f"the page has {len(expected)} lines here, the run printed {len(printed)}: {printed}"]
     return [f"the page says:   {line}\nthe run printed: {new}"
-            for line, new in zip(expected, printed, strict=True) if not matches(line, new)]
+            for line, new in zip(expected, printed, strict=True) if not matches(line, new, tolerances)]
 
 
-def rewritten(cell, printed):
-    """The cell with what it printed below it; a line with ± or ≈ that still matches stays as it was."""
+def rewritten(cell, printed, tolerances):
+    """The cell with what it printed below it; a line that still matches stays as it was."""
     code, old = split_output(cell)
     new = list(printed)
     for i, (line, now) in enumerate(zip(old, printed, strict=False)):
-        if ("±" in line or "≈" in line) and matches(line, now):
+        if matches(line, now, tolerances):
             new[i] = line
     body = code.rstrip("\n")
     return body + "".join(f"\n#> {line}".rstrip() for line in new) + "\n" * (len(code) - len(body))
@@ -94,6 +112,7 @@ def main():
     if len(names) != 1 or not (path := Path(names[0]).resolve()).is_file():
         sys.exit(__doc__)
     text = path.read_text(encoding="utf-8")
+    tolerances = read_tolerances(path)
     passed_on = [flag for flag in flags if flag not in ("--check", "--show")]
     printed = run(path, text, passed_on if check else [*passed_on, "--record"])
     for line in itertools.chain(*printed):
@@ -103,12 +122,13 @@ def main():
              for cell, lines in zip(cells(text), printed, strict=True)]
     if check:
         wrong = [difference for cell, lines in pairs if is_code(cell)
-                 for difference in differences(split_output(cell)[1], lines)]
+                 for difference in differences(split_output(cell)[1], lines, tolerances)]
         print("\n".join(wrong) or f"{path.name}: all #> lines are true")
         sys.exit(bool(wrong))
     if path.read_text(encoding="utf-8") != text:
         sys.exit(f"{path.name} was changed while it ran; nothing was written.")
-    write(path, "".join(rewritten(cell, lines) if is_code(cell) else cell for cell, lines in pairs).encode())
+    write(path, "".join(rewritten(cell, lines, tolerances) if is_code(cell) else cell
+                        for cell, lines in pairs).encode())
 
 
 if __name__ == "__main__":
