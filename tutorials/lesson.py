@@ -89,6 +89,15 @@ def save(figure, name):
     plt.close(figure)
 
 
+def errorbars(axis, x, y, intervals, horizontal=False, **style):
+    """Draw values y with their intervals, a (low, high) for each, at x; horizontal: the values lie along x."""
+    values = x if horizontal else y
+    errors = [[value - low for value, (low, _) in zip(values, intervals, strict=True)],
+              [high - value for value, (_, high) in zip(values, intervals, strict=True)]]
+    style = {"fmt": "o", "markersize": 4, "capsize": 2, "elinewidth": 0.8, **style}
+    axis.errorbar(x, y, **{"xerr" if horizontal else "yerr": errors}, **style)
+
+
 def check(function, *cases):
     """Print `ok` if function(*arguments) gives `expected` for every (arguments, expected), or say why not.
 
