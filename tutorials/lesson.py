@@ -90,7 +90,7 @@ def save(figure, name):
 
 
 def errorbars(axis, x, y, intervals, horizontal=False, **style):
-    """Draw values y with their intervals, a (low, high) for each, at x; horizontal: the values lie along x."""
+    """Draw values y with their intervals, a (low, high) each, at x; horizontal: the values lie along x."""
     values = x if horizontal else y
     errors = [[value - low for value, (low, _) in zip(values, intervals, strict=True)],
               [high - value for value, (_, high) in zip(values, intervals, strict=True)]]
