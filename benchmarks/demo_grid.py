@@ -32,6 +32,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the draws (default 1; the demo has 0)")
     args = parser.parse_args()
     model, tokenizer = ministeer.load(args.model)
+    model = ministeer.fast(model)
 
     def count(*steer, n=args.n):
         rows = ministeer.generate(model, tokenizer, PROMPTS, n, steer=steer,
