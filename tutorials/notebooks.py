@@ -21,12 +21,14 @@ SETUP = """\
 #@title Run this cell first
 # It installs ministeer, and writes lesson.py, which the cells below import, if they are missing.
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
 sys.path.append("..")       # in a clone, lesson.py is in the folder above
 if importlib.util.find_spec("ministeer") is None:
-    %pip install --quiet "ministeer[weights,tutorials] @ {source}"
+    wanted = {wanted!r}
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", wanted], check=True)
 if importlib.util.find_spec("lesson") is None:
     Path("lesson.py").write_text(r'''{lesson}''', encoding="utf-8")
 importlib.invalidate_caches()
@@ -58,7 +60,7 @@ def main(argv=None):
 
 
 def build(page, source):
-    """-> the notebook of the script at `page`, not executed: its cells without `#>` lines, between two more"""
+    """-> the notebook of a tutorial, not executed: the cells without their `#>` lines, between two more"""
     import jupytext
     from nbformat.v4 import new_code_cell, new_markdown_cell
     text = "".join(split_output(cell)[0] if is_code(cell) else cell
@@ -66,11 +68,11 @@ def build(page, source):
     text = re.sub(r"\]\(([01]\d_\w+)\.py\)", r"](\1.ipynb)", text)
     text = re.sub(r"\[([^]]+)\]\(\.\./[^)]+\)", r"\1", text)        # what is not a tutorial is not beside it
     notebook = jupytext.reads(text, fmt="py:percent")
-    setup = SETUP.format(source=source, lesson=(HERE / "lesson.py").read_text(encoding="utf-8"))
+    setup = SETUP.format(wanted=f"ministeer[weights,tutorials] @ {source}",
+                         lesson=(HERE / "lesson.py").read_text(encoding="utf-8"))
     solutions = (HERE / "solutions" / page.name).read_text(encoding="utf-8")
-    # Jupyter and Colab show the first cell folded up.
-    notebook.cells.insert(0, new_code_cell(setup, metadata={"jupyter": {"source_hidden": True},
-                                                            "cellView": "form"}))
+    folded = {"jupyter": {"source_hidden": True}, "cellView": "form"}           # in Jupyter, in Colab
+    notebook.cells.insert(0, new_code_cell(setup, metadata=folded))
     notebook.cells.append(new_markdown_cell(SOLUTIONS.format(solutions=solutions)))
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"                   # nbformat's own are random
