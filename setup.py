@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
 tutorials = ["matplotlib", "tqdm", "vaderSentiment"]
+notebooks = ["jupytext", "nbformat", "nbclient", "ipykernel", *weights, *tutorials]
 judges = ["vaderSentiment", "alt-profanity-check", "transformers"]
 bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", *tutorials]
 
@@ -24,10 +25,11 @@ setup(
     extras_require={
         "weights": weights,
         "tutorials": tutorials,
+        "notebooks": notebooks,
         "judges": judges,
         "bench": bench,     # repeng and steering-vectors want environments of their own: benchmarks/README.md
-        "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "transformers", "ruff", "jupytext",
-                 "nbformat", *weights, *tutorials, *judges],
+        "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "transformers", "ruff",
+                 *notebooks, *judges],
     },
     entry_points={"console_scripts": ["ministeer = ministeer.cli:main"]},
 )

@@ -1,8 +1,8 @@
 """Grade the exercises in a folder of students' scripts, as JSON: python -m tutorials.grade FOLDER
 
-FOLDER holds files named like the tutorials, whole copies or only the functions. Each exercise gets a process
-of its own, and there the cases of the page and more, drawn with --seed. Of a student's file, only the
-imports, functions, classes and constants are used; everything else comes from the page itself.
+FOLDER holds scripts or notebooks named like the tutorials, whole copies or only the functions. Each exercise
+gets a process of its own, and there the cases of the page and more, drawn with --seed. Of a student's file,
+only the imports, functions, classes and constants are used; everything else comes from the page itself.
 The limits stop accidents, not attacks: grade untrusted scripts in a container. Linux and macOS only.
 """
 
@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import re
 import select
 import signal
 import sys
@@ -43,9 +44,9 @@ def main(argv=None):
     try:
         if not hasattr(os, "fork"):
             raise ValueError("grading needs a system that can fork: Linux or macOS.")
-        pages = [page for page in sorted(HERE.glob("[01][0-9]_*.py")) if (args.folder / page.name).is_file()]
+        pages = [page for page in sorted(HERE.glob("[01][0-9]_*.py")) if submitted(args.folder, page)]
         if not pages:
-            raise ValueError(f"no file in {args.folder} is named like a tutorial, such as 01_tokens.py.")
+            raise ValueError(f"no file in {args.folder} is named like a tutorial: 01_tokens.py or .ipynb, …")
         if args.out:
             check_target(args.out)
         text = json.dumps(grade(pages, args), indent=2) + "\n"
@@ -77,7 +78,7 @@ def grade(pages, args):
             torch.manual_seed(draw.randrange(2**31))
             more = [EXTRA[name](draw, names) for _ in range(5)] if name in EXTRA else []
             cases = [*cases, *((given, expected_of(solutions[name], given)) for given in more)]
-            rows[name] = judge(args.folder / page.name, name, names, cases, args)
+            rows[name] = judge(submitted(args.folder, page), name, names, cases, args)
         lesson.check = check
         for cell in cells(page.read_text(encoding="utf-8")):
             if is_code(cell):
@@ -85,6 +86,14 @@ def grade(pages, args):
                     exec(compile(cell, page.name, "exec"), names)
     every = [row for rows in report.values() for row in rows.values()]
     return {"points": sum(row["points"] for row in every), "of": len(every), "tutorials": report}
+
+
+def submitted(folder, page):
+    """-> the student's script, or else the notebook, for a tutorial; None if there is neither"""
+    for path in (folder / page.name, folder / f"{page.stem}.ipynb"):
+        if path.is_file():
+            return path
+    return None
 
 
 def functions(path):
@@ -191,9 +200,18 @@ def answer(path, name, names, cases, send):
             send({"short": type(given).__name__})
 
 
+def code_of(path):
+    """The text of a script, or of a notebook's code cells, with `pass` for the lines of magic commands"""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = [cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        text = re.sub(r"(?m)^( *)[%!].*", r"\1pass", "\n".join("".join(source) for source in cells))
+    return text
+
+
 def student_function(path, name, page):
     """-> the function `name` of the file at `path`, where it sees the names of the page"""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(code_of(path))
     tree.body = [node for node in tree.body
                  if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
                  or (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant))]

@@ -27,26 +27,31 @@ TINY = "--tiny" in sys.argv
 # Colours that colour-blind readers can tell apart (Okabe and Ito).
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "0.5"
 plt.rcParams.update({"figure.constrained_layout.use": True, "axes.spines.top": False,
-                     "axes.spines.right": False, "legend.frameon": False})
+                     "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 80})
 
 
 def load(fast=True):
     """-> (model, tokenizer): smollm2-135m, wherever the tutorial is started from; a random model with --tiny.
 
+    It is fetched if it is not here.
     fast: lay the weights out for speed. The plain model is for reading its weights.
     """
     if TINY:
         return tiny()
     folder = weights() / "smollm2-135m"
-    model, tokenizer = ministeer.load(folder if folder.exists() else folder.name)
+    model, tokenizer = ministeer.load(folder if folder.exists() else folder.name, fetch=True)
     return ministeer.fast(model) if fast else model, tokenizer
 
 
 def weights():
-    """The folder of checkpoints: $MINISTEER_WEIGHTS, or weights/ beside tutorials/; temporary with --tiny."""
+    """The folder of checkpoints: $MINISTEER_WEIGHTS, or weights/ beside tutorials/; temporary with --tiny.
+
+    A notebook outside a clone has its own folder weights/.
+    """
     if TINY:
         return Path(tempfile.gettempdir())
-    return Path(os.environ.get("MINISTEER_WEIGHTS") or HERE.parent / "weights")
+    beside = HERE.parent / "weights"
+    return Path(os.environ.get("MINISTEER_WEIGHTS") or (beside if beside.is_dir() else "weights"))
 
 
 def tiny():

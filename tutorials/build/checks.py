@@ -13,6 +13,7 @@ from ministeer.attention import KVCache, attention_pattern, causal_mask
 from ministeer.checkpoints.config import Config, Rope
 from ministeer.checkpoints.loading import find
 from ministeer.evaluation.judges import count_words
+from ministeer.evaluation.stats import wilson
 from ministeer.generation import Sampling, sample
 from ministeer.gpt2 import GPT2
 from ministeer.llama import Llama, rotate
@@ -340,11 +341,15 @@ N, STEERED, OTHERS = 20, 5, 1
 
 def together(student, reference):
     logits(student, reference)
-    counts = {name: sum(count_words(text) > 0 for text in texts) for name, texts in
-              student.module.completions(student.module.SmolLM2(reference.folder), N).items()}
-    shown = "about weddings, of {} each: {}".format(N, ", ".join(f"{name} {k}" for name, k in counts.items()))
-    if counts["steered"] < STEERED or max(counts["unsteered"], counts["random"]) > OTHERS:
-        raise Wrong(f"completions {shown}. Expected: steered {STEERED} or more, the others {OTHERS} or less")
+    texts = student.module.completions(student.module.SmolLM2(reference.folder), N)
+    about = {name: [count_words(text) > 0 for text in group] for name, group in texts.items()}
+    unsteered, steered = sum(about["unsteered"]), sum(about["steered"])
+    random = [sum(about["random"][i::5]) for i in range(5)]         # text i has random vector i % 5
+    low, high = wilson(steered, N)
+    shown = (f"about weddings: unsteered {unsteered} of {N}, steered {steered} of {N} "
+             f"({low:.0%} to {high:.0%}), random {' '.join(map(str, random))} of {N // 5} each")
+    if steered < STEERED or max(unsteered, sum(random)) > OTHERS:
+        raise Wrong(f"{shown}. Expected: steered {STEERED} or more, unsteered and random {OTHERS} or less")
     return shown
 
 
