@@ -4,8 +4,8 @@
 # **What does a language model read?** 15 minutes. You need Python; nothing about language models.
 #
 # Most cells print something. In the script, what they printed is shown below them after `#>`; the text after
-# `≈` was sampled, so yours may differ, and with it the counts of such texts, a little. Run the whole file with
-# `python tutorials/01_tokens.py`, or make a notebook of it ([README.md](README.md)).
+# `≈` was sampled, so yours may differ, and with it the counts of such texts, a little. Run the whole file
+# with `python tutorials/01_tokens.py`, or make a notebook of it ([README.md](README.md)).
 
 # %%
 import lesson
