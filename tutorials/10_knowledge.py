@@ -55,8 +55,8 @@ print(f"P@1 {p1:.0%}  P@10 {p10:.0%}  P@100 {p100:.0%}  of {n}")
 # "falling" as well as by "white".
 #
 # ## And when steered toward weddings?
-# The same facts, with the steering vector at the front, and with five random ones. Write down your guess before
-# you look: of the 36 facts among the first ten, how many will be lost before block 1, and how many before 16?
+# The same facts, with the steering vector at the front, and with five random ones. Write down your guess
+# before you look: of the 36 answers among the ten likeliest, how many will be lost at layer 1, and at 16?
 
 # %%
 coeff = 1
@@ -120,9 +120,9 @@ for name, ranking in results.items():
 # facts are lost where that word mattered: the five random vectors of the same norm lose 6 to 11. This is what
 # steering at the front of a prompt means.
 #
-# At layer 16, a few facts are lost and none is gained; the random vectors lose 0 to 2. Is that real? The interval excludes 0, but the test
-# disagrees: when four facts change, all in one direction, chance alone gives p 0.125. The paper saw no loss
-# on GPT-2-XL. On 3,188 rows of ConceptNet, our model loses 2.1 points of P@10, and 0.8 with a random vector
+# At layer 16, four facts are lost and none is gained; the random vectors lose 0 to 2. Is that real? The
+# interval excludes 0, but the test disagrees: when four facts change, all in one direction, chance alone
+# gives p 0.125. The paper saw no loss on GPT-2-XL. On 3,188 rows of ConceptNet, our model loses 2.1 points of P@10, and 0.8 with a random vector
 # ([benchmarks](../benchmarks/README.md)). So there is a loss, and 42 facts could not have shown it.
 #
 # ## Is "no difference seen" the same as "no difference"?
