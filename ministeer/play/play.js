@@ -4,7 +4,7 @@ const COLUMNS = ["unsteered", "steered", "random"];
 const NUMBERS = ["layer", "coeff", "n", "max_new_tokens", "temperature", "top_p", "freq_penalty", "seed"];
 const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369",
   "#e1cc55", "#fee838"].map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
-const LOW = 0.01, HIGH = 10;            // the map's scale, the same for every setting, so that maps compare
+const LOW = 0.03, HIGH = 3;             // the map's scale, the same for every setting, so that maps compare
 const CLIENT = crypto.getRandomValues(new Uint32Array(4)).join("-");
 const TOKEN = new URLSearchParams(location.search).get("token") ?? "";
 const form = $("setting");
@@ -158,7 +158,6 @@ async function look(seeds = [Number($("control").value)]) {
     }
   }
   asking = false;
-  document.body.dataset.looks = Number(document.body.dataset.looks ?? 0) + 1;
 }
 
 async function draw() {
@@ -190,13 +189,14 @@ function drawTokens() {
 }
 
 function drawNext() {
-  const random = Object.values(shown.random).length;
+  const most = Math.max(...shown.next.map(([, logp]) => Math.exp(Math.max(...logp))));
+  $("most").textContent = `0 to ${percent(most)}`;
   $("next").tBodies[0].replaceChildren(...shown.next.map(([token, logp]) => {
     const [plain, steered, ...controls] = logp;
     const bars = make("td", { class: "bars" });
     const bar = (name, value) => {
       const mark = make("i", { class: name });
-      mark.style[name === "dot" ? "left" : "width"] = `${100 * Math.exp(value)}%`;
+      mark.style[name === "dot" ? "left" : "width"] = `${100 * Math.exp(value) / most}%`;
       bars.append(mark);
     };
     bar("unsteered", plain);
@@ -207,7 +207,7 @@ function drawNext() {
     const range = [...new Set([Math.min(...moved), Math.max(...moved)].map(signed))].join(" … ");
     return make("tr", {}, make("th", { scope: "row" }, piece(token)), bars,
       make("td", { class: "number" }, signed(steered - plain)),
-      make("td", { class: "number" }, random ? range : ""));
+      make("td", { class: "number" }, range));
   }));
 }
 
@@ -215,8 +215,9 @@ function drawNext() {
 
 // rows from the bottom up; cell(row, column) -> {share: 0 … 1 or null, text, title}
 function grid(svg, rows, columns, cell, outlined, labels) {
-  const text = cell(0, 0).text !== undefined, width = text ? 74 : Math.max(22, Math.min(70, 620 / columns));
-  const height = 15, left = 30, total = [left + columns * width, rows * height + 20];
+  const text = cell(0, 0).text !== undefined, left = 30, height = 15;
+  const room = Math.min(760, svg.parentElement.clientWidth) - left;
+  const width = Math.max(text ? 70 : 24, Math.min(110, room / columns)), total = [left + columns * width, rows * height + 20];
   svg.setAttribute("viewBox", `0 0 ${total.join(" ")}`);
   svg.setAttribute("width", total[0]);
   svg.setAttribute("height", total[1]);
@@ -247,7 +248,7 @@ function grid(svg, rows, columns, cell, outlined, labels) {
 }
 
 const logShare = (x, low, high) => Math.log(x / low) / Math.log(high / low);
-const view = () => form.ownerDocument.querySelector("[name=view]:checked").value;
+const view = () => document.querySelector("[name=view]:checked").value;
 
 async function drawMap() {
   const { tokens, layer, steered, norms } = shown, kind = view(), seed = $("control").value;
@@ -428,7 +429,7 @@ function drawScan() {
   const most = Math.max(1, ...rows.flatMap((row, l) => row.map((_, c) => Math.abs(change(l, c)))));
   const layer = Number(form.elements.layer.value), coeff = Number(form.elements.coeff.value);
   grid($("layers"), n_layer, coeffs.length, (row, column) => ({
-    share: rows[row] && column !== zero ? 0.5 + change(row, column) / most / 2 : null,
+    share: rows[row] ? 0.5 + change(row, column) / most / 2 : null,
     title: rows[row] ? `layer ${row}, coeff ${coeffs[column]}: ${signed(change(row, column))} nats` : "" }),
   (row, column) => row === layer && coeffs[column] === coeff, { every: 5, columns: coeffs.map(String) });
   $("layers").setAttribute("aria-label", `Change of log p of ${visible(target)} by layer and coefficient, in nats`);

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -154,38 +154,36 @@ def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlett
                 given = await body(request)
             except ValueError as error:
                 return JSONResponse(refusal(error), 422)
-            return StreamingResponse(events(function, given), media_type="text/event-stream")
+            return Events(in_turn(function, given), media_type="text/event-stream")
         return route
 
-    async def events(function: Callable[[dict], Iterator], given: dict) -> AsyncIterator[str]:
-        async for event in in_turn(function, given):
-            yield f"data: {json.dumps(event)}\n\n"
-
-    async def in_turn(function: Callable[[dict], Iterator], given: dict) -> AsyncIterator[object]:
+    async def in_turn(function: Callable[[dict], Iterator], given: dict) -> AsyncIterator[str]:
         # A ticket names its client, so that a new request ends an older one of the same page.
-        ticket = (str(given.get("client")), object())
+        ticket, steps, ahead = (str(given.get("client")), object()), None, 0
         line[:] = [other for other in line if other[0] != ticket[0]]
         if len(line) >= MOST_WAITING:
-            yield {"message": f"{len(line)} others are waiting for completions. Try again in a minute."}
+            yield event(message=f"{len(line)} others are waiting for completions. Try again in a minute.")
             return
         line.append(ticket)
         try:
-            ahead = 0
             while ticket in line and line[0] != ticket:
                 if line.index(ticket) != ahead:
                     ahead = line.index(ticket)
-                    yield {"ahead": ahead}
+                    yield event(ahead=ahead)
                 await asyncio.sleep(0.1)
-            steps = await work(function, given) if ticket in line else None
+            if ticket in line:
+                steps = await work(function, given)
             # Other clients' sliders are answered between two steps.
             while ticket in line and (step := await work(next, steps, None)) is not None:
-                yield {"step": step}
-            yield {"done": True} if ticket in line else {"message": "A newer request took its place."}
+                yield event(step=step)
+            yield event(done=True) if ticket in line else event(message="A newer request took its place.")
         except ValueError as error:
-            yield refusal(error)
+            yield event(**refusal(error))
         finally:
             if ticket in line:
                 line.remove(ticket)
+            if steps:
+                worker.submit(steps.close)      # after the step that may still run
 
     async def page(request: Request) -> Response:
         file, media_type = PAGES[request.url.path]
@@ -218,6 +216,18 @@ async def body(request: Request) -> dict:
         if isinstance(given := json.loads(data), dict):
             return given
     raise ValueError("the request is not a JSON object.")
+
+
+class Events(StreamingResponse):
+    """Server-sent events from a generator that is closed as soon as the client leaves."""
+
+    async def stream_response(self, send: Send) -> None:
+        async with contextlib.aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+def event(**said: object) -> str:
+    return f"data: {json.dumps(said)}\n\n"
 
 
 def refusal(error: ValueError) -> dict:
