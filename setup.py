@@ -29,7 +29,7 @@ setup(
         "judges": judges,
         "bench": bench,     # repeng and steering-vectors want environments of their own: benchmarks/README.md
         "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "transformers", "ruff", "jupytext",
-                 "nbformat", "playwright", *weights, *play, *tutorials, *judges],
+                 "nbformat", "playwright", "httpx", *weights, *play, *tutorials, *judges],
     },
     entry_points={"console_scripts": ["ministeer = ministeer.cli:main"]},
 )

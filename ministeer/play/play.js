@@ -35,17 +35,18 @@ async function follow(path, data, signal, step) {
   const answer = await post(path, data, signal);
   if (!answer.ok) throw await refusal(answer);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let over = false;
   for (let rest = "", part; !(part = await reader.read()).done;) {
     const events = (rest + part.value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
       const said = JSON.parse(event.slice("data: ".length));
       if (said.message) throw Object.assign(new Error(said.message), said);
-      if (said.done) return;
-      step(said);
+      over ||= said.done;
+      if (said.step || said.ahead) step(said);
     }
   }
-  throw new Error("The server stopped in the middle of its answer.");
+  if (!over) throw new Error("The server stopped in the middle of its answer.");
 }
 
 // ---- elements ----
@@ -69,9 +70,9 @@ function piece(text) {
 }
 
 const visible = (text) => piece(text).textContent;
-const short = (x) => (x === 0 ? "0" : Math.abs(x) < 0.001 ? x.toExponential(1) : x.toPrecision(3));
+const short = (x) => (x >= 1000 ? Math.round(x).toLocaleString("en") : x.toPrecision(x < 0.001 ? 1 : 3));
 const signed = (x) => (x > 0 ? "+" : "") + x.toFixed(2);
-const percent = (p) => (100 * p).toFixed(p < 0.1 ? 1 : 0) + " %";
+const percent = (p) => (p > 0 && p < 0.001 ? (100 * p).toPrecision(1) : (100 * p).toFixed(p < 0.1 ? 1 : 0)) + " %";
 
 function colour(share) {
   const x = Math.min(Math.max(share, 0), 1) * (CIVIDIS.length - 1), i = Math.min(Math.floor(x), CIVIDIS.length - 2);
@@ -303,11 +304,14 @@ async function read(row, column) {
   make("tbody", {}, ...unsteered.map((row, i) => make("tr", {}, ...cells(row), ...cells(steered[i]))))));
 }
 
+// Frame a cell, if there is one.
 function mark(svg, row, column) {
-  svg.querySelector(".cursor")?.classList.remove("cursor");
   const rect = svg.querySelector(`[data-row="${row}"][data-column="${column}"]`);
-  rect?.classList.add("cursor");
-  return rect;
+  if (!rect) return false;
+  svg.querySelector(".cursor")?.remove();
+  const frame = svg.appendChild(rect.cloneNode());       // last, so that no neighbour covers it
+  frame.setAttribute("class", "cursor");
+  return true;
 }
 
 // Pointer and arrow keys call `at` with a cell; click and Enter call `choose`.
@@ -323,7 +327,6 @@ function explore(svg, at, choose) {
     event.preventDefault();
     const next = here ? [row + up, column + right] : [row, column];
     if (mark(svg, ...next)) at(...next);
-    else mark(svg, row, column);
   });
 }
 
@@ -473,7 +476,8 @@ function saveMap() {
 
 // ---- start ----
 
-form.addEventListener("input", ({ target }) => {
+document.addEventListener("input", ({ target }) => {         // two of the form's fields stand outside it
+  if (target.form !== form) return;
   for (const name of ["layer", "coeff"]) {
     if (target.id === `${name}-slide`) form.elements[name].value = target.value;
     if (target.id === name) $(`${name}-slide`).value = target.value;
