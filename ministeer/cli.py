@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     play.add_argument("--model", help="name or folder (default smollm2-135m; see `ministeer models`)")
     play.add_argument("--host", default="127.0.0.1",
                       help="address to serve on (default 127.0.0.1, this computer alone)")
-    play.add_argument("--port", type=int, default=8765, help="port to serve on (default 8765; 0: any free one)")
+    play.add_argument("--port", type=int, default=8765, help="port (default 8765; 0 takes a free one)")
     play.add_argument("--no-browser", action="store_true", help="only print the address")
 
     steer = command("steer", run_steer, "continue a prompt, plain and steered", STEER_HELP, STEER_EXAMPLES)

@@ -72,8 +72,8 @@ def field(name: str) -> Iterator[None]:
 class Setting:
     """What the fields of the page hold, as far as the model reads it.
 
-    where: "front", "middle" or "back" of the prompt, the number of the first steered position, or "every": the
-        mean of the vector's rows at every position after BOS, those of new tokens included
+    where: "front", "middle" or "back" of the prompt, the number of the first steered position, or "every"
+        "every" adds the mean of the vector's rows at each position after BOS, those of new tokens included.
     """
     prompt: str
     plus: str
@@ -199,7 +199,8 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, seeds: Sequence[int]
     sides = [len(tokenizer.encode(text)) for text in (setting.plus, setting.minus)]
     stop = len(ids) if steer.stop is None else steer.stop
     return {
-        "tokens": tokenizer.pieces(ids), "plus": tokenizer.pieces(pair[0]), "minus": tokenizer.pieces(pair[1]),
+        "tokens": tokenizer.pieces(ids),
+        "plus": tokenizer.pieces(pair[0]), "minus": tokenizer.pieces(pair[1]),
         "padded": [len(pair[0]) - side for side in sides], "steered": list(range(steer.start, stop)),
         "layer": setting.layer, "change": rounded(change[:, 0]), "norms": rounded(norms[:, 0]),
         "random": {seed: rounded(change[:, i]) for i, seed in enumerate(seeds, 1)},
@@ -230,9 +231,9 @@ def completions(model: LM, tokenizer: Tokenizer, setting: Setting, n: int,
                 sampling: Sampling) -> Iterator[list[tuple[str, int, str, bool]]]:
     """n completions unsteered, n steered and n with random vectors -> what each step adds to them.
 
-    A step is a list of (column, number, text, whether it has ended). Joined, the texts are those of `generate`
-    with the same settings. Five random vectors, seeds 0 … 4, share n: completion i of that column has the
-    vector of seed i % 5, and is the i // 5th that `generate` makes with it.
+    A step is a list of (column, number, text, whether it has ended). Joined, the texts are those of
+    `generate` with the same settings. Five random vectors, seeds 0 … 4, share n: completion i of that column
+    has the vector of seed i % 5, and is number i // 5 of those that `generate` makes with it.
     """
     steer = addition(model, tokenizer, setting)
     ids = tokenizer.encode(setting.prompt)
@@ -304,8 +305,9 @@ def count(columns: object, words: object) -> dict:
 
 def as_python(name: str, s: Setting, n: int, sampling: Sampling) -> str:
     """The lines of Python that repeat a setting."""
+    pair = f"{s.plus!r}, {s.minus!r}, layer={s.layer}"
     lines = ["import ministeer", f"model, tokenizer = ministeer.load({name!r})",
-             f"vector = ministeer.steering_vector(model, tokenizer, {s.plus!r}, {s.minus!r}, layer={s.layer})"]
+             f"vector = ministeer.steering_vector(model, tokenizer, {pair})"]
     if s.where == "every":
         lines.append(f"vector = ministeer.Steer({s.layer}, vector.vector.mean(dim=0))")
     elif isinstance(s.where, int):
@@ -325,9 +327,8 @@ def as_command(name: str, s: Setting, n: int, sampling: Sampling) -> str:
     if s.where != "front":
         vector = ["--vector=vector.safetensors"]
     options = [f"--{option.replace('_', '-')}={getattr(sampling, option)}" for option in SAMPLED]
-    parts = ["ministeer", "steer", *vector, f"--coeff={s.coeff}", f"--model={name}", f"-n={n}", *options, "--",
-             s.prompt]
-    return shlex.join(parts)
+    return shlex.join(["ministeer", "steer", *vector, f"--coeff={s.coeff}", f"--model={name}", f"-n={n}",
+                       *options, "--", s.prompt])
 
 
 def as_file(steer: Steer) -> bytes:

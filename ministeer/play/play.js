@@ -1,6 +1,7 @@
 // The page: it reads the fields, asks the server, and draws the answers. All text goes in as textContent.
 const $ = (id) => document.getElementById(id);
-const COLUMNS = ["unsteered", "steered", "random"];
+const TITLES = { unsteered: "unsteered", steered: "steered", random: "random vectors" };
+const COLUMNS = Object.keys(TITLES);
 const NUMBERS = ["layer", "coeff", "n", "max_new_tokens", "temperature", "top_p", "freq_penalty", "seed"];
 const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369",
   "#e1cc55", "#fee838"].map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
@@ -8,14 +9,16 @@ const LOW = 0.03, HIGH = 3;             // the map's scale, the same for every s
 const CLIENT = crypto.getRandomValues(new Uint32Array(4)).join("-");
 const TOKEN = new URLSearchParams(location.search).get("token") ?? "";
 const form = $("setting");
-let about, shown = null, lensMap = null, texts = null, cursor = null;
+let shown = null, lensMap = null, texts = null, cursor = null;
 
 // ---- the server ----
 
 function post(path, data, signal) {
   return fetch(path, { method: "POST", body: JSON.stringify({ ...data, client: CLIENT }), signal,
     headers: { "Content-Type": "application/json", "X-Token": TOKEN } })
-    .catch((error) => { throw error.name === "AbortError" ? error : new Error("The server does not answer."); });
+    .catch((error) => {
+      throw error.name === "AbortError" ? error : new Error("The server does not answer.");
+    });
 }
 
 async function ask(path, data, signal) {
@@ -52,8 +55,8 @@ async function follow(path, data, signal, step) {
 // ---- elements ----
 
 function make(tag, attributes = {}, ...children) {
-  const svg = ["rect", "text", "title"].includes(tag);
-  const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  const space = ["rect", "text", "title"].includes(tag) ? "2000/svg" : "1999/xhtml";
+  const element = document.createElementNS(`http://www.w3.org/${space}`, tag);
   for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
   element.append(...children);
   return element;
@@ -72,10 +75,15 @@ function piece(text) {
 const visible = (text) => piece(text).textContent;
 const short = (x) => (x >= 1000 ? Math.round(x).toLocaleString("en") : x.toPrecision(x < 0.001 ? 1 : 3));
 const signed = (x) => (x > 0 ? "+" : "") + x.toFixed(2);
-const percent = (p) => (p > 0 && p < 0.001 ? (100 * p).toPrecision(1) : (100 * p).toFixed(p < 0.1 ? 1 : 0)) + " %";
+const percent = (p) => (p && p < 0.001 ? (100 * p).toPrecision(1) : (100 * p).toFixed(p < 0.1)) + " %";
+// The lowest and the highest of some numbers, in words.
+function range(numbers, say, between) {
+  return [...new Set([Math.min(...numbers), Math.max(...numbers)].map(say))].join(between);
+}
 
 function colour(share) {
-  const x = Math.min(Math.max(share, 0), 1) * (CIVIDIS.length - 1), i = Math.min(Math.floor(x), CIVIDIS.length - 2);
+  const x = Math.min(Math.max(share, 0), 1) * (CIVIDIS.length - 1);
+  const i = Math.min(Math.floor(x), CIVIDIS.length - 2);
   return CIVIDIS[i].map((low, k) => Math.round(low + (x - i) * (CIVIDIS[i + 1][k] - low)));
 }
 
@@ -170,23 +178,24 @@ async function draw() {
 }
 
 function drawTokens() {
-  const row = (name, pieces, chip) => [make("dt", {}, name), make("dd", {}, ...pieces.map(chip))];
-  const pair = (padded, length) => (text, i) => make("span", { class: i < length - padded ? "token" : "token pad",
-    title: i < length - padded ? `position ${i}` : "a space that pads the shorter prompt" }, piece(text));
+  const row = (name, chips) => [make("dt", {}, name), make("dd", {}, ...chips)];
+  const side = (pieces, padded) => pieces.map((text, i) => (i < pieces.length - padded
+    ? make("span", { class: "token", title: `position ${i}` }, piece(text))
+    : make("span", { class: "token pad", title: "a space that pads the shorter prompt" }, piece(text))));
   const focused = document.activeElement?.dataset.position;
   $("tokens").replaceChildren(
-    ...row("prompt", shown.tokens, (text, i) => {
+    ...row("prompt", shown.tokens.map((text, i) => {
       const steered = shown.steered.includes(i);
       const norm = steered ? short(shown.change[shown.layer][i]) + " ×" : "\u00a0";
       return make("button", { type: "button", class: steered ? "token steered" : "token", "data-position": i,
         "aria-pressed": steered, title: `position ${i}` }, piece(text), make("small", {}, norm));
-    }),
-    ...row("towards", shown.plus, pair(shown.padded[0], shown.plus.length)),
-    ...row("away from", shown.minus, pair(shown.padded[1], shown.minus.length)));
+    })),
+    ...row("towards", side(shown.plus, shown.padded[0])),
+    ...row("away from", side(shown.minus, shown.padded[1])));
   if (focused) $("tokens").querySelector(`[data-position="${focused}"]`)?.focus();
   $("sink").hidden = shown.sink < 0.5;
-  $("sink").textContent = `${percent(shown.sink)} of the vector’s squared norm lies in four dimensions: an attention ` +
-    "sink of one prompt, often its padding. Try an earlier layer, or prompts of equally many tokens.";
+  $("sink").textContent = `${percent(shown.sink)} of the vector’s squared norm lies in four dimensions: an ` +
+    "attention sink of one prompt, often its padding. Try an earlier layer, or prompts of the same length.";
 }
 
 function drawNext() {
@@ -205,10 +214,9 @@ function drawNext() {
     controls.forEach((value) => bar("dot", value));
     bars.title = `unsteered ${percent(Math.exp(plain))}, steered ${percent(Math.exp(steered))}`;
     const moved = controls.map((value) => value - plain);
-    const range = [...new Set([Math.min(...moved), Math.max(...moved)].map(signed))].join(" … ");
     return make("tr", {}, make("th", { scope: "row" }, piece(token)), bars,
       make("td", { class: "number" }, signed(steered - plain)),
-      make("td", { class: "number" }, range));
+      make("td", { class: "number" }, range(moved, signed, " … ")));
   }));
 }
 
@@ -218,37 +226,37 @@ function drawNext() {
 function grid(svg, rows, columns, cell, outlined, labels) {
   const text = cell(0, 0).text !== undefined, left = 30, height = 15;
   const room = Math.min(760, svg.parentElement.clientWidth) - left;
-  const width = Math.max(text ? 70 : 24, Math.min(110, room / columns)), total = [left + columns * width, rows * height + 20];
+  const width = Math.max(text ? 70 : 24, Math.min(110, room / columns));
+  const total = [left + columns * width, rows * height + 20];
   svg.setAttribute("viewBox", `0 0 ${total.join(" ")}`);
   svg.setAttribute("width", total[0]);
   svg.setAttribute("height", total[1]);
   const parts = [], marked = [];
   for (let row = 0; row < rows; row++) {
     const y = (rows - 1 - row) * height;
-    if (row % labels.every === 0) parts.push(make("text", { x: left - 5, y: y + 11, "text-anchor": "end" }, row));
+    if (row % 5 === 0) parts.push(make("text", { x: left - 5, y: y + 11, "text-anchor": "end" }, row));
     for (let column = 0; column < columns; column++) {
       const { share, text, title } = cell(row, column), x = left + column * width;
       const place = { x, y, width, height, "data-row": row, "data-column": column };
       const rgb = share === null ? null : colour(share), mark = outlined(row, column);
-      const rect = make("rect", { ...place, class: `cell${rgb ? "" : " unchanged"}${mark ? " outlined" : ""}` },
-        make("title", {}, title));
+      const kinds = ["cell", ...(rgb ? [] : ["unchanged"]), ...(mark ? ["outlined"] : [])];
+      const rect = make("rect", { ...place, class: kinds.join(" ") }, make("title", {}, title));
       if (rgb) rect.setAttribute("fill", `rgb(${rgb})`);
       (mark ? marked : parts).push(rect);
       if (text === undefined) continue;
-      const bright = rgb ? rgb[1] > 115 : false;
-      const label = make("text", { x: x + 3, y: y + 11, "pointer-events": "none" }, visible(text).slice(0, 9));
-      if (rgb) label.style.fill = bright ? "#000" : "#fff";
+      const written = visible(text).slice(0, 9);
+      const label = make("text", { x: x + 3, y: y + 11, "pointer-events": "none" }, written);
+      if (rgb) label.style.fill = rgb[1] > 115 ? "#000" : "#fff";
       (mark ? marked : parts).push(label);
     }
   }
   for (let column = 0; column < columns; column++) {
     parts.push(make("text", { x: left + (column + 0.5) * width, y: total[1] - 6, "text-anchor": "middle" },
-      labels.columns[column].slice(0, Math.floor(width / 6.7))));
+      labels[column].slice(0, Math.floor(width / 6.7))));
   }
   svg.replaceChildren(...parts, ...marked);      // outlined cells last, so that no neighbour covers the line
 }
 
-const logShare = (x, low, high) => Math.log(x / low) / Math.log(high / low);
 const view = () => document.querySelector("[name=view]:checked").value;
 
 async function drawMap() {
@@ -260,24 +268,26 @@ async function drawMap() {
   }
   const values = kind === "norms" ? norms : kind === "random" ? shown.random[seed] : shown.change;
   if (!values) return look();
-  const all = norms.flat(), [low, high] = kind === "norms" ? [Math.min(...all), Math.max(...all)] : [LOW, HIGH];
+  const all = norms.flat();
+  const [low, high] = kind === "norms" ? [Math.min(...all), Math.max(...all)] : [LOW, HIGH];
   const name = kind === "norms" ? "norm" : "change";
   grid($("map"), values.length, tokens.length, (row, column) => {
     const x = values[row][column];
-    return { share: x < 1e-5 ? null : logShare(x, low, high), text: kind === "lens" ? lensMap[row][column] : undefined,
+    return { share: x < 1e-5 ? null : Math.log(x / low) / Math.log(high / low),
+      text: kind === "lens" ? lensMap[row][column] : undefined,
       title: `resid[${row}], position ${column}: ${name} ${short(x)}` };
   }, (row, column) => kind !== "norms" && row === layer && steered.includes(column),
-  { every: 5, columns: tokens.map(visible) });
+  tokens.map(visible));
   $("low").textContent = kind === "norms" ? short(low) : `${low} or less`;
   $("high").textContent = kind === "norms" ? short(high) : `${high} × the norm there`;
   const says = {
     steered: "How far steering moves resid[l], relative to its norm.",
     random: `How far the random vector of seed ${seed}, with the same norm, moves resid[l].`,
-    norms: "The norm of resid[l] without steering. A position that is far above the others is an attention sink.",
+    norms: "The norm of resid[l] without steering. A position far above the others is an attention sink.",
     lens: "The token that the steered stream would predict at each place; colours show the change." }[kind];
   $("map-says").textContent = `${says} Layers go upward, positions to the right.` +
     (kind === "norms" ? "" : " The addition is outlined; pale cells are unchanged.");
-  $("map").setAttribute("aria-label", `Map of ${tokens.length} positions by ${values.length} layers. ${says}`);
+  $("map").setAttribute("aria-label", `Map, ${tokens.length} positions by ${values.length} layers. ${says}`);
   if (cursor) mark($("map"), ...cursor);
 }
 
@@ -288,10 +298,9 @@ async function read(row, column) {
   cursor = [row, column];
   mark($("map"), row, column);
   const random = Object.values(shown.random).map((map) => map[row][column]);
-  const line = make("p", {}, make("b", {}, `resid[${row}], position ${column}, `), piece(shown.tokens[column]),
-    `: steering moves it by ${short(shown.change[row][column])} × its norm of ${short(shown.norms[row][column])}; ` +
-    `random vectors by ${[...new Set([Math.min(...random), Math.max(...random)].map(short))].join(" to ")} ×.`);
-  $("place").replaceChildren(line);
+  $("place").replaceChildren(make("p", {}, make("b", {}, `resid[${row}], position ${column}, `),
+    piece(shown.tokens[column]), `: steering moves it by ${short(shown.change[row][column])} × its norm of ` +
+    `${short(shown.norms[row][column])}; random vectors by ${range(random, short, " to ")} ×.`));
   reading?.abort();
   reading = new AbortController();
   const { signal } = reading;
@@ -299,9 +308,9 @@ async function read(row, column) {
   if (signal.aborted) return;
   const { steered, unsteered } = await ask("lens", { ...shown.given, at_layer: row, at: column }, signal);
   const cells = ([token, p]) => [make("td", {}, piece(token)), make("td", { class: "number" }, percent(p))];
-  $("place").append(make("table", {}, make("thead", {}, make("tr", {},
-    make("th", { colspan: 2, scope: "col" }, "lens, unsteered"), make("th", { colspan: 2, scope: "col" }, "steered"))),
-  make("tbody", {}, ...unsteered.map((row, i) => make("tr", {}, ...cells(row), ...cells(steered[i]))))));
+  const heads = ["lens, unsteered", "steered"].map((text) => make("th", { colspan: 2, scope: "col" }, text));
+  $("place").append(make("table", {}, make("thead", {}, make("tr", {}, ...heads)),
+    make("tbody", {}, ...unsteered.map((row, i) => make("tr", {}, ...cells(row), ...cells(steered[i]))))));
 }
 
 // Frame a cell, if there is one.
@@ -321,7 +330,8 @@ function explore(svg, at, choose) {
   svg.addEventListener("click", (event) => event.target.dataset.row && choose(...cell(event.target)));
   svg.addEventListener("keydown", (event) => {
     const here = svg.querySelector(".cursor"), [row, column] = here ? cell(here) : [0, 0];
-    const [up, right] = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] }[event.key] ?? [];
+    const ways = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] };
+    const [up, right] = ways[event.key] ?? [];
     if (event.key === "Enter" && here) choose(row, column);
     if (up === undefined) return;
     event.preventDefault();
@@ -341,9 +351,8 @@ async function complete() {
   let ended = 0;
   texts = Object.fromEntries(COLUMNS.map((name) => [name, []]));
   const lists = Object.fromEntries(COLUMNS.map((name) => [name, make("ol")]));
-  const titles = { unsteered: "unsteered", steered: "steered", random: "random vectors" };
   $("columns").replaceChildren(...COLUMNS.map((name) =>
-    make("div", {}, make("h3", { class: name }, titles[name]), lists[name])));
+    make("div", {}, make("h3", { class: name }, TITLES[name]), lists[name])));
   $("counts").tBodies[0].replaceChildren();
   $("stop").disabled = false;
   $("progress").textContent = "reading the prompt …";
@@ -367,8 +376,8 @@ async function complete() {
     complain(error);
   }
   if (drawing?.signal !== signal) return;          // a newer one has taken its place
-  lists.random.parentElement.parentElement.querySelectorAll(".growing").forEach((item) => item.classList.remove("growing"));
-  $("progress").textContent = ended < total ? `stopped: ${ended} of ${total} are complete` : `all ${total} are complete`;
+  $("columns").querySelectorAll(".growing").forEach((item) => item.classList.remove("growing"));
+  $("progress").textContent = (ended < total ? `stopped: ${ended} of` : "all") + ` ${total} are complete`;
   $("stop").disabled = true;
   await count();
 }
@@ -382,20 +391,22 @@ async function count() {
   while (recount) {
     recount = false;
     const asked = texts, done = COLUMNS.map((name) => [name, Object.entries(texts[name])]);
-    const counts = await ask("count", { words: $("words").value,
-      texts: Object.fromEntries(done.map(([name, rows]) => [name, rows.map(([, text]) => text)])) }).catch(complain);
+    const given = Object.fromEntries(done.map(([name, rows]) => [name, rows.map(([, text]) => text)]));
+    const counts = await ask("count", { words: $("words").value, texts: given }).catch(complain);
     if (!counts || asked !== texts) continue;
     $("counts").tBodies[0].replaceChildren(...done.map(([name, rows], column) => {
-      const [k, n, low, high, hits] = counts[name], items = $("columns").querySelectorAll("ol")[column].children;
+      const [k, n, low, high, hits] = counts[name];
+      const items = $("columns").querySelectorAll("ol")[column].children;
       rows.forEach(([i], row) => items[i].classList.toggle("hit", hits[row]));
-      const line = make("i", { class: name }), point = make("b", { class: name }), bars = make("td", { class: "bars" });
+      const line = make("i", { class: name }), point = make("b", { class: name });
+      const bars = make("td", { class: "bars" });
       line.style.left = `${100 * low}%`;
       line.style.width = `${100 * (high - low)}%`;
       point.style.left = `${100 * k / n}%`;
       if (n) bars.append(line, point);
-      return make("tr", {}, make("th", { scope: "row" }, name === "random" ? "random vectors" : name),
-        make("td", { class: "number" }, `${k} of ${n}`),
-        make("td", { class: "number" }, n ? `${percent(k / n)}  (${percent(low)} to ${percent(high)})` : ""), bars);
+      const share = n ? `${percent(k / n)}  (${percent(low)} to ${percent(high)})` : "";
+      return make("tr", {}, make("th", { scope: "row" }, TITLES[name]),
+        make("td", { class: "number" }, `${k} of ${n}`), make("td", { class: "number" }, share), bars);
     }));
   }
   counting = false;
@@ -434,18 +445,20 @@ function drawScan() {
   grid($("layers"), n_layer, coeffs.length, (row, column) => ({
     share: rows[row] ? 0.5 + change(row, column) / most / 2 : null,
     title: rows[row] ? `layer ${row}, coeff ${coeffs[column]}: ${signed(change(row, column))} nats` : "" }),
-  (row, column) => row === layer && coeffs[column] === coeff, { every: 5, columns: coeffs.map(String) });
-  $("layers").setAttribute("aria-label", `Change of log p of ${visible(target)} by layer and coefficient, in nats`);
-  $("scan-place").textContent = `Target ${visible(target)}, unsteered p ${percent(Math.exp(rows[0][zero]))}. ` +
-    `Dark blue: ${most.toFixed(1)} nats less likely; yellow: ${most.toFixed(1)} nats likelier; grey: no change.`;
+  (row, column) => row === layer && coeffs[column] === coeff, coeffs.map(String));
+  $("layers").setAttribute("aria-label", `Change of log p of ${visible(target)} in nats, by layer and coeff`);
+  const nats = `${most.toFixed(1)} nats`;
+  $("scan-place").textContent = `Target ${visible(target)}, unsteered ${percent(Math.exp(rows[0][zero]))}. ` +
+    `Dark blue: ${nats} less likely; yellow: ${nats} likelier; grey: no change.`;
 }
 
 function sayScan(row, column) {
   if (!scanned?.rows[row]) return;
   mark($("layers"), row, column);
-  const logp = scanned.rows[row], zero = scanned.coeffs.indexOf(0);
-  $("scan-place").textContent = `Layer ${row}, coeff ${scanned.coeffs[column]}: p of ${visible(scanned.target)} goes from ` +
-    `${percent(Math.exp(logp[zero]))} to ${percent(Math.exp(logp[column]))}, ${signed(logp[column] - logp[zero])} nats.`;
+  const before = scanned.rows[row][scanned.coeffs.indexOf(0)], after = scanned.rows[row][column];
+  $("scan-place").textContent = `Layer ${row}, coeff ${scanned.coeffs[column]}: p of ` +
+    `${visible(scanned.target)} goes from ${percent(Math.exp(before))} to ${percent(Math.exp(after))}, ` +
+    `${signed(after - before)} nats.`;
 }
 
 // ---- take it away ----
@@ -464,9 +477,9 @@ async function saveVector() {
 
 function saveMap() {
   const copy = $("map").cloneNode(true), parts = copy.querySelectorAll("rect, text");
-  $("map").querySelectorAll("rect, text").forEach((part, i) => {          // the page's styles do not travel along
+  $("map").querySelectorAll("rect, text").forEach((part, i) => {      // the page's styles do not travel along
     const style = getComputedStyle(part);
-    for (const name of ["fill", "stroke", "stroke-width", "font"]) parts[i].style[name] = style.getPropertyValue(name);
+    for (const name of ["fill", "stroke", "stroke-width", "font"]) parts[i].style[name] = style[name];
   });
   copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
   copy.style.background = getComputedStyle($("stream")).backgroundColor;
@@ -491,8 +504,7 @@ $("tokens").addEventListener("click", ({ target }) => {
   const chip = target.closest("[data-position]");
   if (chip) { place(chip.dataset.position); changed(); }
 });
-document.querySelectorAll("[name=view]").forEach((input) => input.addEventListener("change", () => drawMap().catch(complain)));
-$("control").addEventListener("change", () => drawMap().catch(complain));
+$("views").addEventListener("change", () => drawMap().catch(complain));
 explore($("map"), (row, column) => read(row, column).catch(complain), () => {});
 explore($("layers"), sayScan, (row, column) => {
   fill({ layer: row, coeff: scanned.coeffs[column], where: "front" });
@@ -509,8 +521,7 @@ $("copy-link").addEventListener("click", async () => {
 $("save-vector").addEventListener("click", saveVector);
 $("save-map").addEventListener("click", saveMap);
 
-const first = await fetch("about", { headers: { "X-Token": TOKEN } });
-about = await first.json();
+const about = await (await fetch("about", { headers: { "X-Token": TOKEN } })).json();
 $("model").textContent = about.model;
 $("layer-slide").max = about.n_layer - 1;
 for (const [name, preset] of Object.entries(about.presets)) {
@@ -518,7 +529,8 @@ for (const [name, preset] of Object.entries(about.presets)) {
   button.addEventListener("click", () => { fill(preset); changed(); });
 }
 const restore = () => {
-  fill({ ...Object.values(about.presets)[0], ...Object.fromEntries(new URLSearchParams(location.hash.slice(1))) });
+  const state = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  fill({ ...Object.values(about.presets)[0], ...state });
   look();
 };
 addEventListener("hashchange", restore);

@@ -1,4 +1,4 @@
-"""The server of the page: it checks who asks, runs one piece of work at a time, and passes on what engine.py says.
+"""The server of the page: it checks who asks, does one piece of work at a time, and passes on the results.
 
 Read first: engine.py. `serve` starts it; `app` builds it for a model, for tests too.
 """
@@ -50,8 +50,8 @@ HEADERS = {
 class Guard:
     """Refuse requests that another site sends through the visitor's browser, and those without the token.
 
-    token: "" on a loopback address, where the Host must name this computer: another site can make its own name
-        point here (DNS rebinding), but cannot change the Host that the browser sends.
+    token: "" on a loopback address, where the Host must name this computer: another site can make its own
+        name point here (DNS rebinding), but cannot change the Host that the browser sends.
     """
 
     def __init__(self, app: ASGIApp, token: str):
@@ -137,7 +137,7 @@ def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlett
                 await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
                 gone.cancel()
                 if not job.done():
-                    job.cancel()        # work that waits is dropped; work that runs takes a fraction of a second
+                    job.cancel()        # work that waits is dropped; what runs takes a fraction of a second
                     return Response(status_code=499)
                 result = job.result()
             except ValueError as error:
@@ -190,7 +190,7 @@ def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlett
         return Response(files(__package__).joinpath(file).read_bytes(), media_type=media_type)
 
     async def about(request: Request) -> Response:
-        return JSONResponse({"model": model.name, "n_layer": model.config.n_layer, "family": model.config.family,
+        return JSONResponse({"model": model.name, "n_layer": model.config.n_layer,
                              "presets": engine.PRESETS})
 
     @contextlib.asynccontextmanager
@@ -242,7 +242,8 @@ def serve(model: LM, tokenizer: Tokenizer, name: str, host: str, port: int, brow
         listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot serve on {host}, port {port}: {reason}. --port 0 takes a free one.") from None
+        raise ValueError(f"cannot serve on {host}, port {port}: {reason}. "
+                         "--port 0 takes a free one.") from None
     with listener:
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
@@ -253,6 +254,5 @@ def serve(model: LM, tokenizer: Tokenizer, name: str, host: str, port: int, brow
         if browser:
             webbrowser.open(address)
         config = uvicorn.Config(app(model, tokenizer, name, token), log_level="error", access_log=False,
-                                limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=1, lifespan="on",
-                                ws="none")
+                                limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=1, ws="none")
         uvicorn.Server(config).run(sockets=[listener])
