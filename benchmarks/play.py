@@ -3,8 +3,8 @@
     python -m benchmarks.play       (about two minutes; needs the extra "test" and Chromium)
 
 Sliders: the time from a move of the layer slider to the new map, in a real browser, median and 95th
-percentile. Classroom: clients without a browser, each of which moves a slider every second, on average, and
-draws completions again and again. A text that differs from what the same client got before is an error.
+percentile. Classroom: clients without a browser, each of which moves a slider three times, a second apart on
+average, then draws completions, and begins again. A client that gets another text than before is an error.
 """
 
 import argparse

@@ -515,8 +515,8 @@ $("draw").addEventListener("click", complete);
 $("stop").addEventListener("click", () => drawing?.abort());
 $("scan").addEventListener("click", scan);
 $("copy-link").addEventListener("click", async () => {
-  await navigator.clipboard.writeText(location.href);
-  $("status").textContent = "The link is copied.";
+  await navigator.clipboard?.writeText(location.href);       // browsers lend it to https and localhost alone
+  $("copied").textContent = navigator.clipboard ? "copied" : "the address of this page is the link";
 });
 $("save-vector").addEventListener("click", saveVector);
 $("save-map").addEventListener("click", saveMap);

@@ -91,10 +91,15 @@ def is_loopback(host: str) -> bool:
 def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlette:
     """The page and its answers for one model, which `name` loads again."""
     worker = ThreadPoolExecutor(1, "model")     # one piece of work at a time, in the order of their arrival
+    answering = asyncio.Lock()                  # so that answers and steps of a stream take turns
     line: list[tuple] = []                      # the clients that wait for completions, the first one served
 
     async def work(function: Callable, *args: object) -> object:
         return await asyncio.get_running_loop().run_in_executor(worker, function, *args)
+
+    async def answer(function: Callable, given: dict) -> object:
+        async with answering:
+            return await work(function, given)
 
     def setting(given: dict) -> engine.Setting:
         return engine.read(model, tokenizer, given)
@@ -132,7 +137,7 @@ def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlett
         """A route that answers with what `function` makes of the body, unless the client leaves before."""
         async def route(request: Request) -> Response:
             try:
-                job = asyncio.ensure_future(work(function, await body(request)))
+                job = asyncio.ensure_future(answer(function, await body(request)))
                 gone = asyncio.ensure_future(request.receive())     # after the body comes only the departure
                 await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
                 gone.cancel()
@@ -173,7 +178,7 @@ def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlett
                 await asyncio.sleep(0.1)
             if ticket in line:
                 steps = await work(function, given)
-            # Other clients' sliders are answered between two steps.
+            # Another client's slider is answered between two steps.
             while ticket in line and (step := await work(next, steps, None)) is not None:
                 yield event(step=step)
             yield event(done=True) if ticket in line else event(message="A newer request took its place.")
