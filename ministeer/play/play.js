@@ -206,7 +206,7 @@ function drawNext() {
     const bars = make("td", { class: "bars" });
     const bar = (name, value) => {
       const mark = make("i", { class: name });
-      mark.style[name === "dot" ? "left" : "width"] = `${100 * Math.exp(value) / most}%`;
+      mark.style[name === "dot" ? "left" : "width"] = `${97 * Math.exp(value) / most}%`;
       bars.append(mark);
     };
     bar("unsteered", plain);
