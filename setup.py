@@ -4,6 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+play = ["starlette", "uvicorn"]
 weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
 tutorials = ["matplotlib", "tqdm", "vaderSentiment"]
 notebooks = ["jupytext", "nbformat", "nbclient", "ipykernel", *weights, *tutorials]
@@ -19,17 +20,18 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["ministeer", "ministeer.*"]),
-    package_data={"ministeer": ["py.typed"]},
+    package_data={"ministeer": ["py.typed"], "ministeer.play": ["page.html", "style.css", "play.js"]},
     python_requires=">=3.10",
     install_requires=["numpy", "torch>=2.5", "tokenizers", "safetensors"],      # torch 2.5: enable_gqa
     extras_require={
         "weights": weights,
+        "play": play,
         "tutorials": tutorials,
         "notebooks": notebooks,
         "judges": judges,
         "bench": bench,     # repeng and steering-vectors want environments of their own: benchmarks/README.md
-        "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "transformers", "ruff",
-                 *notebooks, *judges],
+        "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "transformers", "ruff", "playwright",
+                 "httpx", *notebooks, *play, *judges],
     },
     entry_points={"console_scripts": ["ministeer = ministeer.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""The command line: ministeer steer | demo | fetch | models.
+"""The command line: ministeer steer | demo | play | fetch | models.
 
 Every error is one line on stderr, with exit code 2. Ctrl-C exits with 130.
 """
@@ -138,6 +138,13 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("-n", type=int, default=100, help="completions counted in each row (default 100)")
     demo.add_argument("--seed", type=int, default=SAMPLING["seed"], help="of the draws (default 0)")
 
+    play = command("play", run_play, "open a page in the browser where you steer a model by hand")
+    play.add_argument("--model", help="name or folder (default smollm2-135m; see `ministeer models`)")
+    play.add_argument("--host", default="127.0.0.1",
+                      help="address to serve on (default 127.0.0.1, this computer alone)")
+    play.add_argument("--port", type=int, default=8765, help="port (default 8765; 0 takes a free one)")
+    play.add_argument("--no-browser", action="store_true", help="only print the address")
+
     steer = command("steer", run_steer, "continue a prompt, plain and steered", STEER_HELP, STEER_EXAMPLES)
     steer.add_argument("prompt", metavar="PROMPT")
     pair = steer.add_argument_group("the vector: either a pair and a layer, or a file")
@@ -200,6 +207,25 @@ def run_demo(args: argparse.Namespace) -> None:
         low, high = wilson(k, n)
         print(f"  {name:15} {k:3} of {n}  {k / n:4.0%}  (95 % interval {low:.0%} to {high:.0%})")
     print(f"\nRandom vectors: {len(runs) - 2} of the steering vector's norm, which share {n} completions.")
+
+
+def run_play(args: argparse.Namespace) -> None:
+    check_whole("--port", args.port, 0, 65_535)
+    import_torch()
+    try:
+        from .play.server import serve
+    except ImportError as error:
+        raise ValueError(f"the page needs {error.name}: pip install 'ministeer[play]', or in the source, "
+                         "pip install -e \".[play]\" -c constraints.txt.") from None
+    from .checkpoints.fetch import DEFAULT
+    from .checkpoints.loading import load
+    from .faster import fast
+    name = args.model or DEFAULT
+    model, tokenizer = load(name, fetch=args.model is None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # a model that cannot be packed is only slower
+        model = fast(model)
+    serve(model, tokenizer, name, args.host, args.port, not args.no_browser)
 
 
 def run_steer(args: argparse.Namespace) -> None:

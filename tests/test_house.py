@@ -29,6 +29,7 @@ FLOORS = [
     ["evaluation.stats", "evaluation.judges", "evaluation.measure",
      "methods.many_pairs", "methods.inside_blocks",
      "baselines.classifier", "baselines.logits"],
+    ["play.engine", "play.server"],
     ["cli"],
     ["__main__"],
 ]
@@ -61,13 +62,13 @@ def imports_of(path):
                     break
 
 
-def test_the_top_folder_holds_the_core_and_four_folders():
+def test_the_top_folder_holds_the_core_and_five_folders():
     top = {path.stem for path in PACKAGE.glob("*.py")}
     assert top >= {"__init__", "attention", "gpt2", "llama", "model", "steering", "generation",
                    "faster", "utils", "cli"}
     assert len(top) <= 11
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == {"checkpoints", "evaluation", "methods", "baselines"}
+    assert folders == {"checkpoints", "evaluation", "methods", "baselines", "play"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem != "__init__"], ids=name_of)
@@ -93,7 +94,7 @@ def test_the_package_imports_no_tests_tutorials_or_benchmarks():
         assert not outside.search(path.read_text(encoding="utf-8")), path
 
 
-@pytest.mark.parametrize("folder", ["checkpoints", "evaluation", "methods", "baselines"])
+@pytest.mark.parametrize("folder", ["checkpoints", "evaluation", "methods", "baselines", "play"])
 def test_each_folder_says_what_to_read_first(folder):
     text = importlib.import_module(f"ministeer.{folder}").__doc__
     assert len(text.strip().splitlines()) <= 3
@@ -148,11 +149,13 @@ def test_wheel_and_sdist_hold_every_file_and_the_demo_runs_from_the_wheel(smollm
         return done.stdout
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
-    for path in FILES:                              # the working tree, with what is not yet committed
+    page = [PACKAGE / "play" / name for name in ("page.html", "play.js", "style.css")]
+    for path in [*FILES, *page]:                    # the working tree, with what is not yet committed
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(path.read_bytes())
-    wanted = {path.relative_to(ROOT).as_posix() for path in FILES} | {"ministeer/py.typed"}
+    wanted = {path.relative_to(ROOT).as_posix() for path in [*FILES, *page]}
+    wanted |= {"ministeer/py.typed"}
     run("setup.py", "-q", "sdist", "-d", str(tmp_path), cwd=source)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
