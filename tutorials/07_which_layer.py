@@ -94,6 +94,12 @@ for i, l in enumerate(some_layers):
     low, high = wilson(steered[l], n)
     print(f"layer {l:2}: {steered[l]:2} of {n} (95 % {low:.0%} to {high:.0%}), random",
           *control[l], f"of {n // 5}")
+#> unsteered 0 of 20
+#> layer  0:  1 of 20 (95 % 1% to 24%), random 0 0 0 0 0 of 4
+#> layer  1: 10 of 20 (95 % 30% to 70%), random 0 0 0 0 0 of 4
+#> layer  6:  0 of 20 (95 % 0% to 16%), random 0 0 0 0 0 of 4
+#> layer 16:  5 of 20 (95 % 11% to 47%), random 0 0 0 0 0 of 4
+#> layer 20:  4 of 20 (95 % 8% to 42%), random 0 0 0 0 0 of 4
 
 # %% [markdown]
 # It does not. For the next token, layer 16 was far ahead of layer 1; for whole texts it is not. Layer 1
@@ -117,11 +123,14 @@ for text in ("The weather was fine, so we decided to", "My neighbour knocked on 
     before, after = counts(text, [0 * chosen, chosen], n)
     random = counts(text, [random_like(chosen, seed) for seed in range(5)], n // 5)
     print(f"{text!r}: unsteered {before}, steered {after} of {n}, random", *random, f"of {n // 5}")
+#> highest: layer 1 ; not clearly worse: ≈ [16, 20]
+#> 'The weather was fine, so we decided to': unsteered 0, steered 4 of 20, random 0 0 0 0 0 of 4
+#> 'My neighbour knocked on the door and told me': unsteered 1, steered 5 of 20, random 0 0 0 0 0 of 4
 
 # %% [markdown]
-# That is about half of the texts where we chose, but about a quarter on fresh prompts, and still none with
-# the random vectors. Report the second kind. Two prompts cannot tell how much of the drop is luck, and how
-# much comes from the prompts.
+# That is about half of the texts where we chose, but fewer on fresh prompts, and still none with the random
+# vectors. Report the second kind. Two prompts cannot tell how much of the drop is luck, and how much comes
+# from the prompts.
 #
 # ## The figure: layers, measured in two ways
 

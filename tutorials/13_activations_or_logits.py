@@ -144,6 +144,12 @@ for seed in range(5):
 rows = ministeer.generate(model, tokenizer, [prompt] * 5, n // 5, steer=batch, **sampling)
 control = [measure(texts) for texts in rows]
 print("random c 2", "   ".join(f"{k} of {n // 5}, {surprise:.1f}" for k, surprise, _ in control))
+#> unsteered  : 0 of 20, 3.9
+#> ActAdd     c 1: 10 of 20, 6.5   c 2: 12 of 20, 6.7   c 4: 7 of 20, 6.5
+#> prompted   : 13 of 20, 6.3
+#> PreADD     s 1.5: 17 of 20, 8.1   s 3: 20 of 20, 28.5
+#> FUDGE      s 9: 0 of 20, 7.1
+#> random c 2 0 of 4, 6.6   0 of 4, 4.8   0 of 4, 5.3   0 of 4, 3.8   0 of 4, 4.5
 
 # %% [markdown]
 # Each cell gives the completions about weddings, then the disfluency. Do not read this as a race: it is one
@@ -159,10 +165,10 @@ for name in ("ActAdd", "prompted", "PreADD", "FUDGE"):
     print(f"{name:8} {setting}: {text.strip()[:80]!r}")
 rank = 1 + (p > p[tokenizer.encode(" wedding", bos=False)[0]]).sum().item()
 print("unsteered, ' wedding' is the next token of rank", rank)
-#> ActAdd   c 4: ≈ "I'm not a good choice. I'm just so focused on the next thing. I've been trying t"
-#> prompted : ≈ 'I was going to the wedding.\nI said, "Can I help you?"\nThe wedding was a surprise'
+#> ActAdd   c 4: ≈ "I'm not married. I'm a single mom with two kids, 20. My husband"
+#> prompted : ≈ 'I was going to the wedding.\nI said, "Can I help you?"\nThe wedding'
 #> PreADD   s 3: ≈ 'hi I was thinking of wedding\nThe text goes wrong with grammar. It starts off wit'
-#> FUDGE    s 9: ≈ ', "Aw, that\'s not right. You can\'t just change your mind."\n\nThis quote has been'
+#> FUDGE    s 9: ≈ ', "Aw, that\'s not right. You can\'t just change your mind."'
 #> unsteered, ' wedding' is the next token of rank 3156
 
 # %% [markdown]
@@ -182,6 +188,10 @@ print("unsteered, ' wedding' is the next token of rank", rank)
 for name in ("ActAdd", "prompted", "PreADD", "FUDGE"):
     method = next(iter(methods[name].values()))
     print(f"{name:8} passes for each token: {len(method.branches)}")
+#> ActAdd   passes for each token: 1
+#> prompted passes for each token: 1
+#> PreADD   passes for each token: 2
+#> FUDGE    passes for each token: 1
 
 # %% [markdown]
 # ## The figure: the goal against fluency
@@ -195,8 +205,9 @@ for name, settings in results.items():
     x, hits = [surprise for _, surprise, _ in settings.values()], [k for k, _, _ in settings.values()]
     lesson.errorbars(axis, x, [k / n for k in hits], [wilson(k, n) for k in hits], fmt=marker, color=color,
                      label=name)
+    offset = (16, -3) if name == "ActAdd" else (5, 6)       # clear of the intervals beside it
     for setting, (k, surprise, _) in settings.items():
-        axis.annotate(setting, (surprise, k / n), (5, 6), textcoords="offset points", fontsize="x-small",
+        axis.annotate(setting, (surprise, k / n), offset, textcoords="offset points", fontsize="x-small",
                       color=color)
 axis.plot([surprise for _, surprise, _ in control], [k / (n // 5) for k, _, _ in control], ".",
           color=lesson.GREY, label=f"five random vectors, c 2, n {n // 5}")
