@@ -145,11 +145,10 @@ left.set_title(f"next token, mean of {len(tuning)} prompts", fontsize="medium")
 figure.colorbar(image, ax=left, label="gain in log p(wedding word), nats")
 for seed in range(5):
     shares = [control[l][seed] / (n // 5) for l in some_layers]
-    right.plot([l + 0.3 * (seed - 2) for l in some_layers], shares, ".", color=lesson.GREY,
+    right.plot([l + 0.15 * (seed - 2) for l in some_layers], shares, ".", color=lesson.GREY,
                label=f"five random vectors, n {n // 5}" if seed == 0 else None)
 lesson.errorbars(right, some_layers, [steered[l] / n for l in some_layers],
-                 [wilson(steered[l], n) for l in some_layers], fmt="o-", color=lesson.BLUE,
-                 label=f"steered, n {n}")
+                 [wilson(steered[l], n) for l in some_layers], color=lesson.BLUE, label=f"steered, n {n}")
 right.axhline(unsteered / n, color="black", linestyle="--", linewidth=0.8, label="unsteered")
 right.set_xlabel("layer")
 right.set_ylabel("completions with a wedding word")
