@@ -129,8 +129,8 @@ for text in ("The weather was fine, so we decided to", "My neighbour knocked on 
 
 # %% [markdown]
 # That is about half of the texts where we chose, but fewer on fresh prompts, and still none with the random
-# vectors. Report the second kind. Two prompts cannot tell how much of the drop is luck, and how much comes
-# from the prompts.
+# vectors. Report the second kind. Two prompts cannot tell how much of the drop is luck, and how much is due
+# to the prompts.
 #
 # ## The figure: layers, measured in two ways
 
