@@ -63,50 +63,55 @@ for j, c in enumerate(coeffs):
 # the block that builds the sink up again, tutorial 03. Perhaps that is why.)
 #
 # ## Does that hold for whole texts?
-# Count completions, as in tutorial 05: for some of the layers and one coefficient, each with a random vector
-# of the same norm.
+# Count completions, as in tutorial 05: for some of the layers and one coefficient. One random vector of the
+# same norm may be an exception, so each layer gets five, with a fifth of the completions each. All are
+# written in one batch: each vector has its coefficient in rows of its own, and 0 in the rows of the others.
 
 # %%
-n, prompt = 40, "I went up to my friend and said"
-some_layers = [0, 1, 2, 4, 6, 11, 16, 20, 26]
+n, prompt = 20, "I went up to my friend and said"
+some_layers = [0, 1, 6, 16, 20]
 
 
-def count(steer, prompt=prompt):
-    """-> how many of n completions mention weddings"""
-    texts = ministeer.generate(model, tokenizer, prompt, n, 30, steer, top_p=0.3, freq_penalty=1.0)
-    return sum(count_words(text) > 0 for text in texts)
+def counts(prompt, steers, n):
+    """-> for each Steer, how many of n completions mention weddings"""
+    batch = []
+    for i, steer in enumerate(steers):
+        coeff = torch.zeros(len(steers), n)
+        coeff[i] = steer.coeff
+        batch.append(steer.scaled(coeff.flatten()))
+    rows = ministeer.generate(model, tokenizer, [prompt] * len(steers), n, 20, batch, top_p=0.3,
+                              freq_penalty=1.0)
+    return [sum(count_words(text) > 0 for text in texts) for texts in rows]
 
 
 steers = steering_vectors(model, tokenizer, plus, minus, some_layers)
-unsteered = count([])
-steered = {s.layer: count(s) for s in steers}
-control = {s.layer: count(random_like(s, seed=0)) for s in steers}
+unsteered, *hits = counts(prompt, [0 * steers[0], *steers], n)
+random_hits = counts(prompt, [random_like(s, seed) for s in steers for seed in range(5)], n // 5)
+steered, control = {}, {}
 print(f"unsteered {unsteered} of {n}")
-for l in some_layers:
+for i, l in enumerate(some_layers):
+    steered[l], control[l] = hits[i], random_hits[5 * i:5 * i + 5]
     low, high = wilson(steered[l], n)
-    print(f"layer {l:2}: {steered[l]:2} of {n} (95 % {low:.0%} to {high:.0%}), random {control[l]}")
-#> unsteered 0 of 40
-#> layer  0: 1 of 40 (95 % 0% to 13%), random 0
-#> layer  1: 21 of 40 (95 % 37% to 67%), random 0
-#> layer  2: 19 of 40 (95 % 33% to 63%), random 0
-#> layer  4: 0 of 40 (95 % 0% to 9%), random 0
-#> layer  6: 0 of 40 (95 % 0% to 9%), random 0
-#> layer 11: 3 of 40 (95 % 3% to 20%), random 2
-#> layer 16: 8 of 40 (95 % 10% to 35%), random 0
-#> layer 20: 11 of 40 (95 % 16% to 43%), random 0
-#> layer 26: 2 of 40 (95 % 1% to 17%), random 0
+    print(f"layer {l:2}: {steered[l]:2} of {n} (95 % {low:.0%} to {high:.0%}), random",
+          *control[l], f"of {n // 5}")
+#> unsteered 0 of 20
+#> layer  0:  1 of 20 (95 % 1% to 24%), random 0 0 0 0 0 of 4
+#> layer  1: 10 of 20 (95 % 30% to 70%), random 0 0 0 0 0 of 4
+#> layer  6:  0 of 20 (95 % 0% to 16%), random 0 0 0 0 0 of 4
+#> layer 16:  5 of 20 (95 % 11% to 47%), random 0 0 0 0 0 of 4
+#> layer 20:  4 of 20 (95 % 8% to 42%), random 0 0 0 0 0 of 4
 
 # %% [markdown]
-# It does not. Layers 1 and 2, which did little for the next token, bring the topic into half of the texts.
-# (The prompt is different too.) Before you trust a cheap measure, see whether it agrees with the expensive
-# one.
+# It does not. For the next token, layer 16 was far ahead of layer 1; for whole texts it is not. Layer 1
+# brings the topic into about half of them. (The prompt is different too.) None of the random vectors brings a
+# wedding word into any text. Before you trust a cheap measure, see whether it agrees with the expensive one.
 #
-# There is not one hill, as in the paper's GPT-2-XL, but two: layers 1 and 2, before the space of the pair
-# becomes a sink (tutorial 03), and some late layers. We do not know why layer 0 fails, although it too comes
-# before the sink, nor why the late layers work.
+# There is not one hill, as in the paper's GPT-2-XL, but two: layer 1, before the space of the pair becomes a
+# sink (tutorial 03), and some late layers. We do not know why layer 0 fails, although it too comes before the
+# sink, nor why the late layers work.
 #
 # ## Is the best one really the best?
-# We looked at nine layers and took the highest. The highest of many is too high, because it was also lucky.
+# We looked at five layers and took the highest. The highest of many is too high, because it was also lucky.
 # So choose on some prompts, and report on others that played no part in the choice.
 
 # %%
@@ -115,25 +120,18 @@ close = [l for l in some_layers if l != best and wilson(steered[l], n)[1] > wils
 print("highest: layer", best, "; not clearly worse:", close)
 (chosen,) = steering_vectors(model, tokenizer, plus, minus, [best])
 for text in ("The weather was fine, so we decided to", "My neighbour knocked on the door and told me"):
-    before, after, random = count([], text), count(chosen, text), count(random_like(chosen, seed=0), text)
-    print(f"{text!r}: unsteered {before}, steered {after}, random {random} of {n}")
-#> highest: layer 1 ; not clearly worse: ≈ [2, 20]
-#> 'The weather was fine, so we decided to': unsteered 0, steered 8, random 0 of 40
-#> 'My neighbour knocked on the door and told me': unsteered 1, steered 11, random 0 of 40
+    before, after = counts(text, [0 * chosen, chosen], n)
+    random = counts(text, [random_like(chosen, seed) for seed in range(5)], n // 5)
+    print(f"{text!r}: unsteered {before}, steered {after} of {n}, random", *random, f"of {n // 5}")
+#> highest: layer 1 ; not clearly worse: ≈ [16, 20]
+#> 'The weather was fine, so we decided to': unsteered 0, steered 4 of 20, random 0 0 0 0 0 of 4
+#> 'My neighbour knocked on the door and told me': unsteered 1, steered 5 of 20, random 0 0 0 0 0 of 4
 
 # %% [markdown]
-# That is 21 of 40 where we chose, but 8 and 11 on fresh prompts. Report the second kind. Two prompts cannot
-# tell how much of the drop is luck, and how much comes from the prompts.
+# That is about half of the texts where we chose, but fewer on fresh prompts, and still none with the random
+# vectors. Report the second kind. Two prompts cannot tell how much of the drop is luck, and how much is due
+# to the prompts.
 #
-# ## Is one random vector enough?
-# No: one random vector may be an exception. Take five.
-
-# %%
-five = [count(random_like(chosen, seed=seed)) for seed in range(5)]
-print("five random vectors:", five, "of", n)
-#> five random vectors: [0, 0, 0, 0, 0] of 40
-
-# %% [markdown]
 # ## The figure: layers, measured in two ways
 
 # %%
@@ -145,15 +143,17 @@ left.set_xlabel("layer")
 left.set_ylabel("coefficient")
 left.set_title(f"next token, mean of {len(tuning)} prompts", fontsize="medium")
 figure.colorbar(image, ax=left, label="gain in log p(wedding word), nats")
-for counts, color, label in ((steered, lesson.BLUE, "steered"), (control, lesson.GREY, "random, same norm")):
-    low, high = zip(*(wilson(counts[l], n) for l in some_layers), strict=True)
-    right.plot(some_layers, [counts[l] / n for l in some_layers], "o-", color=color, label=label)
-    right.fill_between(some_layers, low, high, color=color, alpha=0.2, linewidth=0)
+for seed in range(5):
+    shares = [control[l][seed] / (n // 5) for l in some_layers]
+    right.plot([l + 0.15 * (seed - 2) for l in some_layers], shares, ".", color=lesson.GREY,
+               label=f"five random vectors, n {n // 5}" if seed == 0 else None)
+lesson.errorbars(right, some_layers, [steered[l] / n for l in some_layers],
+                 [wilson(steered[l], n) for l in some_layers], color=lesson.BLUE, label=f"steered, n {n}")
 right.axhline(unsteered / n, color="black", linestyle="--", linewidth=0.8, label="unsteered")
 right.set_xlabel("layer")
 right.set_ylabel("completions with a wedding word")
 right.set_ylim(-0.03, 1)
-right.set_title(f"whole texts, n {n} a point, c 1, 95 % band", fontsize="medium")
+right.set_title("whole texts, coefficient 1, 95 % intervals", fontsize="medium")
 right.legend(fontsize="small")
 lesson.save(figure, "07_which_layer")
 

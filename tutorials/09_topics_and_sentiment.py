@@ -6,161 +6,180 @@
 # paper.
 
 # %%
+import random
+from dataclasses import replace
+
 import lesson
 import matplotlib.pyplot as plt
 import torch
 
 import ministeer
 from ministeer.evaluation.judges import TOPIC_WORDS, count_words, judge
-from ministeer.evaluation.stats import bootstrap, paired
+from ministeer.evaluation.stats import bootstrap
 from ministeer.steering import random_like, relative_norm
 
 model, tokenizer = lesson.load()
-paper_settings = {"top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
+
+
+def write(prompt, steers, n):
+    """-> for each Steer n texts, all from one batch; row k of each is sampled with the same random numbers"""
+    batch = []
+    for i, steer in enumerate(steers):
+        coeff = torch.zeros(len(steers), n)         # 0 in the rows of the other Steers
+        coeff[i] = steer.coeff
+        batch.append(steer.scaled(coeff.flatten()))
+    return ministeer.generate(model, tokenizer, [prompt] * len(steers), n, 20, batch, top_p=0.3,
+                              freq_penalty=1.0)
+
 
 # %% [markdown]
 # ## Steer toward one topic, count the words of all
 # If a vector for weddings also brought music and science, it would only be making the model ramble. So we
-# steer toward each topic, and count the words of every topic.
+# steer toward each topic, and count the words of every topic. The controls are five random vectors with the
+# norm of the one for weddings; we show the lowest and the highest of their counts.
 
 # %%
-topics, n = ["weddings", "music", "science", "politics"], 20
+topics, n = ["weddings", "music", "science"], 10
 prompts = ["I went up to my friend and said", "In the evening we sat down and talked about"]
-total = n * len(prompts)
-
-
-def shares(steer):
-    """-> for each topic, the share of completions with a word of it"""
-    rows = ministeer.generate(model, tokenizer, prompts, n, 30, steer, **paper_settings)
-    texts = [text for row in rows for text in row]
-    return [sum(count_words(text, TOPIC_WORDS[topic]) > 0 for text in texts) / total for topic in topics]
-
-
-base = shares([])
-vectors = {}
-for topic in topics:
-    vectors[topic] = 2 * ministeer.steering_vector(model, tokenizer, f" {topic}", " ", layer=2)
-matrix = {topic: shares(steer) for topic, steer in vectors.items()}
-control = shares(random_like(vectors["weddings"], seed=0))
-print(f"{'':12}", "".join(f"{topic:>10}" for topic in topics), f"   n {total}")
-for name, row in (("unsteered", base), ("random", control), *matrix.items()):
-    print(f"{name:12}", "".join(f"{value:10.0%}" for value in row))
-#>                weddings     music   science  politics    n 40
-#> unsteered    0%   8%   0%   0%
-#> random       0%   0%   0%   2%
-#> weddings     32%   2%   0%   0%
-#> music        0%   25%   2%   0%
-#> science      0%   2%   30%   0%
-#> politics     0%   2%   0%   18%
+vectors = [2 * ministeer.steering_vector(model, tokenizer, f" {topic}", " ", layer=2) for topic in topics]
+steers = [0 * vectors[0], *vectors, *[random_like(vectors[0], seed) for seed in range(5)]]
+by_prompt = [write(prompt, steers, n) for prompt in prompts]
+total, counts = n * len(prompts), []
+for i in range(len(steers)):
+    texts = [text for written in by_prompt for text in written[i]]
+    counts.append([sum(count_words(text, TOPIC_WORDS[topic]) > 0 for text in texts) for topic in topics])
+base, matrix, control = counts[0], counts[1:4], counts[4:]
+print(f"{'':10}", "".join(f"{topic:>10}" for topic in topics), f"   texts of {total}")
+for name, row in zip(("unsteered", *topics), counts, strict=False):
+    print(f"{name:10}", "".join(f"{k:10}" for k in row))
+print(f"{'random':10}", "".join(f"{min(ks):5} to {max(ks)}" for ks in zip(*control, strict=True)))
+#>              weddings     music   science    texts of 20
+#> unsteered           0         0         0
+#> weddings            4         0         0
+#> music               0         4         1
+#> science             0         0         7
+#> random         0 to 0    0 to 2    0 to 0
 
 # %% [markdown]
-# The diagonal is what we asked for; the rest is what came along with it. Word lists are a rough judge: a text
-# may be about music and contain none of our words.
+# The diagonal is what we asked for; the rest is what came along with it. For weddings and science, it lies
+# above all five random vectors. For music, twenty texts are too few to be sure: one random vector reaches
+# about half as many. Word lists are a rough judge: a text may be about music and contain none of our words.
 #
 # ## Does love - hate make a text kinder?
-# This is the paper's own example. Our judge is VADER (Hutto and Gilbert 2014), which scores a text from −1 to
-# 1 by a list of words that carry feelings.
+# This is the paper's own example. Read before you measure: five of these ten texts were written with
+# love - hate, the others with one random vector each, of the same norm. Write down which five you think are
+# steered. The answer is further below.
+
+# %%
+prompt, n = "I hate you because", 20
+love = 2 * ministeer.steering_vector(model, tokenizer, " love", " hate", layer=2)
+
+
+def written_with(prompt, steer):
+    """-> texts: n unsteered, n steered, and n with each of five random vectors"""
+    return write(prompt, [0 * steer, steer, *[random_like(steer, seed) for seed in range(5)]], n)
+
+
+unsteered, steered, *randoms = written_with(prompt, love)
+ten = [("steered", text) for text in steered[:5]] + [("random", randoms[i][5 + i]) for i in range(5)]
+random.Random(0).shuffle(ten)
+for i, (_, text) in enumerate(ten, start=1):
+    print(f"{i:2}", repr(text.strip()[:90]))
+#>  1 ≈ "you're not the only one.\n\nThat's a classic cliché, but it's"
+#>  2 ≈ "of your past.\nYou're a pain in the world, and that's just how it is"
+#>  3 ≈ 'of your hair.\n\nThis is a common idiom that has been used in various languages, including'
+#>  4 ≈ "of the things you've done.\n\nI'm not sure what to say, but I'll"
+#>  5 ≈ "of the fact that you are a great person.\n\nThat's not to say I'm okay"
+#>  6 ≈ "of your past. You're a selfish, arrogant, arrogant, arrogant and arrogant person who doesn"
+#>  7 ≈ "of your name.\n\nI've been doing this for a long time, and I've seen"
+#>  8 ≈ 'of your company.\n\nThis is a classic cliché that has been used to describe people'
+#>  9 ≈ "of the way you're dressed. I'm not just a normal guy, I'm a crazy guy"
+#> 10 ≈ "of your own perspective. You can't be both a hero and a villain at the same time."
+
+# %% [markdown]
+# Now the judge: VADER (Hutto and Gilbert 2014) scores a text from −1 to 1 by a list of words that carry
+# feelings.
 
 # %%
 vader = judge("vader")
-love = 2 * ministeer.steering_vector(model, tokenizer, " love", " hate", layer=2)
-steers = {"unsteered": [], "steered": love, "random": random_like(love, seed=0)}
 
 
-def feelings(prompt, n=40):
-    """-> {condition: n scores}; row k of every condition was sampled with the same random numbers"""
-    return {name: vader(ministeer.generate(model, tokenizer, prompt, n, 30, steer, **paper_settings))
-            for name, steer in steers.items()}
+def report(unsteered, steered, *randoms):
+    for name, texts in (("unsteered", unsteered), ("steered", steered)):
+        low, high = bootstrap(vader(texts))
+        print(f"{name:10} {sum(vader(texts)) / n:+.2f}  (95 % {low:+.2f} to {high:+.2f})")
+    print("random    ", *[f"{sum(vader(texts)) / n:+.2f}" for texts in randoms])
 
 
-def report(scores):
-    for name, values in scores.items():
-        low, high = bootstrap(values)
-        print(f"{name:10} {sum(values) / len(values):+.2f}  (95 % {low:+.2f} to {high:+.2f})")
-
-
-hate = feelings("I hate you because")
-report(hate)
-#> unsteered  -0.12  (95 % -0.27 to +0.02)
-#> steered    -0.01  (95 % -0.16 to +0.15)
-#> random     -0.05  (95 % -0.18 to +0.08)
+report(unsteered, steered, *randoms)
+print("steered texts among the ten:", *[i for i, (label, _) in enumerate(ten, start=1) if label == "steered"])
+#> unsteered  -0.13  (95 % -0.29 to +0.06)
+#> steered    -0.09  (95 % -0.27 to +0.09)
+#> random     -0.07 +0.23 +0.00 +0.04 -0.17
+#> steered texts among the ten: 3 5 6 7 8
 
 # %% [markdown]
-# Steered is above unsteered. But before you write a paper, look at the last row: a random vector, which knows
-# nothing about love, comes out nearly as high.
+# Some of the random vectors, which know nothing about love, come out higher than love - hate. And how many of
+# your five were steered? Of readers who guess blindly, one in ten gets four or more.
 #
-# ## Why would a random vector help?
-# Because of *where* it is added. The vector goes to the first token after BOS and to no other. Let us see
-# which words it overwrites, and how strong it is there: the norm of the addition over the norm of the stream.
+# ## Does it matter where it is added?
+# The vector goes to the first token after BOS, to 'I', and leaves ' hate' as it is. Move it one token on, and
+# the random ones with it. At either place it is larger than the stream that it is added to:
 
 # %%
-for prompt in ("I hate you because", "When I think about my neighbour, I feel"):
-    pieces = tokenizer.pieces(tokenizer.encode(prompt))
-    ratios = relative_norm(model, tokenizer, love, prompt)
-    print("   ".join(f"{piece!r} {ratio:.1f}" for piece, ratio in zip(pieces[1:5], ratios[1:5], strict=True)))
-#> 'I' 1.4   ' hate' 0.0   ' you' 0.0   ' because' 0.0
-#> 'When' 1.4   ' I' 0.0   ' think' 0.0   ' about' 0.0
+on_hate = replace(love, start=2)
+for steer in (love, on_hate):
+    ratio = relative_norm(model, tokenizer, steer, prompt)[steer.start]
+    print(f"position {steer.start}: {ratio:.1f} times the norm of the stream")
+there = written_with(prompt, on_hate)
+report(*there)
+#> position 1: 1.4 times the norm of the stream
+#> position 2: 1.2 times the norm of the stream
+#> unsteered  -0.13  (95 % -0.29 to +0.06)
+#> steered    +0.52  (95 % +0.36 to +0.67)
+#> random     +0.06 +0.17 +0.06 -0.00 +0.04
 
 # %% [markdown]
-# The first word is overwritten by something with a larger norm than its own. Whatever has replaced that word,
-# the sentence that follows is read differently. So the fair question is what the vector does *beyond* the
-# random one, on this prompt and on another whose first words carry no feeling. `paired` compares the two. It
-# also gives p: how often chance alone, swapping the two members of each pair by the toss of a coin, would
-# give a difference at least as large.
-
-# %%
-neutral = feelings("When I think about my neighbour, I feel")
-report(neutral)
-for name, scores in (("I hate you", hate), ("neutral", neutral)):
-    difference, (low, high), p = paired(scores["steered"], scores["random"])
-    print(f"{name:10}: steered - random {difference:+.2f} (95 % {low:+.2f} to {high:+.2f}), p {p:.3f}")
-#> unsteered  +0.86  (95 % +0.84 to +0.88)
-#> steered    -0.06  (95 % -0.19 to +0.08)
-#> random     -0.23  (95 % -0.35 to -0.10)
-#> I hate you: steered - random +0.04 (95 % -0.14 to +0.21), p 0.66
-#> neutral   : steered - random +0.17 (95 % -0.01 to +0.35), p 0.10
-
-# %% [markdown]
-# On both prompts, the interval of the difference contains 0, so nothing is shown beyond the random vector.
-# On the second prompt, the unsteered texts are friendly, and both vectors take that away, love - hate against
-# its name. We do not know why. Without the random row, we would have told two other stories. And this is only
-# one random vector: another may give another answer.
+# On ' hate' itself, love - hate raises the score above unsteered and above all five random vectors. So where
+# a vector is added can decide whether its direction matters. (Perhaps ' hate' becomes something like ' love'
+# there; we have not looked.)
 #
 # ## The figure: topics, and feelings with their control
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
-boost = torch.tensor([matrix[topic] for topic in topics]) - torch.tensor(base)
+boost = (torch.tensor(matrix) - torch.tensor(base)) / total
 image = left.imshow(boost, cmap="PuOr", vmin=-0.5, vmax=0.5)
 for i in range(len(topics)):
     for j in range(len(topics)):
         color = "white" if boost[i, j].abs() > 0.25 else "black"
-        left.text(j, i, f"{boost[i, j]:+.1%}", ha="center", va="center", color=color)
-left.set_xticks(range(len(topics)), topics, rotation=30, ha="right", rotation_mode="anchor")
+        left.text(j, i, f"{boost[i, j]:+.0%}", ha="center", va="center", color=color)
+left.set_xticks(range(len(topics)), topics)
 left.set_yticks(range(len(topics)), topics)
 left.set_xlabel("words counted")
 left.set_ylabel("steered toward")
 left.set_title(f"share minus unsteered, n {total}", fontsize="medium")
-colors = {"unsteered": "black", "steered": lesson.BLUE, "random": lesson.GREY}
-for y, scores in enumerate((hate, neutral)):
-    for k, (name, color) in enumerate(colors.items()):
-        mean, (low, high) = sum(scores[name]) / len(scores[name]), bootstrap(scores[name])
-        right.errorbar(mean, y + 0.2 * (k - 1), xerr=[[mean - low], [high - mean]], fmt="o", color=color,
-                       capsize=3, label=name if y == 0 else None)
-right.set_yticks([0, 1], ["I hate you because", "When I think\nabout my neighbour,\nI feel"])
+for y, groups in enumerate(((unsteered, steered, *randoms), there)):
+    means = [sum(vader(texts)) / n for texts in groups]
+    for k, (name, color) in enumerate((("unsteered", "black"), ("steered", lesson.BLUE))):
+        lesson.errorbars(right, [means[k]], [y - 0.2 + 0.2 * k], [bootstrap(vader(groups[k]))],
+                         horizontal=True, color=color, label=name if y == 0 else None)
+    right.plot(means[2:], [y + 0.2] * 5, ".", color=lesson.GREY,
+               label="five random vectors" if y == 0 else None)
+right.set_yticks([0, 1], ["added at 'I'", "added at ' hate'"])
 right.set_ylim(1.5, -0.5)
 right.axvline(0, color="black", linewidth=0.8)
 right.set_xlabel("mean VADER score, −1 to 1")
-right.set_title("n 40 a point, 95 % intervals", fontsize="medium")
+right.set_title(f"“{prompt}”, n {n} a point, 95 % intervals", fontsize="medium")
 right.legend(fontsize="small")
 lesson.save(figure, "09_topics_and_sentiment")
 
 # %% [markdown]
 # ## Exercise 1
-# Repeat the comparison with five random vectors, and decide. A difference is shown only if the 95 % interval
-# of steered minus random (`bootstrap` of the differences, text by text) lies on the same side of 0 for all
-# five. Write this rule. Then score completions with `random_like(love, seed)` for seeds 0 to 4, as `feelings`
-# does, and see what it says about each of the two prompts.
+# Decide by a rule. A difference is shown only if the 95 % interval of steered minus random (`bootstrap` of
+# the differences of the scores, text by text) lies on the same side of 0 for all five. Write this rule. What
+# does it say about each of the two places above? And about `written_with` and `love` on a prompt whose first
+# words carry no feeling, such as "When I think about my neighbour, I feel"?
 
 # %%
 def decide(steered, randoms):
@@ -187,7 +206,8 @@ lesson.check(decide, ((moved(0.2), low), "higher"), ((moved(0.2), high), "lower"
 # ## Exercise 2
 # Do a randomisation test by hand. If steering did nothing, each difference might just as well have the other
 # sign. In what share of all sign patterns is the mean at least as far from 0 as the mean we saw? Go through
-# all patterns; there are 2^n.
+# all patterns; there are 2^n. (This share is the p of such a test. `paired` in `ministeer.evaluation.stats`
+# gives it for many texts.)
 
 # %%
 def sign_test(differences):

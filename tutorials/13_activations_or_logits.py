@@ -11,7 +11,6 @@
 # %%
 import math
 import random
-import time
 
 import lesson
 import matplotlib.pyplot as plt
@@ -27,7 +26,7 @@ from ministeer.evaluation.stats import wilson
 from ministeer.steering import random_like
 
 model, tokenizer = lesson.load()
-prompt, n = "I went up to my friend and said", 40
+prompt, n = "I went up to my friend and said", 20
 
 # %% [markdown]
 # ## 1. Change the activations
@@ -35,9 +34,7 @@ prompt, n = "I went up to my friend and said", 40
 
 # %%
 weddings = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=1)
-random_vector = random_like(weddings, seed=0)
-act_add = {f"c {c:g}": baselines.act_add(c * weddings) for c in (0.5, 1, 2)}
-control = {f"c {c:g}": baselines.act_add(c * random_vector) for c in (1, 2)}
+act_add = {f"c {c:g}": baselines.act_add(c * weddings) for c in (1, 2, 4)}
 print(len(act_add["c 1"].branches), "reading:", act_add["c 1"].branches[0].steer)
 #> 1 reading: (<Steer ' weddings' - ' ': coeff 1.0 at position 1 before block 1, d_model 576>,)
 
@@ -63,7 +60,7 @@ def toward(s):
     return baselines.preadd(request, strength=-s)
 
 
-preadd = {f"s {s:g}": toward(s) for s in (1.5, 2, 3)}
+preadd = {f"s {s:g}": toward(s) for s in (1.5, 3)}
 plain_ids = tokenizer.encode(prompt)
 asked_ids = [*baselines.prefix_ids(tokenizer, request), *tokenizer.encode(prompt, bos=False)]
 p, q = (model(torch.tensor([ids]))[0][0, -1].log_softmax(dim=-1) for ids in (plain_ids, asked_ids))
@@ -108,43 +105,51 @@ classifier.requires_grad_(False)
 for text in ("I told my", "I told my friend about the bride", "I told my friend about the train"):
     score = classifier.score(classifier.read(torch.tensor([tokenizer.encode(text)])))
     print(f"{text!r:36} P(about a wedding) {score.sigmoid().item():.1f}")
-fudge = {f"s {s:g}": baselines.fudge(classifier, strength=s) for s in (1, 3, 9)}
+fudge = {"s 9": baselines.fudge(classifier, strength=9)}
 #> 'I told my'                          P(about a wedding) 0.4
 #> 'I told my friend about the bride'   P(about a wedding) 0.8
 #> 'I told my friend about the train'   P(about a wedding) 0.2
 
 # %% [markdown]
 # ## What does each achieve?
-# For each setting we sample forty completions, with temperature 1, top_p 0.3 and the same random numbers. We
-# count those with a wedding word, and measure disfluency.
+# For each setting we sample twenty completions, with temperature 1, top_p 0.3 and the same random numbers.
+# Five random vectors, with the norm that ActAdd has at c 2, get four each, in one batch (tutorial 07). We
+# count the texts with a wedding word, and measure disfluency.
 
 # %%
-methods = {"unsteered": {"": baselines.unsteered()}, "ActAdd": act_add, "ActAdd, random": control,
-           "prompted": prompted, "PreADD": preadd, "FUDGE": fudge}
+methods = {"unsteered": {"": baselines.unsteered()}, "ActAdd": act_add, "prompted": prompted,
+           "PreADD": preadd, "FUDGE": fudge}
+sampling = {"max_new_tokens": 20, "top_p": 0.3, "freq_penalty": 1.0}
 
 
-def measure(method):
-    """-> (completions of n with a wedding word, disfluency, seconds, the first text)"""
-    start = time.perf_counter()
-    texts = baselines.generate(model, tokenizer, prompt, method, n, 30, top_p=0.3, freq_penalty=1.0)
-    seconds = time.perf_counter() - start
+def measure(texts):
+    """-> (how many have a wedding word, disfluency, the first text)"""
     scored = disfluency(model, tokenizer, prompt, texts)
     surprise = math.exp(sum(nll for nll, _ in scored) / sum(n_tokens for _, n_tokens in scored))
-    return sum(count_words(text) > 0 for text in texts), surprise, seconds, texts[0]
+    return sum(count_words(text) > 0 for text in texts), surprise, texts[0]
 
 
 results = {}
 for name, settings in methods.items():
-    row = {setting: measure(method) for setting, method in settings.items()}
-    cells = [f"{setting}: {k} of {n}, {surprise:.1f}" for setting, (k, surprise, _, _) in row.items()]
-    print(f"{name:14}", "   ".join(cells))
-    results[name] = row
-#> unsteered      : 0 of 40, 3.8
-#> ActAdd         c 0.5: 1 of 40, 4.3   c 1: 21 of 40, 5.7   c 2: 27 of 40, 6.0
-#> ActAdd, random c 1: 0 of 40, 4.9   c 2: 1 of 40, 5.4
-#> prompted       : 30 of 40, 6.0
-#> PreADD         s 1.5: 37 of 40, 7.0   s 2: 37 of 40, 12.5   s 3: 40 of 40, 22.9
-#> FUDGE          s 1: 0 of 40, 4.2   s 3: 0 of 40, 4.6   s 9: 1 of 40, 6.2
+    results[name] = {}
+    for setting, method in settings.items():
+        results[name][setting] = measure(baselines.generate(model, tokenizer, prompt, method, n, **sampling))
+    cells = [f"{setting}: {k} of {n}, {surprise:.1f}" for setting, (k, surprise, _) in results[name].items()]
+    print(f"{name:10}", "   ".join(cells))
+batch = []
+for seed in range(5):
+    coeff = torch.zeros(5, n // 5)
+    coeff[seed] = 2
+    batch.append(random_like(weddings, seed).scaled(coeff.flatten()))
+rows = ministeer.generate(model, tokenizer, [prompt] * 5, n // 5, steer=batch, **sampling)
+control = [measure(texts) for texts in rows]
+print("random c 2", "   ".join(f"{k} of {n // 5}, {surprise:.1f}" for k, surprise, _ in control))
+#> unsteered  : 0 of 20, 3.9
+#> ActAdd     c 1: 10 of 20, 6.5   c 2: 12 of 20, 6.7   c 4: 7 of 20, 6.5
+#> prompted   : 13 of 20, 6.3
+#> PreADD     s 1.5: 17 of 20, 8.1   s 3: 20 of 20, 28.5
+#> FUDGE      s 9: 0 of 20, 7.1
+#> random c 2 0 of 4, 6.6   0 of 4, 4.8   0 of 4, 5.3   0 of 4, 3.8   0 of 4, 4.5
 
 # %% [markdown]
 # Each cell gives the completions about weddings, then the disfluency. Do not read this as a race: it is one
@@ -156,53 +161,56 @@ for name, settings in methods.items():
 
 # %%
 for name in ("ActAdd", "prompted", "PreADD", "FUDGE"):
-    setting, (_, _, _, text) = list(results[name].items())[-1]
+    setting, (_, _, text) = list(results[name].items())[-1]
     print(f"{name:8} {setting}: {text.strip()[:80]!r}")
-#> ActAdd   c 2: ≈ "I'm not a good choice. I'm just so focused on the next thing. I've been trying t"
-#> prompted : ≈ 'I was going to the wedding.\nI said, "Can I help you?"\nThe wedding was a surprise'
+rank = 1 + (p > p[tokenizer.encode(" wedding", bos=False)[0]]).sum().item()
+print("unsteered, ' wedding' is the next token of rank", rank)
+#> ActAdd   c 4: ≈ "I'm not married. I'm a single mom with two kids, 20. My husband"
+#> prompted : ≈ 'I was going to the wedding.\nI said, "Can I help you?"\nThe wedding'
 #> PreADD   s 3: ≈ 'hi I was thinking of wedding\nThe text goes wrong with grammar. It starts off wit'
-#> FUDGE    s 9: ≈ ', "Aw, that\'s not right. You can\'t just change your mind."\n\nThis quote has been'
+#> FUDGE    s 9: ≈ ', "Aw, that\'s not right. You can\'t just change your mind."'
+#> unsteered, ' wedding' is the next token of rank 3156
 
 # %% [markdown]
-# ActAdd leaves a third of the texts without a wedding, and more strength does not help (tutorial 05). A
-# prompt is hard to beat: as many weddings, just as fluent, and no vector. PreADD at s 1.5 and 2 is not shown
-# to beat the prompt at n 40; at s 3 it is, but the language breaks. FUDGE hardly ever gets there. Its
-# classifier votes only on the 50 likeliest tokens, and after this prompt " wedding" has probability 9e-07
-# (tutorial 04). Whether that is the reason, or the small classifier is, we have not shown here.
+# ActAdd leaves many texts without a wedding, and more strength does not help: c 4 brings no more than c 2.
+# None of the random vectors brings any, and some of them cost fluency too. A prompt is hard to beat: as many
+# weddings as ActAdd, about as fluent, and no vector. PreADD at s 1.5 is not shown to beat the prompt at n 20;
+# at s 3 the language breaks. FUDGE does not get there. Its classifier votes only on the 50 likeliest tokens,
+# and " wedding" is far from those. Perhaps that is the reason, or the small classifier is; we have not shown
+# it here.
 #
 # ## What does each cost?
-# PreADD's second reading runs in the same batch as the first, so the weights are fetched only once for both.
-# (FUDGE reads the text once, but it asks its classifier 50 times for each token, and the classifier had to be
+# Each reading is a pass of its own through the model, so PreADD takes twice the passes of the others. (FUDGE
+# reads the text once, but it asks its classifier 50 times for each token, and the classifier had to be
 # trained.)
 
 # %%
-for name in ("ActAdd", "PreADD", "FUDGE"):
+for name in ("ActAdd", "prompted", "PreADD", "FUDGE"):
     method = next(iter(methods[name].values()))
-    print(f"{name:8} readings of the text for each token: {len(method.branches)}")
-fast, slow = results["ActAdd"]["c 1"][2], results["PreADD"]["s 2"][2]
-print("PreADD takes less than 2.5 times as long as ActAdd:", slow < 2.5 * fast)
-#> ActAdd   readings of the text for each token: 1
-#> PreADD   readings of the text for each token: 2
-#> FUDGE    readings of the text for each token: 1
-#> PreADD takes less than 2.5 times as long as ActAdd: True
+    print(f"{name:8} passes for each token: {len(method.branches)}")
+#> ActAdd   passes for each token: 1
+#> prompted passes for each token: 1
+#> PreADD   passes for each token: 2
+#> FUDGE    passes for each token: 1
 
 # %% [markdown]
 # ## The figure: the goal against fluency
 
 # %%
 figure, axis = plt.subplots(figsize=(9, 4))
-styles = {"unsteered": ("s", "black"), "ActAdd": ("o-", lesson.BLUE), "ActAdd, random": ("x", lesson.GREY),
-          "prompted": ("s", lesson.PINK), "PreADD": ("o-", lesson.ORANGE), "FUDGE": ("o-", lesson.GREEN)}
+styles = {"unsteered": ("s", "black"), "ActAdd": ("o-", lesson.BLUE), "prompted": ("s", lesson.PINK),
+          "PreADD": ("o-", lesson.ORANGE), "FUDGE": ("o-", lesson.GREEN)}
 for name, settings in results.items():
     marker, color = styles[name]
-    x = [surprise for _, surprise, _, _ in settings.values()]
-    y = torch.tensor([k / n for k, _, _, _ in settings.values()])
-    low, high = torch.tensor([wilson(k, n) for k, _, _, _ in settings.values()]).T
-    errors = torch.stack([y - low, high - y]).clamp(min=0)
-    axis.errorbar(x, y, yerr=errors, fmt=marker, color=color, capsize=2, elinewidth=0.7, label=name)
-    for setting, (k, surprise, _, _) in settings.items():
-        axis.annotate(setting, (surprise, k / n), (5, 6), textcoords="offset points", fontsize="x-small",
+    x, hits = [surprise for _, surprise, _ in settings.values()], [k for k, _, _ in settings.values()]
+    lesson.errorbars(axis, x, [k / n for k in hits], [wilson(k, n) for k in hits], fmt=marker, color=color,
+                     label=name)
+    offset = (16, -3) if name == "ActAdd" else (5, 6)       # clear of the intervals beside it
+    for setting, (k, surprise, _) in settings.items():
+        axis.annotate(setting, (surprise, k / n), offset, textcoords="offset points", fontsize="x-small",
                       color=color)
+axis.plot([surprise for _, surprise, _ in control], [k / (n // 5) for k, _, _ in control], ".",
+          color=lesson.GREY, label=f"five random vectors, c 2, n {n // 5}")
 axis.set_xscale("log")
 axis.set_xticks([4, 6, 10, 20], ["4", "6", "10", "20"])
 axis.minorticks_off()
