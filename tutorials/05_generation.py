@@ -101,19 +101,21 @@ def surprise(texts):
 
 
 def measure(where, steer, coeffs, n):
-    """-> for each coefficient: it, (share, interval, five random shares), and the same for disfluency"""
-    five, rows = [random_like(steer, seed) for seed in range(5)], []
+    """-> for each coefficient (it, topic, fluency): a value, its interval, and five random values each"""
+    rows, five = [], [random_like(steer, seed) for seed in range(5)]
     steered = completions([c * steer for c in coeffs], n)
     control = completions([c * random for c in coeffs for random in five], n // 5)
     for i, c in enumerate(coeffs):
-        groups, k = control[5 * i:5 * i + 5], count(steered[i])
-        counts, surprises = [count(texts) for texts in groups], [surprise(texts)[0] for texts in groups]
-        (low, high), (value, (least, most)) = wilson(k, n), surprise(steered[i])
+        groups = control[5 * i:5 * i + 5]
+        k, (low, high) = count(steered[i]), wilson(count(steered[i]), n)
+        counts = [count(texts) for texts in groups]
         print(f"{where}, c {c}: {k} of {n} ({low:.0%} to {high:.0%}), random {counts} of {n // 5}")
-        print(f"   disfluency {value:.1f} ({least:.1f} to {most:.1f}), random {min(surprises):.1f} to "
-              f"{max(surprises):.1f}, {steered[i][0].strip()[:32]!r}")
-        rows.append((c, (k / n, (low, high), [k / (n // 5) for k in counts]),
-                     (value, (least, most), surprises)))
+        topic = k / n, (low, high), [k / (n // 5) for k in counts]
+        value, (low, high) = surprise(steered[i])
+        values = [surprise(texts)[0] for texts in groups]
+        print(f"   disfluency {value:.1f} ({low:.1f} to {high:.1f}), "
+              f"random {min(values):.1f} to {max(values):.1f}, {steered[i][0].strip()[:32]!r}")
+        rows.append((c, topic, (value, (low, high), values)))
     return rows
 
 
@@ -147,19 +149,19 @@ ids = torch.tensor([tokenizer.encode(prompt)])
 for c in [0.0, 0.5, 1.0, 2.0, 8.0]:
     _, resid = model(ids, c * weddings)
     x = resid[1][0, 1]
-    normed = x / x.square().mean().sqrt()
+    normed = x / x.square().mean().sqrt()       # without the learned weights
     cosine = torch.cosine_similarity(x, weddings.vector[0], dim=0)
-    print(f"c {c}: norm {x.norm():3.0f}, after the norm {normed.norm():.0f}, cosine with it {cosine:5.2f}")
+    print(f"c {c}: norm {x.norm():3.0f}, in the block {normed.norm():.0f}, cosine with it {cosine:5.2f}")
 #> the vector: norm 77
-#> c 0.0: norm  42, after the norm 24, cosine with it -0.14
-#> c 0.5: norm  53, after the norm 24, cosine with it  0.62
-#> c 1.0: norm  83, after the norm 24, cosine with it  0.87
-#> c 2.0: norm 155, after the norm 24, cosine with it  0.96
-#> c 8.0: norm 614, after the norm 24, cosine with it  1.00
+#> c 0.0: norm  42, in the block 24, cosine with it -0.14
+#> c 0.5: norm  53, in the block 24, cosine with it  0.62
+#> c 1.0: norm  83, in the block 24, cosine with it  0.87
+#> c 2.0: norm 155, in the block 24, cosine with it  0.96
+#> c 8.0: norm 614, in the block 24, cosine with it  1.00
 
 # %% [markdown]
-# A block first divides by the size of the stream (the norm, tutorial 02), so what it reads has length √576,
-# or 24. From coefficient 2 on, this is nearly the vector alone: a cosine is at most 1. So to block 1,
+# A block first divides by the size of the stream (tutorial 02), so inside it the norm is always √576, or 24.
+# From coefficient 2 on, what is left is nearly the vector alone: a cosine is at most 1. So to block 1,
 # coefficient 8 is hardly more than 2. Perhaps this is why the text holds. It does not explain why the topic
 # is rarer at 8; we do not know why.
 #
