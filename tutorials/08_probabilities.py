@@ -125,7 +125,7 @@ for topic in texts:
 # %% [markdown]
 # Steering makes the texts on its topic likelier, and no random vector of the same norm does as much. The
 # other texts become less likely, more than with any of the five. But that interval almost reaches 1: twelve
-# sentences are few. (For comparison, the paper's GPT-2-XL on two essays, also before block 16: 0.92 and 1.00.)
+# sentences are few. (For comparison, GPT-2-XL in the paper, also before block 16: 0.92 and 1.00.)
 #
 # ## Which tokens gained?
 # Here is the mean shift of the tokens that occur at least three times in all the sentences together. (The
