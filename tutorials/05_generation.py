@@ -14,7 +14,7 @@ import torch
 import ministeer
 from ministeer.evaluation.judges import count_words
 from ministeer.evaluation.measure import disfluency
-from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.stats import bootstrap, wilson
 from ministeer.steering import random_like
 
 model, tokenizer = lesson.load()
@@ -31,16 +31,16 @@ weddings = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=1
 # %%
 choices = [{"temperature": 0}, {"temperature": 1, "top_p": 0.3}, {"temperature": 1}, {"temperature": 2}]
 for settings in choices:
-    text = ministeer.generate(model, tokenizer, prompt, max_new_tokens=16, seed=1, **settings)[0]
+    text = ministeer.generate(model, tokenizer, prompt, max_new_tokens=14, seed=1, **settings)[0]
     print(f"{settings}\n   {text[:90]!r}")
 #> {'temperature': 0}
-#> ≈ ', "I\'m going to the party tonight. I\'m going to the party'
+#> ≈ ', "I\'m going to the party tonight. I\'m going to'
 #> {'temperature': 1, 'top_p': 0.3}
-#> ≈ ', "Hey, I\'m Alex, I\'m going to the gym tomorrow."'
+#> ≈ ', "Hey, I\'m Alex, I\'m going to the gym'
 #> {'temperature': 1}
-#> ≈ ", nope! I couldn't bring myself to carry it over. (When"
+#> ≈ ", nope! I couldn't bring myself to carry it over."
 #> {'temperature': 2}
-#> ≈ ' because you compound. Well laziar foundational docs posts lengthy advise lately Although e'
+#> ≈ ' because you compound. Well laziar foundational docs posts lengthy advise lately Although'
 
 # %% [markdown]
 # The first version of the paper uses temperature 1, top_p 0.3 and a penalty of 1. From here on, so do we.
@@ -52,33 +52,38 @@ for settings in choices:
 
 # %%
 paper_settings = {"top_p": 0.3, "freq_penalty": 1.0, "seed": 0}
-for name, steer in (("unsteered", []), ("steered", [weddings]), ("random", [random_like(weddings, seed=0)])):
-    text = ministeer.generate(model, tokenizer, prompt, max_new_tokens=24, steer=steer, **paper_settings)[0]
+for name, steer in (("unsteered", []), ("steered", weddings), ("random", random_like(weddings, seed=0))):
+    text = ministeer.generate(model, tokenizer, prompt, max_new_tokens=20, steer=steer, **paper_settings)[0]
     print(f"{name:10}", repr(text[:90]))
-#> unsteered  ≈ ', "Can I help you?"\n\nHe smiled and replied, "I\'m just a regular guy who loves music'
-#> steered    ≈ ' that they had a wedding to celebrate their 10 years of marriage. They also had a wedding w'
-#> random     ≈ ' "Lad, I\'m going to the next one."\n\nA: You\'re going to the next one.'
+#> unsteered  ≈ ', "Can I help you?"\n\nHe smiled and replied, "I\'m just a regular'
+#> steered    ≈ ' that they had a wedding to celebrate their 10 years of marriage. They also had a wedding'
+#> random     ≈ ' I should make a movie about the new kid in town. What do you think?'
 
 # %% [markdown]
 # One text of each kind proves nothing. We need many, and something to count.
 #
-# ## How often does it mention weddings?
+# ## How often does it mention weddings, and what does it cost?
 # We count the completions that contain one of the paper's nine words: wedding(s), wed, marry, married,
 # marriage, bride, groom, honeymoon. `wilson(k, n)` gives a 95 % interval (low, high) for k out of n: of 100
 # intervals made this way, about 95 contain the true share.
 #
-# A coefficient may have one value for each row of the batch, so one call makes all the steered texts below.
-# The random vector has the same norm as the steering vector in every row.
+# *Perplexity* is the exponential of the mean of −log p. A perplexity of 4 means that the model is as unsure
+# as if it had to choose among 4 equally likely tokens. *Disfluency* is the perplexity of the continuation
+# under the unsteered model: how surprising that model finds each token. A broken text is far more surprising
+# than one that the model would have written by itself. (`bootstrap` gives the interval, see tutorial 08.)
+#
+# The control is five random vectors with the norm of the steering vector. Each of them writes n / 5 texts.
 
 # %%
-n, coeffs = 40, [0.5, 1.0, 2.0, 4.0, 8.0]
-
-
-def completions(steer):
-    """-> {coeff: n texts}, all sampled in one batch"""
-    steer = steer.scaled(torch.tensor(coeffs).repeat_interleave(n))
-    rows = ministeer.generate(model, tokenizer, [prompt] * len(coeffs), n, 30, steer, **paper_settings)
-    return dict(zip(coeffs, rows, strict=True))
+def completions(steers, n):
+    """-> for each Steer a list of n texts, all written in one batch, which is faster than many small ones"""
+    in_own_rows = []
+    for i, steer in enumerate(steers):
+        coeff = torch.zeros(len(steers) * n)
+        coeff[i * n:(i + 1) * n] = steer.coeff          # its own n rows; in all others it adds 0
+        in_own_rows.append(steer.scaled(coeff))
+    prompts = [prompt] * len(steers)
+    return ministeer.generate(model, tokenizer, prompts, n, 20, in_own_rows, **paper_settings)
 
 
 def count(texts):
@@ -86,82 +91,121 @@ def count(texts):
     return sum(count_words(text) > 0 for text in texts)
 
 
-steered, control = completions(weddings), completions(random_like(weddings, seed=0))
-unsteered = ministeer.generate(model, tokenizer, prompt, n, 30, **paper_settings)
-print(f"unsteered   {count(unsteered):2} of {n}")
-for c in coeffs:
-    k = count(steered[c])
-    low, high = wilson(k, n)
-    print(f"coeff {c:3}   {k:2} of {n}  (95 % {low:.0%} to {high:.0%})   random {count(control[c]):2}")
-#> unsteered    0 of 40
-#> coeff 0.5   1 of 40  (95 % 0% to 13%)   random  0
-#> coeff 1.0   21 of 40  (95 % 37% to 67%)   random  0
-#> coeff 2.0   27 of 40  (95 % 52% to 80%)   random  1
-#> coeff 4.0   12 of 40  (95 % 18% to 45%)   random  0
-#> coeff 8.0   7 of 40  (95 % 9% to 32%)   random  0
+def surprise(texts):
+    """-> the disfluency of all the texts together, and its 95 % interval"""
+    scored = disfluency(model, tokenizer, prompt, texts)    # for each text the sum of -log p, and its tokens
+    lengths = [max(1, n_tokens) for _, n_tokens in scored]
+    means = [nll / length for (nll, _), length in zip(scored, lengths, strict=True)]
+    low, high = bootstrap(means, lengths)
+    return math.exp(sum(nll for nll, _ in scored) / sum(lengths)), (math.exp(low), math.exp(high))
+
+
+def measure(where, steer, coeffs, n):
+    """-> for each coefficient (it, topic, fluency): a value, its interval, and five random values each"""
+    rows, five = [], [random_like(steer, seed) for seed in range(5)]
+    steered = completions([c * steer for c in coeffs], n)
+    control = completions([c * random for c in coeffs for random in five], n // 5)
+    for i, c in enumerate(coeffs):
+        groups = control[5 * i:5 * i + 5]
+        k, (low, high) = count(steered[i]), wilson(count(steered[i]), n)
+        counts = [count(texts) for texts in groups]
+        print(f"{where}, c {c}: {k} of {n} ({low:.0%} to {high:.0%}), random {counts} of {n // 5}")
+        topic = k / n, (low, high), [k / (n // 5) for k in counts]
+        value, (low, high) = surprise(steered[i])
+        values = [surprise(texts)[0] for texts in groups]
+        print(f"   disfluency {value:.1f} ({low:.1f} to {high:.1f}), "
+              f"random {min(values):.1f} to {max(values):.1f}, {steered[i][0].strip()[:32]!r}")
+        rows.append((c, topic, (value, (low, high), values)))
+    return rows
+
+
+n = 20
+unsteered = ministeer.generate(model, tokenizer, prompt, n, 20, **paper_settings)
+plain = count(unsteered) / n, surprise(unsteered)[0]
+print(f"unsteered: {count(unsteered)} of {n}, disfluency {plain[1]:.1f}")
+front = measure("position 1", weddings, [0.5, 1.0, 2.0, 8.0], n)
+#> unsteered: 0 of 20, disfluency 3.9
+#> position 1, c 0.5: 0 of 20 (0% to 16%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 4.5 (4.2 to 4.8), random 4.0 to 5.7, ≈ "I'd like to meet up. I'm going t"
+#> position 1, c 1.0: 10 of 20 (30% to 70%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 6.5 (5.8 to 7.2), random 3.6 to 5.6, ≈ 'that they had a wedding to celeb'
+#> position 1, c 2.0: 12 of 20 (39% to 78%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 6.7 (5.7 to 7.9), random 3.8 to 6.6, ≈ "I'm not a good choice. I'm just "
+#> position 1, c 8.0: 2 of 20 (3% to 30%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 6.3 (5.6 to 7.1), random 4.4 to 6.6, ≈ "I'm not going to be able to make"
 
 # %% [markdown]
-# Forty texts are few: the interval beside each number shows how little you know. These numbers do not show
-# that coefficients 1 and 2 differ. They do show that 2 and 4 differ.
+# Twenty texts are few: these numbers do not show that coefficients 1 and 2 differ. They do show that 2 and 8
+# differ. No random vector brings the topic in: at each strength, at most one of its four texts is about
+# weddings.
 #
-# ## Where does the text break?
-# *Perplexity* is the exponential of the mean of −log p. A perplexity of 4 means that the model is as unsure
-# as if it had to choose among 4 equally likely tokens. *Disfluency* is the perplexity of the continuation
-# under the unsteered model: how surprising that model finds each token. A text on the wanted topic is a
-# little more surprising than one that the model would have written by itself. A broken text is far more
-# surprising.
+# The text does not break, not even at 8. It costs as much as with the random vectors, or a little more;
+# perhaps because a wedding is a surprise in itself. Why does strength change so little? Let us look at what
+# block 1 reads at position 1.
 
 # %%
-def surprise(texts):
-    """-> the disfluency of all the texts together"""
-    pairs = disfluency(model, tokenizer, prompt, texts)     # for each text the sum of -log p, and its tokens
-    return math.exp(sum(nll for nll, _ in pairs) / sum(n_tokens for _, n_tokens in pairs))
-
-
-surprise_steered = {c: surprise(steered[c]) for c in coeffs}
-surprise_control = {c: surprise(control[c]) for c in coeffs}
-surprise_unsteered = surprise(unsteered)
-print(f"unsteered {surprise_unsteered:7.1f}")
-for c in coeffs:
-    first = steered[c][0].strip()[:60]
-    print(f"coeff {c:3} {surprise_steered[c]:7.1f}   random {surprise_control[c]:7.1f}   {first!r}")
-#> unsteered     3.8
-#> coeff 0.5   4.3   random   5.4   ≈ "I'd like to meet up. I'm going to the bar tonight, and I'm g"
-#> coeff 1.0   5.7   random   5.6   ≈ 'that they had a wedding to celebrate their 10 years of marri'
-#> coeff 2.0   6.0   random   5.4   ≈ "I'm not a good choice. I'm just so focused on the next thing"
-#> coeff 4.0   5.6   random   4.8   ≈ "I'm not married. I'm a single mom with two kids, 20. My husb"
-#> coeff 8.0   5.4   random   5.6   ≈ "I'm not going to be able to make it. I've been doing this fo"
+print(f"the vector: norm {weddings.vector.norm():.0f}")
+ids = torch.tensor([tokenizer.encode(prompt)])
+for c in [0.0, 0.5, 1.0, 2.0, 8.0]:
+    _, resid = model(ids, c * weddings)
+    x = resid[1][0, 1]
+    normed = x / x.square().mean().sqrt()       # without the learned weights
+    cosine = torch.cosine_similarity(x, weddings.vector[0], dim=0)
+    print(f"c {c}: norm {x.norm():3.0f}, in the block {normed.norm():.0f}, cosine with it {cosine:5.2f}")
+#> the vector: norm 77
+#> c 0.0: norm  42, in the block 24, cosine with it -0.14
+#> c 0.5: norm  53, in the block 24, cosine with it  0.62
+#> c 1.0: norm  83, in the block 24, cosine with it  0.87
+#> c 2.0: norm 155, in the block 24, cosine with it  0.96
+#> c 8.0: norm 614, in the block 24, cosine with it  1.00
 
 # %% [markdown]
-# The steered texts do not break, not even at coefficient 8. The norm at the start of each block (tutorial 02)
-# takes away the size of the stream, which explains why more strength soon changes little. It does not explain
-# why the topic becomes rarer again from 4 on. This random vector costs about as much fluency as the steering
-# vector, and its texts say nothing about weddings. Another random vector may cost more: it is one draw, and
-# tutorial 07 takes five.
+# A block first divides by the size of the stream (tutorial 02), so inside it the norm is always √576, or 24.
+# From coefficient 2 on, what is left is nearly the vector alone: a cosine is at most 1. So to block 1,
+# coefficient 8 is hardly more than 2. Perhaps this is why the text holds. It does not explain why the topic
+# is rarer at 8; we do not know why.
+#
+# ## What does break it?
+# The same row at *every* position from 1 on, those of the new tokens too. A vector with one axis does that.
+
+# %%
+everywhere = measure("every position", ministeer.Steer(1, weddings.vector[0]), [0.25, 0.5], n=10)
+#> every position, c 0.25: 1 of 10 (2% to 40%), random [0, 0, 0, 0, 0] of 2
+#>    disfluency 9.8 (7.5 to 13.2), random 5.3 to 13.6, ≈ 'hello.\n\nThe other day I was at t'
+#> every position, c 0.5: 2 of 10 (6% to 51%), random [0, 0, 0, 0, 0] of 2
+#>    disfluency 137.4 (77.4 to 277.8), random 11.2 to 441.1, ≈ 'she to her.\n\n\n\n\nNutrition is a m'
+
+# %% [markdown]
+# **So how strong?** At position 1, coefficient 1 or 2 brings the topic, and 8 does not break the text. At
+# every position, 0.25 makes it two to three times as surprising, and 0.5 breaks it. With random vectors of
+# the same norm it goes from 11 to 441, so size alone can break a text. At 0.5 the row has norm 39, almost
+# that of the stream at position 1 (42 without the vector). Perhaps a text breaks where what is added at every
+# position is as large as what was there. This is one case, so it is a guess.
 #
 # ## The figure: topic and fluency by coefficient
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-for texts, surprises, color, label in ((steered, surprise_steered, lesson.BLUE, "steered"),
-                                       (control, surprise_control, lesson.GREY, "random, same norm")):
-    counts = [count(texts[c]) for c in coeffs]
-    low, high = zip(*(wilson(k, n) for k in counts), strict=True)
-    left.plot(coeffs, [k / n for k in counts], "o-", color=color, label=label)
-    left.fill_between(coeffs, low, high, color=color, alpha=0.2, linewidth=0)
-    right.plot(coeffs, surprises.values(), "o-", color=color)
-left.axhline(count(unsteered) / n, color="black", linestyle="--", linewidth=0.8, label="unsteered")
-right.axhline(surprise_unsteered, color="black", linestyle="--", linewidth=0.8)
-for axis in (left, right):
+figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+for rows, marker, color, where, shift in ((front, "o", lesson.BLUE, f"position 1, n {n}", 1),
+                                          (everywhere, "^", lesson.ORANGE, "every position, n 10", 0.85)):
+    axes[0].plot([], [], marker, color=color, label=where)
+    axes[0].plot([], [], marker, color=lesson.GREY, markersize=4, label="… five random vectors, n / 5 each")
+    for c, topic, fluency in rows:
+        for axis, (value, interval, five) in zip(axes, (topic, fluency), strict=True):
+            lesson.errorbars(axis, [shift * c], [value], [interval], fmt=marker, color=color)
+            axis.plot([1.07 * shift * c] * 5, five, marker, color=lesson.GREY, markersize=4)
+labels = "completions with a wedding word", "disfluency (perplexity per token)"
+for axis, value, label in zip(axes, plain, labels, strict=True):
+    axis.axhline(value, color="black", linestyle="--", linewidth=0.8, label=f"unsteered, n {n}")
     axis.set_xscale("log", base=2)
-    axis.set_xticks(coeffs, [f"{c:g}" for c in coeffs])
-    axis.set_xlabel("coefficient")
-left.set_ylim(-0.03, 1)
-left.set_ylabel("completions with a wedding word")
-left.set_title(f"n {n} a point, 95 % band", fontsize="medium")
-right.set_ylim(0, None)
-right.set_ylabel("disfluency (perplexity per token)")
-left.legend(fontsize="small")
+    axis.set_xticks([0.25, 0.5, 1, 2, 4, 8], ["0.25", "0.5", "1", "2", "4", "8"])
+    axis.set_xlabel("coefficient (bars: 95 % intervals)")
+    axis.set_ylabel(label)
+axes[0].set_ylim(-0.03, 1)
+axes[1].set_yscale("log")
+axes[1].set_yticks([4, 10, 100, 1000], ["4", "10", "100", "1000"])
+axes[1].minorticks_off()
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize="small")
 lesson.save(figure, "05_generation")
 
 # %% [markdown]

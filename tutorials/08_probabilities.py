@@ -16,7 +16,7 @@ import torch
 
 from ministeer.evaluation.measure import logprobs, perplexity_ratio, token_shifts
 from ministeer.evaluation.stats import bootstrap
-from ministeer.steering import random_like, steering_vectors
+from ministeer.steering import random_like, sink_share, steering_vectors
 
 model, tokenizer = lesson.load()
 texts = {"weddings": """\
@@ -53,134 +53,161 @@ print(counts, "sentences, written for this tutorial")
 # ## How likely does the model find a sentence?
 # Each token has a log-probability, given the tokens before it, in *nats*. The perplexity of a sentence,
 # exp(−mean), says among how many equally likely tokens the model had to choose, on average.
-
-# %%
-sentence = texts["weddings"][0]
-(logp,) = logprobs(model, tokenizer, [sentence])
-pieces = tokenizer.pieces(tokenizer.encode(sentence)[1:])
-for piece, value in list(zip(pieces, logp.tolist(), strict=True))[:7]:
-    print(f"{piece!r:10} log p {value:6.2f}")
-print("perplexity of the sentence:", round((-logp.mean()).exp().item()))
-#> 'The'      log p  -5.10
-#> ' bride'   log p -10.30
-#> ' had'     log p  -3.24
-#> ' chosen'  log p  -4.99
-#> ' a'       log p  -1.93
-#> ' plain'   log p -10.54
-#> ' white'   log p  -1.48
-#> perplexity of the sentence: 39
-
-# %% [markdown]
-# ## Which predictions are fair to count?
-# The vector overwrites position 1. The prediction made *there* is distorted, and in generation nobody would
-# ever sample from it, because the prompt continues. The paper leaves out the first n + 1 predictions, for the
-# steered and the unsteered model alike; `steer.stop` is that number.
+#
+# Which predictions are fair to count? The vector overwrites position 1. The prediction made *there* is
+# distorted, and in generation nobody would ever sample from it, because the prompt continues. The paper
+# leaves out the first n + 1 predictions, for the steered and the unsteered model alike; `steer.stop` is that
+# number.
 
 # %%
 layer = 16
 (weddings,) = steering_vectors(model, tokenizer, " weddings", " ", [layer])
 skip = weddings.stop
-plain = {topic: logprobs(model, tokenizer, sentences, skip=skip) for topic, sentences in texts.items()}
-conditions = {"steered": weddings, "random": random_like(weddings, seed=0)}
-for name, steer in conditions.items():
-    ratios = []
-    for topic, sentences in texts.items():
-        changed = logprobs(model, tokenizer, sentences, steer, skip)
-        ratios.append(f"{topic} {perplexity_ratio(plain[topic], changed):.3f}")
-    print(f"layer {layer}, {name:8}", "  ".join(ratios))
-#> layer 16, steered  weddings 0.841  shipping 1.144
-#> layer 16, random   weddings 0.969  shipping 0.998
+
+
+def read(steer):
+    """-> {topic: for each sentence log p of its tokens}"""
+    return {topic: logprobs(model, tokenizer, sentences, steer, skip) for topic, sentences in texts.items()}
+
+
+plain, steered = read([]), read(weddings)
+sentence = texts["weddings"][7]
+before, after = plain["weddings"][7].tolist(), steered["weddings"][7].tolist()
+pieces = tokenizer.pieces(tokenizer.encode(sentence)[1 + skip:])
+wedding = pieces.index(" wedding")
+print(sentence)
+print([round(p, 1) for p in before], "without the first", skip)
+print(f"log p of ' wedding': {before[wedding]:.1f}, steered {after[wedding]:.1f}")
+#> Her mother cried at the wedding, and so did his father.
+#> [-8.4, -4.6, -0.6, -6.6, -1.9, -1.3, -4.6, -0.7, -4.3, -2.0, -0.9] without the first 2
+#> log p of ' wedding': -6.6, steered -2.9
 
 # %% [markdown]
-# The ratio is the steered perplexity over the unsteered one: below 1, the text has become likelier. Steering
-# makes the texts on its topic likelier and the other texts less likely. A random vector of the same norm does
-# not clearly move the texts about weddings. For shipping, steered and random are not shown to differ (see the
-# intervals below). (For comparison, the paper's GPT-2-XL on two essays, also before block 16: 0.92 and 1.00.)
-#
-# ## How sure is it?
-# The unit is the sentence, because its tokens belong together. So we draw *sentences* again and again, with
-# replacement, and see how the mean moves (the bootstrap). Twelve sentences are few.
+# **Predict before you run.** By hand, from these numbers: how many times likelier has " wedding" become? And
+# if no other token moved, by what factor would the perplexity of the sentence change? Write down both, then
+# run the next cell.
 
 # %%
-def ratio(topic, steer):
-    """-> perplexity ratio, and its 95 % interval over sentences"""
-    changed = logprobs(model, tokenizer, texts[topic], steer, skip)
-    means = [(after - before).mean().item() for before, after in zip(plain[topic], changed, strict=True)]
-    low, high = bootstrap(means, [len(before) for before in plain[topic]])
-    # The ratio is exp(-mean), so the high end of the mean is the low end of the ratio.
-    ends = torch.tensor([-high, -low]).exp().tolist()
-    return perplexity_ratio(plain[topic], changed), ends
-
-
-for topic in texts:
-    for name, steer in conditions.items():
-        value, (low, high) = ratio(topic, steer)
-        print(f"{topic:9} {name:8} {value:.3f}  (95 % {low:.3f} to {high:.3f})")
-#> weddings  steered  0.841  (95 % 0.772 to 0.910)
-#> weddings  random   0.969  (95 % 0.928 to 1.010)
-#> shipping  steered  1.144  (95 % 1.006 to 1.309)
-#> shipping  random   0.998  (95 % 0.956 to 1.042)
+shifts = [a - b for b, a in zip(before, after, strict=True)]
+print(f"' wedding' is {math.exp(shifts[wedding]):.0f} times likelier")
+print(f"perplexity: {math.exp(-shifts[wedding] / len(shifts)):.2f} by this token alone, "
+      f"{math.exp(-sum(shifts) / len(shifts)):.2f} by all {len(shifts)}")
+#> ' wedding' is 40 times likelier
+#> perplexity: 0.71 by this token alone, 0.79 by all 11
 
 # %% [markdown]
+# By hand: exp(6.6 − 2.9) is about 40, and exp(−3.7 / 11) is 0.71. With all tokens it is 0.79, so the others
+# together have become less likely.
+#
+# ## All sentences, and how sure is it?
+# This factor, the *ratio*, is the steered perplexity over the unsteered one: below 1, the text has become
+# likelier. The unit of its interval is the sentence, because the tokens of a sentence belong together. So we
+# draw *sentences* again and again, with replacement, and see how the mean moves (the bootstrap).
+
+# %%
+def ratio(topic, changed):
+    """changed: what `read` gave -> perplexity ratio, and its 95 % interval over sentences"""
+    means = [(b - a).mean().item() for a, b in zip(plain[topic], changed[topic], strict=True)]
+    low, high = bootstrap(means, [len(row) for row in plain[topic]])
+    # The ratio is exp(-mean), so the high end of the mean is the low end of the ratio.
+    return perplexity_ratio(plain[topic], changed[topic]), (math.exp(-high), math.exp(-low))
+
+
+five = [read(random_like(weddings, seed)) for seed in range(5)]
+for topic in texts:
+    value, (low, high) = ratio(topic, steered)
+    ratios = [ratio(topic, changed)[0] for changed in five]
+    print(f"{topic} {value:.3f} (95 % {low:.3f} to {high:.3f}), "
+          f"five random vectors {min(ratios):.3f} to {max(ratios):.3f}")
+#> weddings 0.841 (95 % 0.772 to 0.910), five random vectors 0.969 to 1.176
+#> shipping 1.144 (95 % 1.006 to 1.309), five random vectors 0.998 to 1.069
+
+# %% [markdown]
+# Steering makes the texts on its topic likelier, and no random vector of the same norm does as much. The
+# other texts become less likely, more than with any of the five. But that interval almost reaches 1: twelve
+# sentences are few. (For comparison, GPT-2-XL in the paper, also before block 16: 0.92 and 1.00.)
+#
 # ## Which tokens gained?
 # Here is the mean shift of the tokens that occur at least three times in all the sentences together. (The
 # paper asks for more than twenty times, in half a million tokens.)
 
 # %%
-everything = texts["weddings"] + texts["shipping"]
-ids = [tokenizer.encode(sentence)[1 + skip:] for sentence in everything]
-before = logprobs(model, tokenizer, everything, skip=skip)
-after = logprobs(model, tokenizer, everything, weddings, skip)
-shifts = token_shifts(ids, before, after, more_than=2)
-order = sorted(shifts, key=lambda i: -shifts[i][1])
-for i in [*order[:4], *order[-2:]]:
-    count, shift, logp = shifts[i]
-    print(f"{tokenizer.pieces([i])[0]!r:12} seen {count:2}  {shift:+.2f} nats  (unsteered log p {logp:.2f})")
-#> ' wedding'   seen  3  +2.26 nats  (unsteered log p -3.77)
-#> ' at'        seen  4  +0.33 nats  (unsteered log p -3.47)
-#> ' one'       seen  3  +0.24 nats  (unsteered log p -5.47)
-#> ' for'       seen  3  +0.18 nats  (unsteered log p -4.02)
-#> '.'          seen 24  -0.10 nats  (unsteered log p -1.20)
-#> ' to'        seen  4  -0.15 nats  (unsteered log p -1.73)
+ids = [tokenizer.encode(sentence)[1 + skip:] for sentences in texts.values() for sentence in sentences]
+
+
+def mean_shifts(changed):
+    """-> {token: its mean shift}"""
+    rows = token_shifts(ids, plain["weddings"] + plain["shipping"], changed["weddings"] + changed["shipping"],
+                        more_than=2)
+    return {token: shift for token, (_, shift, _) in rows.items()}
+
+
+steered_shifts, random_shifts = mean_shifts(steered), [mean_shifts(changed) for changed in five]
+order = sorted(steered_shifts, key=steered_shifts.get, reverse=True)
+for token in [*order[:4], *order[-2:]]:
+    randoms = [shift[token] for shift in random_shifts]
+    print(f"{tokenizer.pieces([token])[0]!r:10} {steered_shifts[token]:+.2f} nats, "
+          f"random {min(randoms):+.2f} to {max(randoms):+.2f}")
+print(len(order), "tokens in all")
+#> ' wedding' +2.26 nats, random -0.45 to +0.18
+#> ' at'      +0.33 nats, random -0.15 to +0.10
+#> ' one'     +0.24 nats, random -0.06 to +0.13
+#> ' for'     +0.18 nats, random -0.15 to +0.08
+#> '.'        -0.10 nats, random -0.09 to +0.09
+#> ' to'      -0.15 nats, random -0.17 to +0.18
+#> 13 tokens in all
 
 # %% [markdown]
-# Only " wedding" moves far. The other shifts, 0.1 to 0.3 nats on 3 to 24 tokens, have no interval here and
-# may be chance.
+# Only " wedding" moves far. Others leave the range of the five random vectors by 0.2 nats or less, and that
+# may be luck: a sixth random vector would be the highest or the lowest of six in a third of the cases.
 #
 # ## The figure: the ratio by layer
 
 # %%
-layers = [0, 1, 2, 3, 6, 10, 16, 20, 24, 29]
-steers = steering_vectors(model, tokenizer, " weddings", " ", layers)
-figure, axis = plt.subplots(figsize=(7, 3.8))
-print("layer     ", "".join(f"{l:7}" for l in layers))
-for topic, color in (("weddings", lesson.BLUE), ("shipping", lesson.ORANGE)):
-    steered = [ratio(topic, s) for s in steers]
-    random = [ratio(topic, random_like(s, seed=0)) for s in steers]
-    axis.plot(layers, [value for value, _ in steered], "o-", color=color, label=f"{topic}, steered")
-    axis.plot(layers, [value for value, _ in random], "x:", color=color, label=f"{topic}, random")
-    low, high = zip(*(ends for _, ends in steered), strict=True)
-    axis.fill_between(layers, low, high, color=color, alpha=0.2, linewidth=0)
-    print(topic, "s", "".join(f"{value:7.2f}" for value, _ in steered))
-    print(topic, "r", "".join(f"{value:7.2f}" for value, _ in random))
-axis.axhline(1, color="black", linewidth=0.8)
-axis.set_xlabel("layer")
-axis.set_ylabel("perplexity ratio, steered / unsteered")
-axis.set_title("12 sentences each, c 1, 95 % band over sentences", fontsize="medium")
-axis.legend(fontsize="small")
+layers, results = [0, 1, 3, 6, 16, 20], {layer: (steered, five)}
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+for place, steer in enumerate(steering_vectors(model, tokenizer, " weddings", " ", layers)):
+    if steer.layer not in results:
+        results[steer.layer] = read(steer), [read(random_like(steer, seed)) for seed in range(5)]
+    changed, randoms = results[steer.layer]
+    print(f"layer {steer.layer:2}: sink {sink_share(steer.vector):3.0%}", end="")
+    for axis, topic in zip(axes, texts, strict=True):
+        value, interval = ratio(topic, changed)
+        values = [ratio(topic, random)[0] for random in randoms]
+        print(f"  {topic} {value:.2f}, random {min(values):.2f} to {max(values):.2f}", end="")
+        lesson.errorbars(axis, [place], [value], [interval], color=lesson.BLUE)
+        axis.plot([place + 0.15] * 5, values, "o", color=lesson.GREY, markersize=4)
+    print()
+for axis, topic in zip(axes, texts, strict=True):
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(layers)), layers)
+    axis.set_xlabel("layer")
+    axis.set_yscale("log")
+    axis.set_yticks([0.8, 1, 1.5, 2, 3, 4], ["0.8", "1", "1.5", "2", "3", "4"])
+    axis.minorticks_off()
+    axis.set_title(f"texts about {topic}", fontsize="medium")
+axes[0].set_ylabel("perplexity ratio, steered / unsteered")
+axes[1].plot([], [], "o", color=lesson.BLUE, label="steered, c 1, 95 % over 12 sentences")
+axes[1].plot([], [], "o", color=lesson.GREY, markersize=4, label="five random vectors")
+axes[1].legend(fontsize="small")
 lesson.save(figure, "08_probabilities")
-#> layer            0      1      2      3      6     10     16     20     24     29
-#> weddings s    0.99   1.17   0.97   1.38   1.30   1.19   0.84   0.81   0.95   0.98
-#> weddings r    1.66   1.70   1.41   1.33   1.25   1.30   0.97   0.99   1.01   1.01
-#> shipping s    1.58   1.48   1.12   1.16   1.16   1.12   1.14   1.14   1.06   1.00
-#> shipping r    1.51   1.59   1.27   1.17   1.15   1.12   1.00   1.03   1.05   1.00
+#> layer  0: sink 21%  weddings 0.99, random 1.33 to 1.82  shipping 1.58, random 1.31 to 1.89
+#> layer  1: sink 33%  weddings 1.17, random 1.33 to 1.70  shipping 1.48, random 1.40 to 1.77
+#> layer  3: sink 98%  weddings 1.38, random 1.33 to 1.59  shipping 1.16, random 1.16 to 1.40
+#> layer  6: sink 98%  weddings 1.30, random 1.20 to 3.68  shipping 1.16, random 1.12 to 3.35
+#> layer 16: sink 40%  weddings 0.84, random 0.97 to 1.18  shipping 1.14, random 1.00 to 1.07
+#> layer 20: sink 46%  weddings 0.81, random 0.98 to 1.04  shipping 1.14, random 0.99 to 1.08
 
 # %% [markdown]
-# (s: steered, r: random.) At layers 16 and 20, the blue line is below 1, and the orange line nearly as far
-# above it. Up to layer 10, even a *random* vector costs a factor of 1.1 to 1.7. At layers 3 and 6, where the
-# vector is mostly sink (tutorial 03), the steering vector costs as much as the random one. Layer 1 is best
-# at bringing the topic into new texts. But it makes texts about weddings likelier only in comparison with a
-# random vector, not with no vector. Two good measures, two answers; say which one you mean.
+# (sink: the share of the vector's squared norm in 4 of its 576 dimensions, tutorial 03.) At layers 16 and 20,
+# the texts about weddings are likelier than without a vector, and than with any of the five random ones;
+# those about shipping are less likely. At layers 3 and 6, where the vector is mostly sink, it lies in the
+# range of the random vectors, or at its edge. At layer 6 they differ from each other by up to a factor of
+# three, so a single one could have shown almost anything.
+#
+# Layer 1 brings the topic into new texts best (tutorial 07). But it makes given texts about weddings likelier
+# only in comparison with random vectors, not with no vector. Two good measures, two answers; say which one
+# you mean.
 #
 # ## Exercise 1
 # Fix this function. It should compute the ratio by documents: first the mean of each text, then the mean of
@@ -205,8 +232,7 @@ lesson.check(text_ratio, ((a, b), perplexity_ratio(a, b, mean_of="texts")), ((a[
 # %% [markdown]
 # ## Exercise 2
 # Which shifts go beyond what a random vector gives? Take those above or below the shifts of all five random
-# vectors. Then make the five dictionaries with `token_shifts`, for `random_like(weddings, seed)` with seeds 0
-# to 4, and see which of the tokens above are left.
+# vectors. Then try it on `steered_shifts` and `random_shifts`. Is it more than a third of the tokens?
 
 # %%
 def beyond_random(steered, randoms):

@@ -2,7 +2,7 @@
 # # 11 · From one pair to many
 #
 # **ActAdd makes its vector from two prompts, and adds it at the front. What do you gain with many texts, and
-# with a vector at all positions?** 30 minutes, two of them computing. You need tutorials 05 and 07.
+# with a vector at all positions?** 30 minutes, one of them computing. You need tutorials 05 and 07.
 #
 # The best-known relative of ActAdd is *contrastive activation addition* (CAA; Rimsky et al. 2024). Take many
 # pairs of texts, subtract the streams at their last tokens, and average the differences. Add the resulting
@@ -20,7 +20,8 @@ import ministeer
 from ministeer import Steer
 from ministeer.evaluation.judges import count_words
 from ministeer.evaluation.measure import disfluency
-from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.stats import bootstrap, wilson
+from ministeer.methods.many_pairs import caa, differences, last_states
 from ministeer.steering import random_like
 
 model, tokenizer = lesson.load()
@@ -37,33 +38,27 @@ They saved money for their honeymoon / They saved money for their car
 Her friends asked about the groom / Her friends asked about the exam
 I read a story about a bride / I read a story about a dog
 They are happily married / They are happily asleep""".splitlines()]
+plus, minus = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 print(len(pairs), "pairs, alike except for the last word")
 #> 12 pairs, alike except for the last word
 
 # %% [markdown]
 # ## How is the vector made?
-# Run every text, keep the last position of `resid[l]`, subtract, and average. What the two texts of a pair
-# have in common cancels. What differs in only one pair averages out.
+# Run every text, keep the last position of `resid[l]`, subtract (`differences`), and average (`caa`). What
+# the two texts of a pair have in common cancels. What differs in only one pair averages out.
 
 # %%
-def last_stream(text, layer):
-    """-> resid[layer] at the last token, (d_model,)"""
-    _, resid = model(torch.tensor([tokenizer.encode(text)]))
-    return resid[layer][0, -1]
-
-
-def differences(layer):
-    """-> one row for each pair, (pairs, d_model)"""
-    return torch.stack([last_stream(plus, layer) - last_stream(minus, layer) for plus, minus in pairs])
-
-
-caa = Steer(12, differences(12).mean(dim=0))
-print(caa)
+rows = differences(model, tokenizer, plus, minus)       # (pairs, n_layer + 1, d_model)
+mean = caa(model, tokenizer, plus, minus, layer=12)
+print(mean)
+print("the mean of the rows at layer 12:", torch.allclose(mean.vector, rows[:, 12].mean(dim=0)))
 #> <Steer a vector: coeff 1.0 at every position from 1 on before block 12, d_model 576>
+#> the mean of the rows at layer 12: True
 
 # %% [markdown]
 # A vector with one axis, `(d_model,)`, goes to every position from `start` on. The ActAdd vector has two
-# axes, `(n, d_model)`, and goes to n positions.
+# axes, `(n, d_model)`, and goes to n positions. We take layer 12, because middle layers are usual for vectors
+# at all positions. It was not tuned.
 #
 # ## Do the pairs agree?
 # Take the cosine between each pair's difference and the mean of the *others*. If the differences pointed in
@@ -77,7 +72,7 @@ def agreement(rows):
 
 
 for layer in (2, 12, 20, 28):
-    cosines = agreement(differences(layer))
+    cosines = agreement(rows[:, layer])
     print(f"layer {layer:2}: mean cosine {cosines.mean():.2f}, lowest {cosines.min():.2f}")
 #> layer  2: mean cosine 0.40, lowest -0.07
 #> layer 12: mean cosine 0.44, lowest 0.14
@@ -88,99 +83,135 @@ for layer in (2, 12, 20, 28):
 # Mostly they agree. (A control is missing here: the differences of unrelated sentences may also have a cosine
 # above 0, because of a few large dimensions.)
 #
-# We continue with layer 12, because middle layers are usual for vectors at all positions. It was not tuned.
-#
-# ## Which is better?
-# This is not a fair question unless we also say what each method costs. So for each method and several
-# coefficients, we give the number of completions about weddings and the disfluency (tutorial 05), beside the
-# unsteered model and a random vector.
+# ## Spoil it
+# One bad pair slips in: a full stop too many, a pair the wrong way round, a text left empty. Which one moves
+# the mean most? Rank the three, add a bad pair of your own, and only then run the cell. It prints the cosine
+# of the new mean with the old one.
 
 # %%
-n, prompt = 40, "I went up to my friend and said"
+bad_pairs = [("We talked about the wedding.", "We talked about the weather"),
+             ("We talked about the weather", "We talked about the wedding"),
+             ("We talked about the wedding", "")]
+norms = rows[:, 12].norm(dim=-1)
+print(f"the twelve differences: norm {norms.min():.0f} to {norms.max():.0f}")
+for bad in bad_pairs:
+    h_plus, h_minus = last_states(model, tokenizer, bad)[:, 12]
+    row = h_plus - h_minus
+    spoiled = torch.cat([rows[:, 12], row[None]]).mean(dim=0)
+    cosine = torch.cosine_similarity(spoiled, mean.vector, dim=0)
+    print(f"norm {row.norm():5.0f}, cosine {cosine:.2f}: {bad}")
+#> the twelve differences: norm 119 to 151
+#> norm   139, cosine 0.99: ('We talked about the wedding.', 'We talked about the weather')
+#> norm   133, cosine 0.99: ('We talked about the weather', 'We talked about the wedding')
+#> norm 20496, cosine 0.05: ('We talked about the wedding', '')
+
+# %% [markdown]
+# The mean of twelve forgives a pair that points the wrong way, but not one that is too long. The empty text
+# ends in BOS, a sink (tutorial 03): its stream is so large that the mean is hardly anything else. So look at
+# the norms of your rows before you average them.
+#
+# ## Which is better?
+# This is not a fair question unless we also say what each method costs. So for each method and coefficient we
+# give the completions about weddings and the disfluency, beside those of five random vectors (tutorial 05).
+
+# %%
+n, prompt = 20, "I went up to my friend and said"
 
 
-def measure(steer):
-    """-> (completions of n with a wedding word, disfluency, the first text)"""
-    texts = ministeer.generate(model, tokenizer, prompt, n, 30, steer, top_p=0.3, freq_penalty=1.0)
+def completions(steers, n):
+    """-> for each Steer a list of n texts, written in one batch; each Steer acts in n rows of its own"""
+    in_own_rows = []
+    for i, steer in enumerate(steers):
+        coeff = torch.zeros(len(steers) * n)
+        coeff[i * n:(i + 1) * n] = steer.coeff
+        in_own_rows.append(steer.scaled(coeff))
+    prompts = [prompt] * len(steers)
+    return ministeer.generate(model, tokenizer, prompts, n, 20, in_own_rows, top_p=0.3, freq_penalty=1.0)
+
+
+def measure(texts):
+    """-> how many have a wedding word, the disfluency of all together, and its 95 % interval"""
     scored = disfluency(model, tokenizer, prompt, texts)
-    surprise = math.exp(sum(nll for nll, _ in scored) / sum(n_tokens for _, n_tokens in scored))
-    return sum(count_words(text) > 0 for text in texts), surprise, texts[0]
+    lengths = [max(1, n_tokens) for _, n_tokens in scored]
+    low, high = bootstrap([nll / k for (nll, _), k in zip(scored, lengths, strict=True)], lengths)
+    value = math.exp(sum(nll for nll, _ in scored) / sum(lengths))
+    return sum(count_words(text) > 0 for text in texts), value, (math.exp(low), math.exp(high))
 
 
 actadd = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=1)
-front = Steer(12, caa.vector[None])             # the same row, at position 1 alone
-methods = {"ActAdd, layer 1": (actadd, [0.5, 1.0, 2.0]),
-           "CAA, layer 12": (caa, [0.25, 0.5, 1.0]),
-           "CAA at the front": (front, [1.0, 2.0, 4.0])}
-results = {"unsteered": {0.0: measure([])}}
-for name, (steer, coeffs) in methods.items():
-    random = random_like(steer, seed=0)
-    results[name] = {c: measure(c * steer) for c in coeffs}
-    results[f"{name}, random"] = {c: measure(c * random) for c in coeffs[-2:]}
-for name, row in results.items():
-    cells = [f"c {c:g}: {k:2} of {n}, {surprise:5.1f}" for c, (k, surprise, _) in row.items()]
-    print(f"{name:24}", "  ".join(cells))
-#> unsteered                c 0: 0 of 40, 3.8
-#> ActAdd, layer 1          c 0.5: 1 of 40, 4.3  c 1: 21 of 40, 5.7  c 2: 27 of 40, 6.0
-#> ActAdd, layer 1, random  c 1: 0 of 40, 4.9  c 2: 1 of 40, 5.4
-#> CAA, layer 12            c 0.25: 12 of 40, 4.5  c 0.5: 30 of 40, 7.1  c 1: 22 of 40, 15.2
-#> CAA, layer 12, random    c 0.5: 0 of 40, 5.9  c 1: 0 of 40, 23.9
-#> CAA at the front         c 1: 0 of 40, 4.1  c 2: 0 of 40, 4.1  c 4: 0 of 40, 4.1
-#> CAA at the front, random c 2: 0 of 40, 4.7  c 4: 0 of 40, 5.7
+front = Steer(12, mean.vector[None])            # the same row, at position 1 alone
+settings = [("ActAdd", actadd, 1.0), ("CAA", mean, 0.25), ("CAA", mean, 0.5), ("CAA", mean, 1.0),
+            ("CAA at the front", front, 4.0)]
+five = [c * random_like(steer, seed) for _, steer, c in settings for seed in range(5)]
+unsteered = completions([Steer(1, actadd.vector, 0.0)], n)[0]
+steered, control = completions([c * steer for _, steer, c in settings], n), completions(five, n // 5)
+
+k, value, (low, high) = measure(unsteered)
+print(f"unsteered: {k} of {n}, disfluency {value:.1f} ({low:.1f} to {high:.1f})")
+results = []
+for i, (name, _, c) in enumerate(settings):
+    k, value, (low, high) = measure(steered[i])
+    least, most = wilson(k, n)
+    randoms = [measure(texts)[:2] for texts in control[5 * i:5 * i + 5]]
+    counts, values = [count for count, _ in randoms], [value for _, value in randoms]
+    print(f"{name}, c {c}: {k} of {n} ({least:.0%} to {most:.0%}), random {counts} of {n // 5}")
+    print(f"   disfluency {value:.1f} ({low:.1f} to {high:.1f}), "
+          f"random {min(values):.1f} to {max(values):.1f}, {steered[i][0].strip()[:32]!r}")
+    results.append((name, c, k, value, counts, values))
+#> unsteered: 0 of 20, disfluency 3.9 (3.6 to 4.3)
+#> ActAdd, c 1.0: 10 of 20 (30% to 70%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 6.5 (5.8 to 7.2), random 3.6 to 5.6, ≈ 'that they had a wedding to celeb'
+#> CAA, c 0.25: 5 of 20 (11% to 47%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 4.7 (4.2 to 5.1), random 4.1 to 5.2, ≈ ', "Dad, I\'m going to be married.'
+#> CAA, c 0.5: 14 of 20 (48% to 85%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 8.8 (8.1 to 9.5), random 4.4 to 7.7, ≈ "I'm a single mother.\n\nI was 20 y"
+#> CAA, c 1.0: 10 of 20 (30% to 70%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 14.0 (12.5 to 15.8), random 9.8 to 11.9, ≈ 'she will be a mother to two chil'
+#> CAA at the front, c 4.0: 0 of 20 (0% to 16%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 4.4 (4.1 to 4.6), random 3.9 to 4.8, ≈ ', "It\'s a beautiful day, I\'m so '
 
 # %% [markdown]
-# Each cell gives the completions about weddings, then the disfluency. A vector at every position acts on
-# every new token, so it needs a smaller coefficient and breaks the text sooner; look at the texts below. The
-# same row at position 1 alone does nothing. Is that because it was taken from the *end* of sentences?
+# CAA brings the topic in at a smaller coefficient: it acts on every new token. No random vector brings it in.
+# CAA also costs more: 8.8 at 0.5 and 14.0 at 1, against 6.5 for ActAdd. Much of this is size, as the random
+# vectors cost more at 1, too.
+#
+# The same row at position 1 alone does nothing. Is that because it was taken from the *end* of sentences?
 # Perhaps. But around block 12, ActAdd's own vector hardly works at the front either (tutorial 07), so this
 # result does not tell.
-
-# %%
-for c, (_, _, text) in results["CAA, layer 12"].items():
-    print(f"CAA, coeff {c:g}: {text.strip()[:80]!r}")
-#> CAA, coeff 0.25: ≈ ', "Dad, I\'m going to be married."\n\nNow, let\'s break it down:\n\n1. I am going to b'
-#> CAA, coeff 0.5: ≈ "I'm a single mother.\n\nI was 20 years old when I married. My husband is 30 years "
-#> CAA, coeff 1: ≈ 'she will be a mother to two children. She is a high-planning bride.\n\nThe marriag'
-
-# %% [markdown]
+#
 # ## The figure: topic against disfluency
 
 # %%
 figure, axis = plt.subplots(figsize=(9, 4))
-colors = {"unsteered": "black", "ActAdd, layer 1": lesson.BLUE, "CAA, layer 12": lesson.ORANGE,
-          "CAA at the front": lesson.GREEN}
-for name, row in results.items():
-    color = colors[name.removesuffix(", random")]
-    if name == "unsteered":
-        marker = "s"
-    else:
-        marker = "x" if name.endswith("random") else "o-"
-    x = [surprise for _, surprise, _ in row.values()]
-    y = torch.tensor([k / n for k, _, _ in row.values()])
-    low, high = torch.tensor([wilson(k, n) for k, _, _ in row.values()]).T
-    errors = torch.stack([y - low, high - y]).clamp(min=0)
-    axis.errorbar(x, y, yerr=errors, fmt=marker, color=color, capsize=2, elinewidth=0.7, label=name)
-    if name in ("ActAdd, layer 1", "CAA, layer 12"):
-        for c, (k, surprise, _) in row.items():
-            axis.annotate(f"c {c:g}", (surprise, k / n), (6, 6), textcoords="offset points",
-                          fontsize="small", color=color)
+styles = {"ActAdd": ("o", lesson.BLUE), "CAA": ("s", lesson.ORANGE), "CAA at the front": ("^", lesson.GREEN)}
+for name, c, k, value, counts, values in results:
+    marker, color = styles[name]
+    lesson.errorbars(axis, [value], [k / n], [wilson(k, n)], fmt=marker, color=color)
+    axis.annotate(f"c {c:g}", (value, k / n), (6, 4), textcoords="offset points", color=color)
+    axis.plot(values, [count / (n // 5) for count in counts], marker, color=lesson.GREY, markersize=3)
+for name, (marker, color) in styles.items():
+    axis.plot([], [], marker, color=color, label=name)
+axis.plot([], [], "o", color=lesson.GREY, markersize=3, label="five random vectors\n(shapes as above)")
+k, value, _ = measure(unsteered)
+lesson.errorbars(axis, [value], [k / n], [wilson(k, n)], fmt="D", color="black", label="unsteered")
 axis.set_xscale("log")
 axis.set_xticks([4, 6, 10, 15], ["4", "6", "10", "15"], minor=False)
 axis.minorticks_off()
 axis.set_xlabel("disfluency (perplexity per token, unsteered model)")
 axis.set_ylabel("completions with a wedding word")
-axis.set_title(f"n {n} a point, 95 % intervals; crosses: random vectors", fontsize="medium")
+axis.set_title(f"n {n} a point, 95 % intervals; n {n // 5} a random vector", fontsize="medium")
 axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 lesson.save(figure, "11_many_pairs")
 
 # %% [markdown]
-# Better is up and to the left. Here the two methods come out about even. But this is one prompt, one topic,
-# and pairs and coefficients that we made up. It shows how to compare, not who wins.
+# Better is up and to the left. Neither method is shown to be better here: going up, CAA goes right as well,
+# past ActAdd. And this is one prompt, one topic, and pairs and coefficients that we made up. It shows how to
+# compare, not who wins.
 #
 # ## Exercise 1
 # Look at your data. Which pair pulls the mean furthest to its own side? Leave out one pair at a time: the
 # cosine of the mean of the others with the mean of all is lowest for that pair. Then try it
-# on `differences(12)`, and read that pair again.
+# on `rows[:, 12]`, and read that pair again.
 
 # %%
 def odd_pair(rows):
