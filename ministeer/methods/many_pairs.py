@@ -1,6 +1,6 @@
 """Vectors from many pairs of texts instead of one: CAA and RepE, as Steers for every position.
 
-Read first: ../steering.py. Read next: inside_blocks.py. Turner et al., section 2. Tutorial 11 builds CAA.
+Read first: ../steering.py. Read next: inside_blocks.py. Turner et al., section 2. Tutorial 11 uses it.
 """
 
 from __future__ import annotations
