@@ -1,8 +1,10 @@
 """Checkpoints to test on: tiny random ones, made by transformers in the Hub's layout, and the default."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -22,6 +24,7 @@ if in_main_thread and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parent.parent
 N_VOCAB = 384
 # For child processes: without coverage's tracing, which doubles their time and covers no new line.
+# Trap: if Ctrl-C arrives while coverage holds a lock of its own, the process waits for that lock forever.
 UNTRACED = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.",
         "I love you because you are kind.",
@@ -45,6 +48,30 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in long]
     items.sort(key=lambda item: (not item.get_closest_marker("long"), "12_grow_your_own" not in item.name,
                                  "trained_gpt2" in item.name))
+
+
+@contextlib.contextmanager
+def started(command, **options):
+    """A process that is killed at the end of the block. Popen's own block waits until it ends by itself."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def time_limit(seconds=60):
+    """Fail if the block takes longer: reading from a process or opening a pipe can wait forever."""
+    def fail(*_):
+        pytest.fail(f"not over after {seconds} seconds")
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def tiny_tokenizer(bos="<|endoftext|>"):

@@ -1,5 +1,6 @@
 """The command line: in this process, and as its own process where exit codes, signals or streams matter."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, hub_config, hub_model, save_checkpoint
+from conftest import ROOT, UNTRACED, hub_config, hub_model, save_checkpoint, started, time_limit
 
 from ministeer import Steer, __version__, generate, load, steering_vector
 from ministeer.checkpoints.fetch import KNOWN
@@ -77,10 +78,10 @@ def steer(run):
     return steer
 
 
-def environment(weights, **settings):
+def environment(weights, base=os.environ, **settings):
     """The environment of a child process, which finds the package and buffers stdout as it does for users."""
     left_out = ("COLUMNS", "PYTHONUNBUFFERED", "PYTHONIOENCODING")
-    env = {name: value for name, value in os.environ.items() if name not in left_out}
+    env = {name: value for name, value in base.items() if name not in left_out}
     path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
     return {**env, "PYTHONPATH": path, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1",
             "MINISTEER_WEIGHTS": str(weights), **settings}
@@ -268,6 +269,13 @@ def test_an_error_that_nobody_expected_is_one_line_too(run, monkeypatch, error):
     check_refused((code, out, err), "torch warns" if isinstance(error, UserWarning) else "Error")
     assert len(err) < 1100
     assert ("please report it" in err.lower()) == isinstance(error, KeyError | type)
+
+
+def test_ctrl_c_exits_with_130(run, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("ministeer.cli.run_models", interrupt)
+    assert run("models") == (130, "", "ministeer: interrupted\n")
 
 
 # Saved vectors
@@ -538,14 +546,18 @@ def test_warnings_are_lines_on_stderr_and_with_W_error_an_error(run, monkeypatch
     check_refused(run(*STEER, "--json"), "a sink")
 
 
+@contextlib.contextmanager
 def in_a_terminal(weights, cwd, *argv, **streams):
-    """Start ministeer in a pseudo-terminal of 70 columns -> the process, and a descriptor to read from."""
+    """ministeer in a pseudo-terminal of 70 columns: the process, and a descriptor to read from."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 70, 0, 0))
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, **streams}
-    child = subprocess.Popen([*MAIN, *argv], cwd=cwd, env=environment(weights, TERM="xterm"), **streams)
-    os.close(theirs)
-    return child, ours
+    env = environment(weights, UNTRACED, TERM="xterm")
+    with started([*MAIN, *argv], cwd=cwd, env=env, **streams) as child:
+        os.close(theirs)
+        with time_limit(100):
+            yield child, ours
+    os.close(ours)
 
 
 def read_terminal(fd, until=None):
@@ -563,10 +575,9 @@ def read_terminal(fd, until=None):
 
 
 def test_a_terminal_shows_a_progress_bar_and_sets_the_width(weights, tmp_path):
-    child, terminal = in_a_terminal(weights, tmp_path, *STEER)
-    shown = read_terminal(terminal).decode()
-    os.close(terminal)
-    assert child.wait(60) == 0
+    with in_a_terminal(weights, tmp_path, *STEER) as (child, terminal):
+        shown = read_terminal(terminal).decode()
+        assert child.wait() == 0
     bar, _, output = shown.partition("\rmodel ")
     assert "sampling:" in bar
     assert output.startswith("    tiny-gpt2 (gpt2, 4 layers)\r\n")
@@ -575,12 +586,11 @@ def test_a_terminal_shows_a_progress_bar_and_sets_the_width(weights, tmp_path):
 
 def test_ctrl_c_while_sampling_exits_with_130_and_saves_nothing(weights, tmp_path):
     argv = [*STEER, "-n", "5000", "--max-new-tokens", "150", "--save", "love.safetensors"]
-    child, terminal = in_a_terminal(weights, tmp_path, *argv, stdout=subprocess.PIPE)
-    read_terminal(terminal, until=b"sampling:")
-    child.send_signal(signal.SIGINT)
-    shown = read_terminal(terminal)
-    os.close(terminal)
-    out = child.communicate(timeout=60)[0]
+    with in_a_terminal(weights, tmp_path, *argv, stdout=subprocess.PIPE) as (child, terminal):
+        read_terminal(terminal, until=b"sampling:")
+        child.send_signal(signal.SIGINT)
+        shown = read_terminal(terminal)
+        out, _ = child.communicate()
     assert (child.returncode, out) == (130, b"")
     assert b"Traceback" not in shown
     assert shown.rstrip().endswith(b"ministeer: interrupted")
@@ -591,11 +601,11 @@ def test_ctrl_c_while_sampling_exits_with_130_and_saves_nothing(weights, tmp_pat
 def test_ctrl_c_while_importing_exits_with_130(weights, module):
     # -X importtime writes a line to stderr for each imported module, which shows when to interrupt.
     argv = [sys.executable, "-X", "importtime", *MAIN[1:], *STEER]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          env=environment(weights)) as child:
+    with started(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                 env=environment(weights, UNTRACED)) as child, time_limit(100):
         assert any(line.endswith(module) for line in child.stderr)
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate()
     assert (child.returncode, out) == (130, "")
     assert "Traceback" not in err
     assert err.endswith("ministeer: interrupted\n")

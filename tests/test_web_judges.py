@@ -22,7 +22,7 @@ from email.utils import formatdate
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TEXT
+from conftest import ROOT, TEXT, started
 from test_judges import save
 
 from benchmarks import web_judges
@@ -588,15 +588,15 @@ def test_two_processes_may_use_a_cache_at_once(tmp_path):
             "sys.stdin.readline(); made = web_judges.judge('words:art', sys.argv[1]); "
             "print(sum(made([f'{\"art\" * (i % 2)} {i}' for i in range(50)])))")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment, text=True,
-                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                 for _ in range(2)]
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in processes:
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (0, "25.0\n"), err
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    how = {"env": environment, "text": True, **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)}
+    with started(command, **how) as first, started(command, **how) as second:
+        for process in (first, second):
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in (first, second):
+            out, err = process.communicate(timeout=60)
+            assert (process.returncode, out) == (0, "25.0\n"), err
     assert scores_in(tmp_path) == [0] * 25 + [1] * 25
 
 
