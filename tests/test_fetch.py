@@ -640,59 +640,6 @@ def test_where_the_users_cache_is(tmp_path, monkeypatch, platform, variables, ca
 
 # From the package index
 
-def permute(w, n_head):
-    """The Hub's order of the rows of q and k -> GGUF's, as llama.cpp's convert_hf_to_gguf.py has it."""
-    return w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-
-gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
-
-
-def write_gguf(path, kind="F32", tied=False, surplus=(), drop=(), **settings):
-    """A tiny random Llama in GGUF, its matrices stored as `kind` -> the transformers model of those numbers.
-
-    surplus: names of tensors to add. drop: keys to leave out. settings: keys to add, with __ for a dot
-    """
-    c = hub_config("llama", hidden_size=64, intermediate_size=64, rope_theta=5000.0, rms_norm_eps=1e-5,
-                   tie_word_embeddings=tied)
-    model = hub_model(c)
-    writer = gguf.GGUFWriter(path, settings.pop("general__architecture", "llama"))
-    bpe = json.loads(tiny_tokenizer().to_str())["model"]
-    tokens = [*sorted(bpe["vocab"], key=bpe["vocab"].get), "19"]    # digits stand alone
-    keys = {"llama.block_count": 4, "llama.context_length": 192, "llama.embedding_length": 64,
-            "llama.feed_forward_length": 64, "llama.vocab_size": c.vocab_size, "llama.rope.freq_base": 5000.0,
-            "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
-            "llama.attention.layer_norm_rms_epsilon": 1e-5,
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.merges": [*(" ".join(pair) for pair in bpe["merges"]), "1 9"],
-            "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
-            "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1,
-            "tokenizer.chat_template": "{{ messages[0]['content'] }}",
-            **{key.replace("__", "."): value for key, value in settings.items()}}
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-    for key, value in keys.items():
-        if key not in drop:
-            add[type(value)](key, value)
-    for name, p in model.named_parameters():
-        if name == "lm_head.weight" and tied:
-            continue
-        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
-        rows = p.data.half().numpy()
-        rows = permute(rows, heads) if heads else rows
-        stored = gguf.GGMLQuantizationType[kind] if p.ndim == 2 else gguf.GGMLQuantizationType.F32
-        packed = gguf.quantize(rows.astype(np.float32), stored)
-        writer.add_tensor(gguf_names.get_name(name, [".weight"]), packed, raw_dtype=stored)
-        rows = gguf.dequantize(packed, stored).astype(np.float16)
-        p.data = torch.from_numpy(unpermute(rows, heads) if heads else rows).float()
-    for name in surplus:
-        writer.add_tensor(name, np.ones(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
-
-
 @pytest.mark.parametrize("n_head", [1, 3, 9])
 @pytest.mark.parametrize("d_head", [2, 8, 64])
 def test_unpermute_is_the_inverse_of_permute(n_head, d_head):

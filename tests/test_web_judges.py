@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import html
-import http.server
 import importlib.metadata
 import itertools
 import json
@@ -22,7 +21,7 @@ from email.utils import formatdate
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TEXT, started
+from conftest import ROOT, TEXT, Server, started
 from test_judges import save
 
 from benchmarks import web_judges
@@ -35,44 +34,23 @@ KEYS = {PERSPECTIVE: "PERSPECTIVE_API_KEY", OPENAI: "OPENAI_API_KEY"}
 URLS = {PERSPECTIVE: "PERSPECTIVE_URL", OPENAI: "OPENAI_BASE_URL"}
 
 
-class Web:
-    """A server. answers: what it gives, the last one for ever: (status, body[, headers]) or functions"""
+class Web(Server):
+    """answers: what it gives, the last one for ever: (status, body[, headers]) or functions of the request"""
 
     def __init__(self):
         self.log, self.answers, self.released = [], [], threading.Event()
-        web = self
+        super().__init__()
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                self.web, self.close_connection = web, True
-                body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-                web.log.append((self.command, self.path, self.headers, json.loads(body or b"null")))
-                answer = web.answers.pop(0) if len(web.answers) > 1 else web.answers[0]
-                with contextlib.suppress(OSError):          # the judge went away
-                    answer(self) if callable(answer) else self.reply(*answer)
-            do_GET = do_POST
-
-            def reply(self, status, body, headers=()):
-                body = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": len(body), **dict(headers)}.items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self.released.set()
-        self.server.shutdown()
-        self.server.server_close()
+    def answer(self, request):
+        request.close_connection = True
+        body = request.rfile.read(int(request.headers["Content-Length"] or 0))
+        self.log.append((request.command, request.path, request.headers, json.loads(body or b"null")))
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if callable(answer):
+            return answer(request)
+        status, content, *headers = answer
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        return request.reply(status, content, *headers)
 
     @property
     def texts(self):
@@ -110,12 +88,12 @@ def clock(monkeypatch):
 @pytest.fixture
 def web(monkeypatch):
     """The server at which both services are looked for; and a proxy for http that does not work."""
-    web = Web()
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    monkeypatch.setenv("PERSPECTIVE_URL", f"{web.url}/v1alpha1/comments:analyze")
-    monkeypatch.setenv("OPENAI_BASE_URL", f"{web.url}/v1")
-    yield web
-    web.close()
+    with Web() as web:
+        monkeypatch.setenv("PERSPECTIVE_URL", f"{web.url}/v1alpha1/comments:analyze")
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{web.url}/v1")
+        yield web
+        web.released.set()
 
 
 def ask(name, *texts, cache=None):
@@ -294,7 +272,7 @@ def test_a_text_without_a_score_is_nan_with_a_warning(web, tmp_path, name, answe
 
 def elsewhere(status):
     def redirect(request):
-        request.reply(status, b"", {"Location": f"{request.web.url}/elsewhere"})
+        request.reply(status, b"", {"Location": f"{request.server.url}/elsewhere"})
     return redirect
 
 
@@ -417,7 +395,7 @@ HEAD, CHUNKED = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: 
 def test_a_try_ends_at_its_deadline_whatever_the_server_does(web, monkeypatch, sent, then):
     def late(request):
         request.wfile.write(sent)
-        while not request.web.released.wait(0.02):
+        while not request.server.released.wait(0.02):
             request.wfile.write(then)
 
     def slow_handshake(connection, _):
@@ -427,7 +405,7 @@ def test_a_try_ends_at_its_deadline_whatever_the_server_does(web, monkeypatch, s
     web.answers = [late]
     if sent == "TLS":
         monkeypatch.setenv("PERSPECTIVE_URL", web.url.replace("http:", "https:"))
-        monkeypatch.setattr(web.server, "finish_request", slow_handshake)
+        monkeypatch.setattr(web, "finish_request", slow_handshake)
     if sent == "DNS":
         monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: web.released.wait(30))
     monkeypatch.setattr(web_judges, "TIMEOUT", 0.4)
@@ -455,7 +433,7 @@ def test_reports_a_service_that_is_not_there(monkeypatch, url):
 def test_keeps_to_the_rate_limit(web, clock, monkeypatch, qps, gap):
     def answer(request):
         times.append(clock.now)
-        request.reply(200, toxicity(0.5))
+        request.reply(200, json.dumps(toxicity(0.5)).encode())
     monkeypatch.setenv("PERSPECTIVE_QPS", qps)
     times, web.answers, made = [], [answer], judge(PERSPECTIVE)
     made(["a", "b", "c"])
@@ -604,7 +582,7 @@ def test_the_first_of_two_scores_stays_in_the_cache(web, tmp_path):
     def late(request):
         web.answers = [(200, toxicity(0.1))]
         assert ask(PERSPECTIVE, "x", cache=tmp_path) == [0.1]         # as another process might, meanwhile
-        request.reply(200, toxicity(0.2))
+        request.reply(200, json.dumps(toxicity(0.2)).encode())
     web.answers = [late]
     ask(PERSPECTIVE, "x", cache=tmp_path)
     assert scores_in(tmp_path) == [0.1]
