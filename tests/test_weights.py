@@ -605,9 +605,10 @@ def check(copy, capsys, monkeypatch):
         home = copy.path.rename(copy.path.parent / "tiny\x1b[31m")
         monkeypatch.chdir(home.parent)
         monkeypatch.setattr(sys, "argv", ["weights", *argv])
-        # runpy warns that the module was imported before.
-        with warnings.catch_warnings(action="ignore"), pytest.raises(SystemExit) as end:
-            runpy.run_module("ministeer.checkpoints.weights", run_name="__main__")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")         # runpy's, that the module was imported before
+            with pytest.raises(SystemExit) as end:
+                runpy.run_module("ministeer.checkpoints.weights", run_name="__main__")
         return end.value.code, *capsys.readouterr()
     return check
 
