@@ -1,8 +1,11 @@
 """Checkpoints to test on: tiny random ones, made by transformers in the Hub's layout, and the default."""
 
+import contextlib
+import http.server
 import json
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -22,6 +25,7 @@ if in_main_thread and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parent.parent
 N_VOCAB = 384
 # For child processes: without coverage's tracing, which doubles their time and covers no new line.
+# Trap: if Ctrl-C arrives while coverage holds a lock of its own, the process waits for that lock forever.
 UNTRACED = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
 TEXT = ["The harbour wakes before the town does, and the gulls begin to argue.",
         "I love you because you are kind.",
@@ -45,6 +49,63 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in long]
     items.sort(key=lambda item: (not item.get_closest_marker("long"), "12_grow_your_own" not in item.name,
                                  "trained_gpt2" in item.name))
+
+
+@contextlib.contextmanager
+def started(command, **options):
+    """A process that is killed at the end of the block. Popen's own block waits until it ends by itself."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def time_limit(seconds=60):
+    """Fail if the block takes longer: reading from a process or opening a pipe can wait forever."""
+    def fail(*_):
+        pytest.fail(f"not over after {seconds} seconds")
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A web server on this computer, until the end of its block. answer(request): what it does with each"""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Request)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __exit__(self, *fault):
+        self.shutdown()
+        super().__exit__(*fault)
+
+
+class Request(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        with contextlib.suppress(OSError):          # the client went away
+            self.server.answer(self)
+    do_HEAD = do_POST = do_GET
+
+    def reply(self, status, body=b"", headers=()):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **dict(headers)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
 
 
 def tiny_tokenizer(bos="<|endoftext|>"):
@@ -90,6 +151,61 @@ def save_checkpoint(folder, model, tokenizer=None):
     model.save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save(str(folder / "tokenizer.json"))
     return folder
+
+
+def permute(w, n_head):
+    """The Hub's order of the rows of q and k -> GGUF's, as llama.cpp's convert_hf_to_gguf.py has it."""
+    return w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def write_gguf(path, kind="F32", tied=False, surplus=(), drop=(), **settings):
+    """A tiny random Llama in GGUF, its matrices stored as `kind` -> the transformers model of those numbers.
+
+    surplus: names of tensors to add. drop: keys to leave out. settings: keys to add, with __ for a dot
+    """
+    import gguf
+    import numpy as np
+
+    from ministeer.checkpoints.convert import unpermute
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
+    c = hub_config("llama", hidden_size=64, intermediate_size=64, rope_theta=5000.0, rms_norm_eps=1e-5,
+                   tie_word_embeddings=tied)
+    model = hub_model(c)
+    writer = gguf.GGUFWriter(path, settings.pop("general__architecture", "llama"))
+    bpe = json.loads(tiny_tokenizer().to_str())["model"]
+    tokens = [*sorted(bpe["vocab"], key=bpe["vocab"].get), "19"]    # digits stand alone
+    keys = {"llama.block_count": 4, "llama.context_length": 192, "llama.embedding_length": 64,
+            "llama.feed_forward_length": 64, "llama.vocab_size": c.vocab_size, "llama.rope.freq_base": 5000.0,
+            "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
+            "llama.attention.layer_norm_rms_epsilon": 1e-5,
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.merges": [*(" ".join(pair) for pair in bpe["merges"]), "1 9"],
+            "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+            "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1,
+            "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+            **{key.replace("__", "."): value for key, value in settings.items()}}
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in keys.items():
+        if key not in drop:
+            add[type(value)](key, value)
+    for name, p in model.named_parameters():
+        if name == "lm_head.weight" and tied:
+            continue
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        rows = p.data.half().numpy()
+        rows = permute(rows, heads) if heads else rows
+        stored = gguf.GGMLQuantizationType[kind] if p.ndim == 2 else gguf.GGMLQuantizationType.F32
+        packed = gguf.quantize(rows.astype(np.float32), stored)
+        writer.add_tensor(names.get_name(name, [".weight"]), packed, raw_dtype=stored)
+        rows = gguf.dequantize(packed, stored).astype(np.float16)
+        p.data = torch.from_numpy(unpermute(rows, heads) if heads else rows).float()
+    for name in surplus:
+        writer.add_tensor(name, np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
 
 
 def write_rows(folder, files):

