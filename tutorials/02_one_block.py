@@ -4,8 +4,11 @@
 # **What does one layer do to the numbers that flow through it?** 25 minutes. You need tutorial 01 and matrix
 # products.
 #
-# This Llama is a stack of 30 blocks, all of the same form. We compute the first one with a dozen small
-# formulas and compare the result with the model's own.
+# This Llama is a stack of 30 *blocks*, all of the same form. "Layer" is another word for block: layer 5 is
+# block 5, counted from 0. We compute the first one with a dozen small formulas and compare the result with
+# the model's own. This is the whole of it:
+#
+# ![One block: attention and MLP each read the stream through a norm, and add to it](block_diagram.png)
 
 # %%
 import math
@@ -28,7 +31,8 @@ print(len(pieces), "tokens, each a stream of", c.d_model, "numbers;", c.n_head, 
 # %% [markdown]
 # ## What goes in?
 # The embedding: for each token, one row of a table. From here on, each position has a vector of `d_model`
-# numbers, the *residual stream*. A block never replaces this vector. It reads it, and adds something to it.
+# numbers, the *residual stream*: the line at the top of the picture. A block never replaces this vector. It
+# reads it, and adds something to it.
 
 # %%
 x = model.embed(ids, pos)
@@ -52,10 +56,45 @@ print("twice as large, same reading:", torch.allclose(rms_norm(2 * x, weight), y
 #> twice as large, same reading: True
 
 # %% [markdown]
-# ## What are q, k and v?
-# Three linear maps. The *query* of a position says what it is looking for, the *key* says what it has to
-# offer, and the *value* is what it hands over. They are cut into heads, and each head looks for something
-# different. In this model, several query heads share one key head (*grouped queries*), which saves memory.
+# ## How does one head look at earlier words?
+# Attention has *heads*, and each works alone. In a head, every position has three short vectors. Its *query*
+# says what it is looking for, its *key* says what it has to offer, and its *value* is what it hands over.
+# Here are three tokens, with two made-up numbers in each vector.
+#
+# The *scores* are query times key, divided by √d_head. No position sees a later one: before the softmax,
+# those scores are set to −∞. The softmax of each row is the *pattern*, which says how much this position
+# looks at itself and at each earlier one.
+
+# %%
+queries = torch.tensor([[0.0, 1.0], [2.0, 0.0], [2.0, 1.0]])         # a row for each of three tokens
+keys = torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
+values = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 9.0]])
+scores = queries @ keys.T / math.sqrt(2)
+later = torch.ones(3, 3, dtype=torch.bool).triu(1)                   # True to the right of the diagonal
+pattern = scores.masked_fill(later, -math.inf).softmax(dim=-1)
+print("scores\n", scores.numpy().round(2))
+print("pattern\n", pattern.numpy().round(2))
+print("mixture of values\n", (pattern @ values).numpy().round(2))
+#> scores
+#>  [[0.   0.71 0.  ]
+#>  [0.   1.41 2.83]
+#>  [0.   2.12 2.83]]
+#> pattern
+#>  [[1.   0.   0.  ]
+#>  [0.2  0.8  0.  ]
+#>  [0.04 0.32 0.64]]
+#> mixture of values
+#>  [[1.   0.  ]
+#>  [0.2  0.8 ]
+#>  [0.04 6.12]]
+
+# %% [markdown]
+# Read the last row of each: the third token's query fits its own key best, so it looks mostly at itself, and
+# what it gets is mostly its own value. More text would not change these rows, because no position sees what
+# comes after it.
+#
+# ## Where do q, k and v come from?
+# From three linear maps of the normed stream, whose results are cut into heads.
 
 # %%
 attn = block.self_attn
@@ -66,11 +105,17 @@ print("q", tuple(q.shape), " k", tuple(k.shape), " v", tuple(v.shape), " = (text
 #> q (1, 9, 11, 64)  k (1, 3, 11, 64)  v (1, 3, 11, 64)  = (texts, heads, positions, d_head)
 
 # %% [markdown]
-# ## How does it know the order of the words?
-# Queries and keys are *rotated*, by an angle that grows with the position. The product of a rotated query and
-# a rotated key depends only on how far apart the two positions are. `rope` gives the cosines and sines of the
-# angles; `rotate` turns each pair of numbers (i, i + 32) of a head: (a cos − b sin, b cos + a sin). To check
-# this, we shift both by 50 positions, and then only one of them.
+# > ### Box: two things that a Llama adds to the plain head
+# > You may skip this box at first reading.
+# >
+# > *Rotary embedding.* So far, nothing says in which order the tokens stand. So queries and keys are
+# > *rotated*, by an angle that grows with the position. The product of the two then depends on how far apart
+# > their positions are, and not on where they stand. `rope` gives the cosines and sines of the angles;
+# > `rotate` turns each pair of numbers (i, i + 32) of a head: (a cos − b sin, b cos + a sin). To check this,
+# > we shift both by 50 positions, and then only one of them.
+# >
+# > *Grouped queries.* To save memory, there are fewer keys and values than queries: several query heads share
+# > one key head, which we repeat for each of them.
 
 # %%
 query, key = q[0, 0, 3], k[0, 0, 1]
@@ -78,27 +123,27 @@ for query_pos, key_pos in ((3, 1), (53, 51), (53, 1)):
     cos, sin = model.rope(torch.tensor([query_pos, key_pos]))
     rotated = rotate(torch.stack([query, key])[None, None], cos, sin)[0, 0]
     print(f"positions {query_pos:2} and {key_pos:2}: {rotated[0] @ rotated[1]:8.3f}")
-q, k = rotate(q, *model.rope(pos)), rotate(k, *model.rope(pos))
+cos, sin = model.rope(pos)
+q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+n_sharing = c.n_head // c.n_kv_head                 # how many query heads share a key head
+k, v = k.repeat_interleave(n_sharing, dim=1), v.repeat_interleave(n_sharing, dim=1)
 #> positions  3 and  1:   20.540
 #> positions 53 and 51:   20.540
 #> positions 53 and  1:   16.821
 
 # %% [markdown]
 # ## Who looks at whom?
-# The *pattern* says how much each position looks at itself and at each earlier one: the softmax of query
-# times key / √d_head. No position sees a later one, so what has been computed for a text stays right when the
-# text grows. [attention.py](../ministeer/attention.py) has the same formula.
+# The same three lines as for three tokens, for all heads at once. [attention.py](../ministeer/attention.py)
+# has the same formula.
 
 # %%
-n_sharing = c.n_head // c.n_kv_head                 # how many query heads share a key head
-k, v = k.repeat_interleave(n_sharing, dim=1), v.repeat_interleave(n_sharing, dim=1)
-scores = q @ k.transpose(-1, -2) / math.sqrt(c.d_head)
 later = pos[None, :] > pos[:, None]
+scores = q @ k.transpose(-1, -2) / math.sqrt(c.d_head)
 pattern = scores.masked_fill(later, -math.inf).softmax(dim=-1)
 print("pattern", tuple(pattern.shape), "; rows sum to", round(pattern.sum(dim=-1).mean().item(), 4))
-strongest = pattern[0, :, -1].max(dim=-1)
-for head, (value, place) in enumerate(zip(strongest.values, strongest.indices, strict=True)):
-    print(f"head {head}: {pieces[-1]!r} looks most at {pieces[place]!r} ({value:.0%})")
+for head in range(c.n_head):
+    share, place = pattern[0, head, -1].max(dim=-1)
+    print(f"head {head}: {pieces[-1]!r} looks most at {pieces[place]!r} ({share:.0%})")
 #> pattern (1, 9, 11, 11) ; rows sum to 1.0
 #> head 0: ' wedding' looks most at ' said' (13%)
 #> head 1: ' wedding' looks most at ' wedding' (16%)
@@ -133,17 +178,23 @@ print("equal to the model's own:", torch.allclose(x, resid[1], rtol=1e-3, atol=1
 # last. `resid[0]` is the embedding, and `resid[1]` is what we have just computed by hand.
 #
 # ## The figure: three heads of the first block
+# A row shows where one position looks. To the right of the diagonal it is white, because no position sees a
+# later one. Compare how much of each head lies on the diagonal (itself) and in the first column (BOS).
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 5), sharey=True)
 labels = [repr(piece) for piece in pieces]
 for axis, head in zip(axes, (0, c.n_head // 2, c.n_head - 1), strict=True):
-    image = axis.imshow(pattern[0, head], cmap="cividis", vmin=0, vmax=1)
-    axis.set_title(f"head {head}", fontsize="medium")
+    image = axis.imshow(pattern[0, head].masked_fill(later, math.nan), cmap="cividis", vmin=0, vmax=1)
+    words = pattern[0, head, 1:]                    # the rows of the positions after BOS
+    to_bos, to_itself = words[:, 0].mean(), words[:, 1:].diagonal().mean()
+    axis.set_title(f"head {head}: {to_bos:.0%} at BOS, {to_itself:.0%} at itself", fontsize="medium")
     axis.set_xticks(pos, labels, rotation=90, fontsize="small")
     axis.set_xlabel("looks at")
 axes[0].set_yticks(pos, labels, fontsize="small")
 axes[0].set_ylabel("position that looks")
+figure.suptitle("Three heads look at different places (percentages: means over the positions after BOS)",
+                fontsize="medium")
 figure.colorbar(image, ax=axes, label="attention (rows sum to 1)", shrink=0.8)
 lesson.save(figure, "02_one_block")
 

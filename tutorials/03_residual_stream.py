@@ -4,11 +4,15 @@
 # **What flows through the model, and what does it contain?** 20 minutes. You need tutorials 01 and 02.
 
 # %%
+import textwrap
+import warnings
+
 import lesson
 import matplotlib.pyplot as plt
 import torch
 
-from ministeer.steering import sink_share, steering_vectors
+from ministeer.attention import attention_pattern
+from ministeer.steering import sink_share, steering_vector, steering_vectors
 
 model, tokenizer = lesson.load()
 n_layer = model.config.n_layer
@@ -88,10 +92,8 @@ for l in (0, 1, 2, 3, 10, 20, 29):
 # %% [markdown]
 # ## What is the giant at position 0?
 # It is BOS. Block 2 makes its norm ten times that of the other positions, and later it is a hundred times
-# theirs. Nearly all of this norm lies in 4 of the 576 dimensions. It carries no meaning: heads that have
-# nothing to do look there. The giant is called a *massive activation* (Sun et al. 2024), and the attention
-# that rests on it an *attention sink* (Xiao et al. 2023). We call both the sink. The figure shows a smaller
-# one at " and".
+# theirs. Nearly all of this norm lies in 4 of the 576 dimensions. The giant is called a *massive activation*
+# (Sun et al. 2024). The figure shows a smaller one at " and".
 
 # %%
 print(f"part of the squared norm in 4 of {model.config.d_model} dimensions:")
@@ -105,16 +107,67 @@ for l in (0, 2, 3, 20):
 #> resid[20] BOS 99%, ' to' 58%
 
 # %% [markdown]
-# Between blocks 9 and 11 the sink is taken down and built up again, twenty times as large. We do not know
+# Do the heads look at the giant? Here is the attention of the last position, " said", to BOS. A position that
+# looked at all nine alike would give BOS 11 %.
+
+# %%
+for l in (0, 2, 3, 10, 20, 29):
+    block = model.blocks[l]
+    q, k, _ = block.self_attn.qkv(block.input_layernorm(resid[l]), model.rope(pos))
+    to_bos = attention_pattern(q, k)[0, :, -1, 0]               # one number for each head
+    print(f"block {l:2}: lowest head {to_bos.min():4.0%}, median {to_bos.median():4.0%}, highest",
+          f"{to_bos.max():4.0%}")
+#> block  0: lowest head   4%, median  29%, highest  51%
+#> block  2: lowest head   1%, median  29%, highest  82%
+#> block  3: lowest head  37%, median  60%, highest  67%
+#> block 10: lowest head   5%, median  14%, highest  35%
+#> block 20: lowest head  23%, median  82%, highest  92%
+#> block 29: lowest head  11%, median  65%, highest  92%
+
+# %% [markdown]
+# In most of these blocks, the median head gives BOS several times that, and in block 20 more than to all the
+# other positions together. A position at which attention rests is called an *attention sink* (Xiao et al.
+# 2023). Perhaps a head rests there when it has found nothing to copy; we have not shown that. We call the
+# giant, too, a sink.
+#
+# Between blocks 9 and 11 the giant is taken down and built up again, twenty times as large. We do not know
 # why.
 #
 # An ordinary token also has much of its norm in a few dimensions. But what ordinary tokens have in common
-# cancels when you subtract one from another. The sink does not cancel.
+# cancels when you subtract one from another. A sink in only one of them does not cancel.
 #
 # ## Why does this matter for steering?
-# Because other tokens with little meaning become sinks too. One of them is the lone space that pads the
-# shorter prompt of a pair. The vector `" weddings" - " "` (one stream minus another, tutorial 04) is then
-# mostly a missing sink, and hardly a wedding. Ministeer warns you when you make such a vector.
+# Because other tokens become sinks too. One of them is the lone space that pads the shorter prompt of a pair.
+
+# %%
+pair = torch.tensor([tokenizer.encode(" weddings"), tokenizer.encode(" ")])
+_, pair_resid = model(pair)
+for l in (0, 1, 2, 3, 10, 20):
+    word, space = pair_resid[l][:, 1].norm(dim=-1)
+    print(f"resid[{l:2}] norm of ' weddings' {word:6.1f}, of ' ' {space:6.1f}")
+#> resid[ 0] norm of ' weddings'    3.6, of ' '    3.3
+#> resid[ 1] norm of ' weddings'   65.1, of ' '   53.2
+#> resid[ 2] norm of ' weddings'   98.7, of ' '   98.5
+#> resid[ 3] norm of ' weddings'  107.7, of ' '  828.4
+#> resid[10] norm of ' weddings'  168.7, of ' '  285.7
+#> resid[20] norm of ' weddings'  237.6, of ' '  194.4
+
+# %% [markdown]
+# Block 2 makes the space a giant, and not the word. The vector `" weddings" - " "` (one stream minus the
+# other, tutorial 04) is then mostly a missing sink, and hardly a wedding. `steering_vector` warns of it:
+
+# %%
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    steering_vector(model, tokenizer, " weddings", " ", layer=3)
+for warning in caught:
+    print(textwrap.fill(str(warning.message), 100))
+#> 98% of the squared norm of ' weddings' - ' ' before block 3 lies in 4 of 576 dimensions: an
+#> attention sink of one prompt, often its padding. Try an earlier layer, or prompts of equally many
+#> tokens.
+
+# %% [markdown]
+# At which layers is this so?
 
 # %%
 vectors = steering_vectors(model, tokenizer, " weddings", " ", list(range(n_layer)))
@@ -127,8 +180,8 @@ print("sink  ", "".join(f"{shares[l]:6.0%}" for l in (0, 1, 2, 3, 6, 10, 16, 20,
 # %% [markdown]
 # From layer 3 to layer 11, more than half of the vector's squared norm lies in 4 dimensions, up to 98 %: this
 # is the sink. At the other layers it is 11 to 50 %, which need not be a sink: the embedding, before any
-# block, has 21 %. Tutorial 07 shows where steering works, and you will not be surprised that layer 1 is
-# better than layer 6. (You will be surprised that some late layers work too. We do not know why.)
+# block, has 21 %. Tutorial 07 shows where steering works: layer 1 is better than layer 6. Some late layers
+# work too, and we do not know why.
 #
 # ## The figure: norms by layer and position
 

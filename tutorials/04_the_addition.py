@@ -99,36 +99,46 @@ for l in (0, 1, 2, 3, 10, 20, 30):
 # 2 on, every later position changes too. Position 0 never does, because no position looks ahead.
 #
 # ## Does it do what we want, or just something?
-# Any large change moves the answer. So beside the unsteered model we always put a *random* vector of the same
-# norm at the same place.
+# Any large change moves the answer. So beside the unsteered model we always put five *random* vectors of the
+# same norm at the same place.
 
 # %%
 words = [" wedding", " bride", " marry", " married", " love"]
 word_ids = [tokenizer.encode(word, bos=False)[0] for word in words]
-control, _ = model(ids, steer=[coeff * random_like(weddings, seed=0)])
-for name, logits in (("unsteered", plain), ("steered", steered), ("random", control)):
+rows = [("unsteered", plain), ("steered", steered)]
+for seed in range(5):
+    rows.append((f"random {seed}", model(ids, steer=[coeff * random_like(weddings, seed)])[0]))
+for name, logits in rows:
     p = logits[0, -1].softmax(dim=-1)
     print(f"{name:10}", "  ".join(f"{word} {p[i]:.1e}" for word, i in zip(words, word_ids, strict=True)))
 #> unsteered   wedding 9.4e-07   bride 1.3e-07   marry 4.1e-07   married 4.3e-07   love 4.3e-04
 #> steered     wedding 5.6e-04   bride 1.4e-05   marry 5.6e-05   married 7.6e-05   love 1.2e-03
-#> random      wedding 2.0e-05   bride 1.6e-06   marry 7.7e-06   married 4.9e-06   love 1.5e-03
+#> random 0    wedding 2.0e-05   bride 1.6e-06   marry 7.7e-06   married 4.9e-06   love 1.5e-03
+#> random 1    wedding 4.0e-06   bride 3.5e-07   marry 2.1e-06   married 2.8e-06   love 4.8e-04
+#> random 2    wedding 4.1e-06   bride 2.8e-07   marry 1.1e-06   married 2.0e-06   love 5.0e-04
+#> random 3    wedding 1.5e-06   bride 1.1e-07   marry 4.2e-07   married 9.1e-07   love 3.1e-04
+#> random 4    wedding 2.5e-06   bride 2.0e-07   marry 1.2e-06   married 1.5e-06   love 4.3e-04
 
 # %% [markdown]
-# This is one prompt and one next token: a first look, not a result. Tutorials 05 and 07 count whole
-# completions.
+# The first four words rise above the highest of the five random vectors. " love" does not: one random vector
+# raises it more. This is one prompt and one next token: a first look, not a result. Tutorials 05 and 07 count
+# whole completions.
 #
 # ## The figure: where the stream has moved
+# White means that nothing has changed, not even in the last digit. BOS sees no other position; and before
+# block 1 has run, no later position has seen the vector.
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 4.4))
-image = axis.imshow(moved.clamp(min=1e-3).log10(), cmap="cividis", vmin=-3, vmax=1, aspect="auto",
-                    origin="lower")
+# log10(0) is minus infinity, which is drawn in no colour: these places stay white.
+image = axis.imshow(moved.log10(), cmap="cividis", vmin=-2, vmax=1, aspect="auto", origin="lower")
 axis.set_xticks(pos, [repr(piece) for piece in pieces], rotation=45, ha="right", rotation_mode="anchor")
 axis.set_xlabel("position")
 axis.set_ylabel("layer l of resid[l]")
-axis.set_title(f'" weddings" - " " before block {layer}, c {coeff:g}; one prompt', fontsize="medium")
-bar = figure.colorbar(image, label="change / norm of the unsteered stream", ticks=[-3, -2, -1, 0, 1])
-bar.ax.set_yticklabels(["≤ 0.001", "0.01", "0.1", "1", "10"])
+axis.set_title(f'" weddings" - " " before block {layer}, c {coeff:g}; one prompt; white: unchanged',
+               fontsize="medium")
+bar = figure.colorbar(image, label="change / norm of the unsteered stream", ticks=[-2, -1, 0, 1])
+bar.ax.set_yticklabels(["≤ 0.01", "0.1", "1", "10"])
 lesson.save(figure, "04_the_addition")
 
 # %% [markdown]
