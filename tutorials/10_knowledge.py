@@ -122,8 +122,9 @@ for name, ranking in results.items():
 #
 # At layer 16, four facts are lost and none is gained; the random vectors lose 0 to 2. Is that real? The
 # interval excludes 0, but the test disagrees: when four facts change, all in one direction, chance alone
-# gives p 0.125. The paper saw no loss on GPT-2-XL. On 3,188 rows of ConceptNet, our model loses 2.1 points of P@10, and 0.8 with a random vector
-# ([benchmarks](../benchmarks/README.md)). So there is a loss, and 42 facts could not have shown it.
+# gives p 0.125. The paper saw no loss on GPT-2-XL. On 3,188 rows of ConceptNet, our model loses 2.1 points of
+# P@10, and 0.8 with a random vector ([benchmarks](../benchmarks/README.md)). So there is a loss, and 42 facts
+# could not have shown it.
 #
 # ## Is "no difference seen" the same as "no difference"?
 # No. With 42 facts, an effect must be large to show. The interval says what is still possible; the number
