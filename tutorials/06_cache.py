@@ -121,23 +121,25 @@ def topic(steer, blocks=(), positions=slice(0, 0)):
 everywhere, T = range(n_layer), ids.shape[1]
 effect, base = topic([weddings]), topic([])
 print(f"unsteered                         {base:.4f}")
-print(f"random vector, same norm          {topic([random_like(weddings, seed=0)]):.4f}")
+randoms = [topic([random_like(weddings, seed)]) for seed in range(5)]
+print("five random vectors, same norm    " + " ".join(f"{p:.4f}" for p in randoms))
 print(f"steered                           {effect:.4f}")
 print(f"  all positions restored          {topic([weddings], everywhere, slice(0, T)):.4f}")
 print(f"  position 1 restored             {topic([weddings], everywhere, slice(1, 2)):.4f}")
 print(f"  all positions but 1 restored    {topic([weddings], everywhere, slice(2, T)):.4f}")
 #> unsteered                         0.0032
-#> random vector, same norm          0.0060
+#> five random vectors, same norm    0.0060 0.0025 0.0017 0.0026 0.0027
 #> steered                           0.0740
 #>   all positions restored          0.0032
 #>   position 1 restored             0.0109
 #>   all positions but 1 restored    0.0233
 
 # %% [markdown]
-# With the whole cache restored, no effect remains: there is no other way for the addition to reach a new
-# token. The whole effect is 0.074 − 0.003. A tenth of it remains when position 1 is restored, and a quarter
-# when all the others are. Neither alone carries it: most of it needs both, position 1 and the words that have
-# copied from it.
+# The five random vectors do not come near the steered one. With the whole cache restored, no effect remains:
+# there is no other way for the addition to reach a new token. The whole effect is 0.074 − 0.003. A tenth of
+# it remains when position 1 is restored, and a quarter when all the others are. Neither alone carries it:
+# most of it needs both, position 1 and the later positions of the prompt. Their keys and values can differ
+# only because earlier blocks looked back at position 1 (exercise 2).
 #
 # ## Which blocks read it?
 
@@ -173,6 +175,7 @@ right.plot(range(n_layer), left_over, "o-", color=lesson.BLUE, markersize=3,
            label="steered, cache restored up to block l")
 right.axhline(effect, color=lesson.BLUE, linestyle="--", linewidth=0.8, label="steered")
 right.axhline(base, color="black", linestyle="--", linewidth=0.8, label="unsteered")
+right.plot([n_layer - 1] * 5, randoms, ".", color=lesson.GREY, markersize=4, label="five random vectors")
 right.set_xlabel("block l")
 right.set_ylabel("probability of a wedding word")
 right.set_ylim(0, None)

@@ -55,8 +55,7 @@ print(f"P@1 {p1:.0%}  P@10 {p10:.0%}  P@100 {p100:.0%}  of {n}")
 # "falling" as well as by "white".
 #
 # ## And when steered toward weddings?
-# The same facts, with the steering vector at the front, and with five random ones. Write down your guess
-# before you look: of the 36 answers among the ten likeliest, how many will be lost at layer 1, and at 16?
+# The same facts, with the steering vector at the front, and with five random ones.
 
 # %%
 coeff = 1
@@ -70,8 +69,8 @@ for layer, vector in vectors.items():
 for name, ranking in results.items():
     p1, p10, p100 = precision_at(ranking, (1, 10, 100))
     print(f"{name:19} P@1 {p1:4.0%}  P@10 {p10:4.0%}  P@100 {p100:4.0%}")
-#> unsteered          P@1  50%  P@10  86%  P@100  90%
-#> layer 1, steered   P@1  33%  P@10  57%  P@100  79%
+#> unsteered           P@1  50%  P@10  86%  P@100  90%
+#> layer 1, steered    P@1  33%  P@10  57%  P@100  79%
 #> layer 1, random 0   P@1  26%  P@10  60%  P@100  86%
 #> layer 1, random 1   P@1  38%  P@10  71%  P@100  86%
 #> layer 1, random 2   P@1  48%  P@10  71%  P@100  81%
@@ -102,7 +101,7 @@ for name, ranking in results.items():
         gained = sum(a > b for b, a in zip(before, after, strict=True))
         print(f"{name:19} lost {lost:2}, gained {gained:2}: P@10 {difference:+.0%}",
               f"(95 % {low:+.0%} to {high:+.0%}), p {p:.3f}")
-#> layer 1, steered   lost 12, gained  0: P@10 -29% (95 % -43% to -17%), p 0.001
+#> layer 1, steered    lost 12, gained  0: P@10 -29% (95 % -43% to -17%), p 0.001
 #> layer 1, random 0   lost 11, gained  0: P@10 -26% (95 % -40% to -14%), p 0.001
 #> layer 1, random 1   lost  6, gained  0: P@10 -14% (95 % -26% to -5%), p 0.029
 #> layer 1, random 2   lost  6, gained  0: P@10 -14% (95 % -26% to -5%), p 0.031
@@ -116,15 +115,46 @@ for name, ranking in results.items():
 #> layer 16, random 4  lost  0, gained  0: P@10 +0% (95 % +0% to +0%), p 1.000
 
 # %% [markdown]
-# At layer 1, the vector overwrites the first word of a very short prompt ("Bees", "Snow"). We think that
-# facts are lost where that word mattered: the five random vectors of the same norm lose 6 to 11. This is what
-# steering at the front of a prompt means.
+# At layer 1, twelve facts are lost and none is gained. The five random vectors of the same norm lose 6 to 11.
+# So at least half of this loss is not about weddings.
 #
 # At layer 16, four facts are lost and none is gained; the random vectors lose 0 to 2. Is that real? The
 # interval excludes 0, but the test disagrees: when four facts change, all in one direction, chance alone
 # gives p 0.125. The paper saw no loss on GPT-2-XL. On 3,188 rows of ConceptNet, our model loses 2.1 points of
 # P@10, and 0.8 with a random vector ([benchmarks](../benchmarks/README.md)). So there is a loss, and 42 facts
 # could not have shown it.
+#
+# ## Which facts are lost?
+# Predict before you look: cover the next lines, and read through `facts`. The vector stands at position 1, on
+# the first word of each. Where will that do damage? Write your rule into `expected`. Ours is that a fact
+# suffers if its first word says what it is about, such as "Bees" or "Snow".
+
+# %%
+def expected(prompt):
+    """-> True if we expect that this fact is lost"""
+    return prompt.split()[0] not in ("The", "A", "At", "You", "Two")
+
+
+known_before = [i for i, rank in enumerate(unsteered) if rank is not None and rank < 10]
+for name, ranking in results.items():
+    if name.startswith("layer 1,"):
+        print(f"{name:17} lost", end="")
+        for guess, where in ((True, "as expected"), (False, "elsewhere")):
+            asked = [i for i in known_before if expected(prompts[i]) == guess]
+            lost = sum(ranking[i] >= 10 for i in asked)
+            print(f"  {where} {lost:2} of {len(asked)}", end="")
+        print()
+#> layer 1, steered  lost  as expected  5 of 6  elsewhere  7 of 30
+#> layer 1, random 0 lost  as expected  4 of 6  elsewhere  7 of 30
+#> layer 1, random 1 lost  as expected  4 of 6  elsewhere  2 of 30
+#> layer 1, random 2 lost  as expected  4 of 6  elsewhere  2 of 30
+#> layer 1, random 3 lost  as expected  5 of 6  elsewhere  2 of 30
+#> layer 1, random 4 lost  as expected  3 of 6  elsewhere  4 of 30
+
+# %% [markdown]
+# Where the first word says what the fact is about, half or more are lost, with the vector and with each random
+# one; elsewhere, few are. This is what steering at the front of a prompt means: it overwrites a word. How did
+# your rule do? If you wrote it after looking at this list, it predicted nothing.
 #
 # ## Is "no difference seen" the same as "no difference"?
 # No. With 42 facts, an effect must be large to show. The interval says what is still possible; the number

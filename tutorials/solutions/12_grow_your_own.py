@@ -11,5 +11,5 @@ def n_weights(config):
 
 
 def stronger_helps(hits, vectors, model):
-    best = max(hits(model, vectors(model, 5, coeff)) for coeff in (2, 4))
+    best = max(hits(model, vectors(model, 3, coeff)) for coeff in (2, 4))
     return best > hits(model, vectors(model, 1))

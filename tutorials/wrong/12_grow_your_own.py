@@ -28,12 +28,12 @@ def stronger_helps_never(hits, vectors, model):
 
 
 def stronger_helps_coefficient_4_only(hits, vectors, model):
-    return hits(model, vectors(model, 5, 4)) > hits(model, vectors(model, 1))
+    return hits(model, vectors(model, 3, 4)) > hits(model, vectors(model, 1))
 
 
 def stronger_helps_coefficient_2_only(hits, vectors, model):
-    return hits(model, vectors(model, 5, 2)) > hits(model, vectors(model, 1))
+    return hits(model, vectors(model, 3, 2)) > hits(model, vectors(model, 1))
 
 
 def stronger_helps_or_as_good(hits, vectors, model):
-    return max(hits(model, vectors(model, 5, coeff)) for coeff in (2, 4)) >= hits(model, vectors(model, 1))
+    return max(hits(model, vectors(model, 3, coeff)) for coeff in (2, 4)) >= hits(model, vectors(model, 1))
