@@ -152,9 +152,9 @@ for name, ranking in results.items():
 #> layer 1, random 4 lost  as expected  3 of 6  elsewhere  4 of 30
 
 # %% [markdown]
-# Where the first word says what the fact is about, half or more are lost, with the vector and with each random
-# one; elsewhere, few are. This is what steering at the front of a prompt means: it overwrites a word. How did
-# your rule do? If you wrote it after looking at this list, it predicted nothing.
+# Where the first word says what the fact is about, half or more are lost, with the vector and with each of
+# the random ones; elsewhere, few are. This is what steering at the front of a prompt means: it overwrites a
+# word. How did your rule do? If you wrote it after looking at this list, it predicted nothing.
 #
 # ## Is "no difference seen" the same as "no difference"?
 # No. With 42 facts, an effect must be large to show. The interval says what is still possible; the number
