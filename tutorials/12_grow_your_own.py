@@ -329,7 +329,7 @@ for name, model in models.items():
 
 # %% [markdown]
 # Look at the plain model, with position 1 hidden in one block alone. The loss is largest for block 2, then
-# for block 4; the other blocks are hardly missed. Block 2 is the main reader. And when the vector is added
+# for block 4; the other blocks are missed less. Block 2 is the main reader. And when the vector is added
 # just after block 2 has read, before block 3, the share of completions on its topic has fallen from nearly
 # all to less than half. **A vector works before the block that reads it.** When position 1 is hidden from one
 # block on, the later that block is, the higher the share: more has been carried elsewhere by then.
