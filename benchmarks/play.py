@@ -4,7 +4,7 @@
 
 Sliders: the time from a move of the layer slider to the new map, in a real browser, median and 95th
 percentile. Classroom: clients without a browser, each of which moves a slider three times, a second apart on
-average, then draws completions, and begins again. A client that gets another text than before is an error.
+average, then draws completions, and begins again. A client whose text changes counts as an error.
 """
 
 import argparse

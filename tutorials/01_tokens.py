@@ -3,9 +3,9 @@
 #
 # **What does a language model read?** 15 minutes. You need Python; nothing about language models.
 #
-# Most cells print something. In the script, what they printed is shown below them after `#>`; the text after
-# `≈` was sampled, so yours may differ, and with it the counts of such texts, a little. Run the whole file
-# with `python tutorials/01_tokens.py`, or make a notebook of it ([README.md](README.md)).
+# Most cells print something. In the script, what they printed is shown below them after `#>`. The text after
+# `≈` was sampled, so yours may differ, and counts of such texts may differ a little. Run the whole file with
+# `python tutorials/01_tokens.py`, or make a notebook of it ([README.md](README.md)).
 
 # %%
 import lesson

@@ -62,8 +62,8 @@ print("twice as large, same reading:", torch.allclose(rms_norm(2 * x, weight), y
 # Here are three tokens, with two made-up numbers in each vector.
 #
 # The *scores* are query times key, divided by √d_head. No position sees a later one: before the softmax,
-# those scores are set to −∞. The softmax of each row is the *pattern*, which says how much this position
-# looks at itself and at each earlier one.
+# the scores of later keys are set to −∞. The softmax of each row is the *pattern*, which says how much this
+# position looks at itself and at each earlier one.
 
 # %%
 queries = torch.tensor([[0.0, 1.0], [2.0, 0.0], [2.0, 1.0]])         # a row for each of three tokens
@@ -89,9 +89,9 @@ print("mixture of values\n", (pattern @ values).numpy().round(2))
 #>  [0.04 6.12]]
 
 # %% [markdown]
-# Read the last row of each: the third token's query fits its own key best, so it looks mostly at itself, and
-# what it gets is mostly its own value. More text would not change these rows, because no position sees what
-# comes after it.
+# Read the last row of each table. The third token's query fits its own key best, so it looks mostly at
+# itself. What it gets is mostly its own value. More text would not change these rows, because no position
+# sees what comes after it.
 #
 # ## Where do q, k and v come from?
 # From three linear maps of the normed stream, whose results are cut into heads.

@@ -125,10 +125,10 @@ for l in (0, 2, 3, 10, 20, 29):
 #> block 29: lowest head  11%, median  65%, highest  92%
 
 # %% [markdown]
-# In most of these blocks, the median head gives BOS several times that, and in block 20 more than to all the
-# other positions together. A position at which attention rests is called an *attention sink* (Xiao et al.
-# 2023). Perhaps a head rests there when it has found nothing to copy; we have not shown that. We call the
-# giant, too, a sink.
+# In all of these blocks but block 10, the median head gives BOS more than twice that. In blocks 3, 20 and 29,
+# BOS gets more than all the other positions together. A position at which attention rests is called an
+# *attention sink* (Xiao et al. 2023). Perhaps a head rests there when it has found nothing to copy; we have
+# not shown that. We also call the giant itself a sink.
 #
 # Between blocks 9 and 11 the giant is taken down and built up again, twenty times as large. We do not know
 # why.
@@ -153,8 +153,9 @@ for l in (0, 1, 2, 3, 10, 20):
 #> resid[20] norm of ' weddings'  237.6, of ' '  194.4
 
 # %% [markdown]
-# Block 2 makes the space a giant, and not the word. The vector `" weddings" - " "` (one stream minus the
-# other, tutorial 04) is then mostly a missing sink, and hardly a wedding. `steering_vector` warns of it:
+# Block 2 makes a giant of the space, but not of the word. The vector `" weddings" - " "` (one stream minus
+# the other, tutorial 04) is then mostly the sink of the space, subtracted, and has little to do with
+# weddings. `steering_vector` warns about this:
 
 # %%
 with warnings.catch_warnings(record=True) as caught:

@@ -139,9 +139,9 @@ front = measure("position 1", weddings, [0.5, 1.0, 2.0, 8.0], n)
 # differ. No random vector brings the topic in: at each strength, at most one of its four texts is about
 # weddings.
 #
-# The text does not break, not even at 8. It costs as much as with the random vectors, or a little more;
-# perhaps because a wedding is a surprise in itself. Why does strength change so little? Let us look at what
-# block 1 reads at position 1.
+# The text does not break, not even at 8. Its disfluency is as high as with the random vectors, or a little
+# higher, perhaps because a wedding is a surprise in itself. Why does strength change so little? Let us look
+# at what block 1 reads at position 1.
 
 # %%
 print(f"the vector: norm {weddings.vector.norm():.0f}")
@@ -161,12 +161,13 @@ for c in [0.0, 0.5, 1.0, 2.0, 8.0]:
 
 # %% [markdown]
 # A block first divides by the size of the stream (tutorial 02), so inside it the norm is always √576, or 24.
-# From coefficient 2 on, what is left is nearly the vector alone: a cosine is at most 1. So to block 1,
-# coefficient 8 is hardly more than 2. Perhaps this is why the text holds. It does not explain why the topic
-# is rarer at 8; we do not know why.
+# From coefficient 2 on, what is left is nearly the vector alone: a cosine of 1 means the same direction. So
+# to block 1, coefficient 8 is hardly more than 2. Perhaps this is why the text holds. It does not explain why
+# the topic is rarer at 8; we do not know why.
 #
 # ## What does break it?
-# The same row at *every* position from 1 on, those of the new tokens too. A vector with one axis does that.
+# We add the same row at *every* position from 1 on, those of the new tokens included. A vector with one axis
+# does that.
 
 # %%
 everywhere = measure("every position", ministeer.Steer(1, weddings.vector[0]), [0.25, 0.5], n=10)
@@ -177,10 +178,10 @@ everywhere = measure("every position", ministeer.Steer(1, weddings.vector[0]), [
 
 # %% [markdown]
 # **So how strong?** At position 1, coefficient 1 or 2 brings the topic, and 8 does not break the text. At
-# every position, 0.25 makes it two to three times as surprising, and 0.5 breaks it. With random vectors of
-# the same norm it goes from 11 to 441, so size alone can break a text. At 0.5 the row has norm 39, almost
-# that of the stream at position 1 (42 without the vector). Perhaps a text breaks where what is added at every
-# position is as large as what was there. This is one case, so it is a guess.
+# every position, 0.25 makes it two to three times as surprising, and 0.5 breaks it. There, random vectors of
+# the same norm give a disfluency of 11 to 441, so size alone can break a text. At 0.5 the row has norm 39,
+# almost that of the stream at position 1 (42 without the vector). Perhaps a text breaks where what is added
+# at every position is as large as what was there. This is one case, so it is a guess.
 #
 # ## The figure: topic and fluency by coefficient
 

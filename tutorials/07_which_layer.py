@@ -128,9 +128,9 @@ for text in ("The weather was fine, so we decided to", "My neighbour knocked on 
 #> 'My neighbour knocked on the door and told me': unsteered 1, steered 5 of 20, random 0 0 0 0 0 of 4
 
 # %% [markdown]
-# That is about half of the texts where we chose, but fewer on fresh prompts, and still none with the random
-# vectors. Report the second kind. Two prompts cannot tell how much of the drop is luck, and how much is due
-# to the prompts.
+# On the prompt where we chose, about half of the texts mention weddings. On fresh prompts fewer do, and still
+# none with the random vectors. Report the fresh prompts. Two prompts cannot tell how much of the drop is
+# luck, and how much is due to the prompts.
 #
 # ## The figure: layers, measured in two ways
 

@@ -55,9 +55,9 @@ print(counts, "sentences, written for this tutorial")
 # exp(−mean), says among how many equally likely tokens the model had to choose, on average.
 #
 # Which predictions are fair to count? The vector overwrites position 1. The prediction made *there* is
-# distorted, and in generation nobody would ever sample from it, because the prompt continues. The paper
-# leaves out the first n + 1 predictions, for the steered and the unsteered model alike; `steer.stop` is that
-# number.
+# distorted, and in generation nobody would ever sample from it, because the prompt continues. For a vector at
+# n positions, the paper leaves out the first n + 1 predictions of both the steered and the unsteered model.
+# `steer.stop` is that number.
 
 # %%
 layer = 16
@@ -124,8 +124,8 @@ for topic in texts:
 
 # %% [markdown]
 # Steering makes the texts on its topic likelier, and no random vector of the same norm does as much. The
-# other texts become less likely, more than with any of the five. But that interval almost reaches 1: twelve
-# sentences are few. (For comparison, GPT-2-XL in the paper, also before block 16: 0.92 and 1.00.)
+# other texts become less likely, and more so than with any of the five. But their interval almost reaches 1:
+# twelve sentences are few. (For comparison, GPT-2-XL in the paper, also before block 16: 0.92 and 1.00.)
 #
 # ## Which tokens gained?
 # Here is the mean shift of the tokens that occur at least three times in all the sentences together. (The
@@ -158,7 +158,7 @@ print(len(order), "tokens in all")
 #> 13 tokens in all
 
 # %% [markdown]
-# Only " wedding" moves far. Others leave the range of the five random vectors by 0.2 nats or less, and that
+# Only " wedding" moves far. Others leave the range of the random vectors by about 0.2 nats or less, and that
 # may be luck: a sixth random vector would be the highest or the lowest of six in a third of the cases.
 #
 # ## The figure: the ratio by layer
@@ -201,13 +201,13 @@ lesson.save(figure, "08_probabilities")
 # %% [markdown]
 # (sink: the share of the vector's squared norm in 4 of its 576 dimensions, tutorial 03.) At layers 16 and 20,
 # the texts about weddings are likelier than without a vector, and than with any of the five random ones;
-# those about shipping are less likely. At layers 3 and 6, where the vector is mostly sink, it lies in the
-# range of the random vectors, or at its edge. At layer 6 they differ from each other by up to a factor of
-# three, so a single one could have shown almost anything.
+# those about shipping are less likely. At layers 3 and 6, where the vector is mostly sink, its ratio lies in
+# the range of the random vectors, or at the edge of it. At layer 6, the random vectors differ from each other
+# by up to a factor of three, so a single one could have shown almost anything.
 #
-# Layer 1 brings the topic into new texts best (tutorial 07). But it makes given texts about weddings likelier
-# only in comparison with random vectors, not with no vector. Two good measures, two answers; say which one
-# you mean.
+# Layer 1 brings the topic into new texts best (tutorial 07). But there, given texts about weddings become
+# less likely than without a vector, though likelier than with any of the random ones. Two good measures give
+# two answers; say which one you mean.
 #
 # ## Exercise 1
 # Fix this function. It should compute the ratio by documents: first the mean of each text, then the mean of

@@ -61,9 +61,10 @@ print(f"{'random':10}", "".join(f"{min(ks):5} to {max(ks)}" for ks in zip(*contr
 #> random         0 to 0    0 to 2    0 to 0
 
 # %% [markdown]
-# The diagonal is what we asked for; the rest is what came along with it. For weddings and science, it lies
-# above all five random vectors. For music, twenty texts are too few to be sure: one random vector reaches
-# about half as many. Word lists are a rough judge: a text may be about music and contain none of our words.
+# The diagonal is what we asked for; the rest is what came along with it. For weddings and science, the
+# diagonal lies above all five random vectors. For music, twenty texts are too few to be sure: one random
+# vector reaches about half as many. Word lists are a rough judge: a text may be about music and contain none
+# of our words.
 #
 # ## Does love - hate make a text kinder?
 # This is the paper's own example. Read before you measure: five of these ten texts were written with
@@ -123,8 +124,8 @@ print("steered texts among the ten:", *[i for i, (label, _) in enumerate(ten, st
 # your five were steered? Of readers who guess blindly, one in ten gets four or more.
 #
 # ## Does it matter where it is added?
-# The vector goes to the first token after BOS, to 'I', and leaves ' hate' as it is. Move it one token on, and
-# the random ones with it. At either place it is larger than the stream that it is added to:
+# The vector goes to the first token after BOS, to 'I', and leaves ' hate' as it is. Now we move it one token
+# on, and the random vectors too. At either place it is larger than the stream that it is added to:
 
 # %%
 on_hate = replace(love, start=2)
@@ -178,8 +179,8 @@ lesson.save(figure, "09_topics_and_sentiment")
 # ## Exercise 1
 # Decide by a rule. A difference is shown only if the 95 % interval of steered minus random (`bootstrap` of
 # the differences of the scores, text by text) lies on the same side of 0 for all five. Write this rule. What
-# does it say about each of the two places above? And about `written_with` and `love` on a prompt whose first
-# words carry no feeling, such as "When I think about my neighbour, I feel"?
+# does it say about each of the two places above? And about `written_with(prompt, love)` for a prompt whose
+# first words carry no feeling, such as "When I think about my neighbour, I feel"?
 
 # %%
 def decide(steered, randoms):

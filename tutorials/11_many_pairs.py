@@ -106,7 +106,7 @@ for bad in bad_pairs:
 #> norm 20496, cosine 0.05: ('We talked about the wedding', '')
 
 # %% [markdown]
-# The mean of twelve forgives a pair that points the wrong way, but not one that is too long. The empty text
+# The mean of twelve forgives a pair that points the wrong way, but not one with a huge norm. The empty text
 # ends in BOS, a sink (tutorial 03): its stream is so large that the mean is hardly anything else. So look at
 # the norms of your rows before you average them.
 #
@@ -171,13 +171,13 @@ for i, (name, _, c) in enumerate(settings):
 #>    disfluency 4.4 (4.1 to 4.6), random 3.9 to 4.8, ≈ ', "It\'s a beautiful day, I\'m so '
 
 # %% [markdown]
-# CAA brings the topic in at a smaller coefficient: it acts on every new token. No random vector brings it in.
-# CAA also costs more: 8.8 at 0.5 and 14.0 at 1, against 6.5 for ActAdd. Much of this is size, as the random
-# vectors cost more at 1, too.
+# CAA brings the topic in at a smaller coefficient, perhaps because it acts on every new token. No random
+# vector brings it in. CAA also costs more: 8.8 at 0.5 and 14.0 at 1, against 6.5 for ActAdd. Much of this is
+# size: at 1, random vectors of the same norm cost more than ActAdd, too.
 #
-# The same row at position 1 alone does nothing. Is that because it was taken from the *end* of sentences?
-# Perhaps. But around block 12, ActAdd's own vector hardly works at the front either (tutorial 07), so this
-# result does not tell.
+# The same row at position 1 alone brings no weddings. Is that because it was taken from the *end* of
+# sentences? Perhaps. But around block 12, ActAdd's own vector hardly works at the front either (tutorial 07),
+# so this result does not tell.
 #
 # ## The figure: topic against disfluency
 
@@ -204,9 +204,9 @@ axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 lesson.save(figure, "11_many_pairs")
 
 # %% [markdown]
-# Better is up and to the left. Neither method is shown to be better here: going up, CAA goes right as well,
-# past ActAdd. And this is one prompt, one topic, and pairs and coefficients that we made up. It shows how to
-# compare, not who wins.
+# Better is up and to the left. Neither method is shown to be better here: where CAA is higher than ActAdd, it
+# is also further to the right. And this is one prompt, one topic, and pairs and coefficients that we made up.
+# It shows how to compare, not who wins.
 #
 # ## Exercise 1
 # Look at your data. Which pair pulls the mean furthest to its own side? Leave out one pair at a time: the

@@ -343,8 +343,8 @@ for name, model in models.items():
 
 # %% [markdown]
 # First column: the *main reader* is the block that costs most when position 1 is hidden in it alone. In the
-# plain model, little is left then. The skipping model keeps more, so other blocks must read position 1 as
-# well: in training, any block could be missing.
+# plain model, little is left then. The skipping model keeps more, so other blocks read position 1 as well,
+# perhaps because in training any block could be missing.
 #
 # Second and third column: **a vector works as far as later blocks read it.** A vector added before block l is
 # too late for the blocks before l. So it should do as much as a vector added before block 0 that those blocks

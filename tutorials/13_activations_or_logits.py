@@ -175,7 +175,7 @@ print("unsteered, ' wedding' is the next token of rank", rank)
 # ActAdd leaves many texts without a wedding, and more strength does not help: c 4 brings no more than c 2.
 # None of the random vectors brings any, and some of them cost fluency too. A prompt is hard to beat: as many
 # weddings as ActAdd, about as fluent, and no vector. PreADD at s 1.5 is not shown to beat the prompt at n 20;
-# at s 3 the language breaks. FUDGE does not get there. Its classifier votes only on the 50 likeliest tokens,
+# at s 3 the language breaks. FUDGE brings no wedding. Its classifier votes only on the 50 likeliest tokens,
 # and " wedding" is far from those. Perhaps that is the reason, or the small classifier is; we have not shown
 # it here.
 #

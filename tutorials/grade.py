@@ -1,7 +1,7 @@
 """Grade the exercises in a folder of students' scripts, as JSON: python -m tutorials.grade FOLDER
 
 FOLDER holds scripts or notebooks named like the tutorials, whole copies or only the functions. Each exercise
-gets a process of its own, and there the cases of the page and more, drawn with --seed. Of a student's file,
+runs in a process of its own, on the cases of the page and on more, drawn with --seed. Of a student's file,
 only the imports, functions, classes and constants are used; everything else comes from the page itself.
 The limits stop accidents, not attacks: grade untrusted scripts in a container. Linux and macOS only.
 """

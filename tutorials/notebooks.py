@@ -1,6 +1,6 @@
 """Make notebooks of the tutorials: python -m tutorials.notebooks SOURCE [TUTORIAL …]
 
-Each is written to tutorials/notebooks/ with its outputs and figures. It needs nothing beside it: its first
+Each is written to tutorials/notebooks/ with its outputs and figures. It needs no other file: its first
 cell installs ministeer from SOURCE and writes lesson.py where they are missing, and its last cell holds the
 solutions. Needs: pip install -e ".[notebooks]".
 """
@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "notebooks"
 SETUP = """\
 #@title Run this cell first
-# It installs ministeer, and writes lesson.py, which the cells below import, if they are missing.
+# Where they are missing, it installs ministeer and writes lesson.py, which the cells below import.
 import importlib.util
 import subprocess
 import sys
@@ -60,13 +60,13 @@ def main(argv=None):
 
 
 def build(page, source):
-    """-> the notebook of a tutorial, not executed: the cells without their `#>` lines, between two more"""
+    """-> the notebook of a tutorial, not executed: its cells without `#>` lines, setup and solutions"""
     import jupytext
     from nbformat.v4 import new_code_cell, new_markdown_cell
     text = "".join(split_output(cell)[0] if is_code(cell) else cell
                    for cell in cells(page.read_text(encoding="utf-8")))
     text = re.sub(r"\]\(([01]\d_\w+)\.py\)", r"](\1.ipynb)", text)
-    text = re.sub(r"\[([^]]+)\]\(\.\./[^)]+\)", r"\1", text)        # what is not a tutorial is not beside it
+    text = re.sub(r"\[([^]]+)\]\(\.\./[^)]+\)", r"\1", text)        # only tutorials lie beside it
     notebook = jupytext.reads(text, fmt="py:percent")
     setup = SETUP.format(wanted=f"ministeer[weights,tutorials] @ {source}",
                          lesson=(HERE / "lesson.py").read_text(encoding="utf-8"))

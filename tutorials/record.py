@@ -11,7 +11,7 @@ not compared. Writing the lines also renews the figure beside the script.
 
 tolerances.json has, for each tutorial, lines with "#" for each number, such as "coeff # # of #", and how far
 each number may be off, such as [0, 3, 0]; "20%" is a share of the number. Choose them so small that a line
-does not match any more where the sentence below it would be wrong.
+stops matching before the sentence below it becomes wrong.
 """
 
 import contextlib

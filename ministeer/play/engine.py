@@ -33,7 +33,7 @@ COLUMNS = ("unsteered", "steered", "random")
 CONTROLS = 5                        # random vectors, seeds 0 … 4
 COEFFS = (-4, -2, -1, 0, 1, 2, 4)   # of `scan`
 SAMPLED = ("max_new_tokens", "temperature", "top_p", "freq_penalty", "seed")
-# Limits of what one person may ask of a server that a classroom shares.
+# Limits on what one person may ask of a server that a classroom shares.
 MOST_CHARACTERS, MOST_TOKENS, MOST_NEW, MOST_N = 2000, 64, 100, 50
 BATCH = 30                          # completions that grow together
 PRESETS = {
@@ -70,9 +70,9 @@ def field(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the fields of the page hold, as far as the model reads it.
+    """What the fields of the page hold, as far as the model needs it.
 
-    where: "front", "middle" or "back" of the prompt, the number of the first steered position, or "every"
+    where: "front", "middle" or "back" of the prompt, the number of the first steered position, or "every".
         "every" adds the mean of the vector's rows at each position after BOS, those of new tokens included.
     """
     prompt: str
@@ -182,7 +182,7 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, seeds: Sequence[int]
     random: the same for the random vector of each of `seeds`
     norms: |resid|, unsteered (n_layer + 1, T)
     next: the `shown` tokens likeliest unsteered or steered, and log p of each: unsteered, steered, random …
-    sink: the share of the vector's squared norm in four dimensions; near 1 it says little about the pair
+    sink: the share of the vector's squared norm in four dimensions; near 1, little is about the pair
     Raises Refused if the logits are not finite.
     """
     steer = addition(model, tokenizer, setting)
@@ -322,7 +322,7 @@ def as_python(name: str, s: Setting, n: int, sampling: Sampling) -> str:
 
 
 def as_command(name: str, s: Setting, n: int, sampling: Sampling) -> str:
-    """The `ministeer steer` command of a setting; one that is not at the front takes the saved vector."""
+    """The `ministeer steer` command of a setting; if it is not at the front, with the saved vector."""
     vector = [f"--plus={s.plus}", f"--minus={s.minus}", f"--layer={s.layer}"]
     if s.where != "front":
         vector = ["--vector=vector.safetensors"]

@@ -477,7 +477,7 @@ async function saveVector() {
 
 function saveMap() {
   const copy = $("map").cloneNode(true), parts = copy.querySelectorAll("rect, text");
-  $("map").querySelectorAll("rect, text").forEach((part, i) => {      // the page's styles do not travel along
+  $("map").querySelectorAll("rect, text").forEach((part, i) => {      // the copy lacks the page's styles
     const style = getComputedStyle(part);
     for (const name of ["fill", "stroke", "stroke-width", "font"]) parts[i].style[name] = style[name];
   });
@@ -515,8 +515,8 @@ $("draw").addEventListener("click", complete);
 $("stop").addEventListener("click", () => drawing?.abort());
 $("scan").addEventListener("click", scan);
 $("copy-link").addEventListener("click", async () => {
-  await navigator.clipboard?.writeText(location.href);       // browsers lend it to https and localhost alone
-  $("copied").textContent = navigator.clipboard ? "copied" : "the address of this page is the link";
+  await navigator.clipboard?.writeText(location.href);       // browsers offer it only on https and localhost
+  $("copied").textContent = navigator.clipboard ? "copied" : "please copy the address of this page";
 });
 $("save-vector").addEventListener("click", saveVector);
 $("save-map").addEventListener("click", saveMap);

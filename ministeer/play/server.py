@@ -1,6 +1,6 @@
 """The server of the page: it checks who asks, does one piece of work at a time, and passes on the results.
 
-Read first: engine.py. `serve` starts it; `app` builds it for a model, for tests too.
+Read first: engine.py. `serve` starts it; `app` builds it for a model, also in tests.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def is_loopback(host: str) -> bool:
 
 
 def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlette:
-    """The page and its answers for one model, which `name` loads again."""
+    """The page and its answers for one model; `name` is what `ministeer.load` takes to load it again."""
     worker = ThreadPoolExecutor(1, "model")     # one piece of work at a time, in the order of their arrival
     answering = asyncio.Lock()                  # so that answers and steps of a stream take turns
-    line: list[tuple] = []                      # the clients that wait for completions, the first one served
+    line: list[tuple] = []                      # the clients that wait; the first is being served
 
     async def work(function: Callable, *args: object) -> object:
         return await asyncio.get_running_loop().run_in_executor(worker, function, *args)
@@ -134,11 +134,11 @@ def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlett
         return engine.scan(model, tokenizer, setting(given), given.get("target"))
 
     def answers(function: Callable[[dict], object]) -> Callable:
-        """A route that answers with what `function` makes of the body, unless the client leaves before."""
+        """A route that answers with what `function` makes of the body, unless the client leaves first."""
         async def route(request: Request) -> Response:
             try:
                 job = asyncio.ensure_future(answer(function, await body(request)))
-                gone = asyncio.ensure_future(request.receive())     # after the body comes only the departure
+                gone = asyncio.ensure_future(request.receive())     # after the body: only a disconnect
                 await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
                 gone.cancel()
                 if not job.done():
