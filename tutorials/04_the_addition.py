@@ -125,6 +125,7 @@ for name, logits in rows:
 # whole completions.
 #
 # ## The figure: where the stream has moved
+# To see this map move while you drag a slider, run `ministeer play`.
 # White means that nothing has changed, not even in the last digit. BOS sees no other position; and before
 # block 1 has run, no later position has seen the vector.
 

@@ -207,5 +207,6 @@ lesson.check(highest_of, ((1, 40, 0.2), 0.2), ((30, 40, 0.2), 0.3), ((30, 10, 0.
 # what you found on the second three prompts.
 #
 # **Now you know** how to sweep, and what a sweep can make you believe.
+# `ministeer play` draws such a sweep for any prompt, pair and target token.
 # `python -m benchmarks.paper layer-sweep` does the same with n 200 and every layer. Next:
 # [08](08_probabilities.py), what the vector does to text that is already written.
