@@ -3,6 +3,7 @@
     python -m benchmarks.train_classifier toxicity --data FOLDER
     python -m benchmarks.rivals toxicity --data FOLDER
     python -m benchmarks.rivals pos-to-neg --data FOLDER    # or neg-to-pos; both need the other classifier
+    python -m benchmarks.rivals toxicity --data FOLDER --methods ActAdd PreADD
 
 Each method that has something to choose has six cells: strengths, or for ActAdd layers and coefficients. On
 the tuning prompts the cell with the best score is chosen among those whose disfluency is at most 1.5 times
@@ -31,7 +32,7 @@ from ministeer.baselines.classifier import PrefixClassifier
 from ministeer.baselines.logits import NEGATIVE, POSITIVE, TOXIC
 from ministeer.evaluation import measure
 from ministeer.evaluation.stats import bootstrap, holm, paired
-from ministeer.steering import random_like
+from ministeer.steering import Steer, random_like
 from ministeer.utils import printable, write
 
 from . import jobs
@@ -65,12 +66,16 @@ LAYERS, COEFFS = (1, 6, 16), (3.0, 10.0)
 CELLS = {"PreADD": [0.25, 0.5, 1, 1.5, 2, 3], "LMA": [1, 3, 9, 24, 50, 99],
          "SelfDebias": [1, 3, 10, 30, 100, 300], "FUDGE": [0.5, 1, 2, 4, 8, 16],
          "LMA + Classifier": [1, 3, 9, 24, 50, 99]}
+NAMES = ("Prompted", "ActAdd", *CELLS)
 TIMED_ROWS = TIMED_TOKENS = 16      # time is measured with so many rows, and so many tokens for each
 FEW = 50                            # test prompts for which the length of texts is measured
 
 
-def cells(lab, task, classifier):
-    """-> {method: {strength as text: a LogitMixer}}"""
+def cells(lab, task, classifier, wanted=NAMES, steer=None):
+    """-> {method: {strength as text: a LogitMixer}} of the unsteered model and the `wanted` methods
+
+    steer: ActAdd's only cell, or None for its six
+    """
     if task == "toxicity":
         base, away, toward, sign = "", TOXIC, 0, 1
     elif task == "neg-to-pos":
@@ -78,22 +83,25 @@ def cells(lab, task, classifier):
     else:
         base, away, toward, sign = NEGATIVE, POSITIVE, 0, -1
     methods = {"Unsteered": {"": logits.unsteered()}}
-    if base:
+    if base and "Prompted" in wanted:
         methods["Prompted"] = {"": logits.prompted(base)}
-    methods["ActAdd"], methods[RANDOM] = {}, {}
-    for layer in [min(l, lab.model.config.n_layer - 1) for l in LAYERS]:
-        for coeff in COEFFS:
-            steer = sign * lab.steer(" love", " hate", layer, coeff)
-            cell = f"layer {layer}, c {coeff:g}"
-            methods["ActAdd"][cell] = logits.act_add(steer)
-            methods[RANDOM][cell] = logits.act_add([random_like(steer, seed) for seed in range(VECTORS)])
+    if "ActAdd" in wanted:
+        layers = [min(l, lab.model.config.n_layer - 1) for l in LAYERS]
+        steers = [steer] if steer else [sign * lab.steer(" love", " hate", layer, coeff)
+                                        for layer in layers for coeff in COEFFS]
+        methods["ActAdd"], methods[RANDOM] = {}, {}
+        for s in steers:
+            cell = f"layer {s.layer}, c {s.coeff:g}"
+            methods["ActAdd"][cell] = logits.act_add(s)
+            methods[RANDOM][cell] = logits.act_add([random_like(s, seed) for seed in range(VECTORS)])
     make = {"PreADD": lambda s: logits.preadd(away, s, base), "LMA": lambda s: logits.lma(away, s, base),
             "SelfDebias": lambda s: logits.self_debias(away, s, 0, base),
             "FUDGE": lambda s: logits.fudge(classifier, s, toward=toward, base=base),
             "LMA + Classifier": lambda s: logits.lma_classifier(away, classifier, s, toward=toward,
                                                                 base=base)}
     for name, method in make.items():
-        methods[name] = {f"{strength:g}": method(strength) for strength in CELLS[name]}
+        if name in wanted:
+            methods[name] = {f"{strength:g}": method(strength) for strength in CELLS[name]}
     return methods
 
 
@@ -127,6 +135,10 @@ def main():
                         help=f"tuning prompts (default and at most {TUNING})")
     parser.add_argument("--repeats", type=int, default=5,
                         help="continuations of each test prompt (default 5)")
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES), metavar="METHOD",
+                        help=f"only these, beside the unsteered model: {', '.join(NAMES)}")
+    parser.add_argument("--steer", metavar="FILE",
+                        help="ActAdd's vector, as benchmarks.search saves one, instead of ActAdd's search")
     parser.add_argument("--judge", help="default profanity for toxicity, vader for sentiment")
     parser.add_argument("--classifier", help="default OUT/toxicity.safetensors or OUT/sentiment.safetensors")
     parser.add_argument("--seed", type=int, default=0)
@@ -134,7 +146,10 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="results")
     args = parser.parse_args()
-    args.experiment, args.layer, args.coeff, args.protocol = f"rivals-{args.task}", None, None, "paper"
+    args.layer, args.coeff, args.protocol = None, None, "paper"
+    args.experiment = f"rivals-{args.task}"
+    if set(args.methods) != set(NAMES):         # a part of the table must not replace the whole one
+        args.experiment += "".join(f"-{name.replace(' ', '')}" for name in args.methods)
     with faults_in_one_line("rivals.py"), jobs.workers(args.device) as rank:
         for name in ("n", "tuning", "repeats"):
             if getattr(args, name) < 1:
@@ -148,15 +163,19 @@ def main():
 def run(args, rank):
     """Search, choose, test, time; the first process writes the results."""
     kind = "toxicity" if args.task == "toxicity" else "sentiment"
-    path = Path(args.classifier or Path(args.out) / f"{kind}.safetensors")
-    classifier = PrefixClassifier.load(path)
-    # Another classifier is another experiment, so its digest is one of the settings.
-    args.classifier = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    classifier = None
+    if any("Classifier" in name or name == "FUDGE" for name in args.methods):
+        path = Path(args.classifier or Path(args.out) / f"{kind}.safetensors")
+        classifier = PrefixClassifier.load(path).to(args.device)
+        # Another classifier is another experiment, so its digest is one of the settings.
+        args.classifier = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    steer = None
+    if args.steer:
+        steer, args.steer = Steer.load(args.steer), hashlib.sha256(Path(args.steer).read_bytes()).hexdigest()
     lab = Lab(args, rank)
-    classifier = classifier.to(args.device)
     scorer = lab.judge("profanity" if kind == "toxicity" else "vader")
     sign = 1 if args.task == "neg-to-pos" else -1           # times the judge's score: the higher, the better
-    methods = cells(lab, args.task, classifier)
+    methods = cells(lab, args.task, classifier, args.methods, steer)
     tuning, test, new = texts(lab, args.task)
     few = test[:FEW]
 
@@ -186,9 +205,9 @@ def run(args, rank):
     searched = score_all("tuning", [(name, cell) for name in searchable for cell in searchable[name]], 1)
     limit = 1.5 * searched["Unsteered", ""]["disfluency"][0]
     chosen = {name: best(name, names, searched, limit) for name, names in searchable.items()}
-    if chosen["ActAdd"] is not None:
+    if chosen.get("ActAdd") is not None:
         chosen[RANDOM] = chosen["ActAdd"]           # the control of what was chosen, not a rival of its own
-        if chosen["LMA"] is not None:
+        if chosen.get("LMA") is not None:
             chosen[BOTH] = f"{chosen['ActAdd']}; {chosen['LMA']}"
             steer = methods["ActAdd"][chosen["ActAdd"]].branches[0].steer
             methods[BOTH] = {chosen[BOTH]: methods["LMA"][chosen["LMA"]].steered(steer)}

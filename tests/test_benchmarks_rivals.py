@@ -184,6 +184,19 @@ def test_the_comparison_runs_and_goes_on_where_it_was(trained, tiny_llama, data,
     assert {path: path.stat().st_mtime_ns for path in out.glob(".units/*/*.json")} == stamps
 
 
+def test_some_methods_with_a_vector_from_a_file_need_no_classifier(tiny_llama, data, tmp_path, monkeypatch,
+                                                                   capsys):
+    model, tokenizer = ministeer.load(tiny_llama)
+    path = tmp_path / "found.safetensors"
+    (2 * ministeer.steering_vector(model, tokenizer, " a", " b", 1)).save(path)
+    command = ["pos-to-neg", "--data", data, "--model", tiny_llama, "--out", tmp_path, "-n", "3", "--repeats",
+               "2", "--tuning", "3", "--judge", "words:weddings", "--methods", "ActAdd", "--steer", path]
+    run(monkeypatch, rivals, command)
+    found = json.loads((tmp_path / "rivals-pos-to-neg-ActAdd.json").read_text(encoding="utf-8"))
+    assert set(found["tuning"]) == {"Unsteered|", "ActAdd|layer 1, c 2"}
+    assert {*found["test"]} - {"ActAdd", "ActAdd, random"} == {"Unsteered"}
+
+
 @pytest.mark.parametrize(("module", "arguments", "message"), [
     (rivals, ["toxicity", "--data", "{data}", "--out", "{tmp}"], "train_classifier` makes one"),
     (rivals, ["toxicity", "--data", "{data}", "--repeats", "0"], "--repeats must be 1 or more; given: 0"),
