@@ -199,13 +199,14 @@ def control_in_words(n, prompts=1):
 
 
 @contextlib.contextmanager
-def figure(lab, name, columns=1, width=7.0, height=3.6):
-    """Axes to draw on. The first process saves them as OUT/name.png, complete or not at all."""
+def figure(lab, name, columns=1, width=7.0, height=3.6, rows=1, share=False):
+    """Axes to draw on, in rows. The first process saves them as OUT/name.png, complete or not at all."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    yield fig, axes[0]
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False,
+                             sharex=share, sharey=share)
+    yield fig, axes.ravel()
     if lab.rank[0] == 0:
         image = io.BytesIO()
         fig.savefig(image, dpi=150)

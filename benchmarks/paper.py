@@ -22,14 +22,14 @@ from pathlib import Path
 
 from ministeer.utils import printable, write
 
-from . import completions, jobs, texts
+from . import completions, jobs, layers, texts
 from .lab import Lab, faults_in_one_line, versions
 
 EXPERIMENTS = {"perplexity": texts.perplexity, "token-shifts": texts.token_shifts,
                "layer-sweep": completions.layer_sweep, "positions": completions.positions,
                "topics": completions.topics, "toxicity": completions.toxicity,
                "sentiment": completions.sentiment, "knowledge": texts.knowledge, "anatomy": texts.anatomy,
-               "grid": completions.grid}
+               "grid": completions.grid, "sink": layers.sink, "readers": layers.readers}
 
 
 def main():
@@ -62,7 +62,7 @@ def main():
         result, text = EXPERIMENTS[args.experiment](lab)
         if rank[0] == 0:
             text = printable(text)
-            settings = {key: value for key, value in vars(args).items() if key != "data"}
+            settings = {key: value for key, value in vars(args).items() if key not in ("data", "out")}
             about = {"experiment": args.experiment, "setting": {**settings, "processes": rank[1]},
                      "seed": args.seed, "model": lab.model.name,
                      "versions": versions()}

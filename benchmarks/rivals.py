@@ -9,11 +9,12 @@ Each method that has something to choose has six cells: strengths, or for ActAdd
 the tuning prompts the cell with the best score is chosen among those whose disfluency is at most 1.5 times
 the unsteered model's. The tables show the chosen cells on the test prompts, which played no part in any
 choice. ActAdd, random is the chosen ActAdd with five random vectors of the same norm, one for each repeat.
-One point for each method does not show which is better at equal fluency, so the figure also has every cell on
-the tuning prompts. ActAdd + LMA is the chosen LMA on top of the model that the chosen ActAdd steers, without
-a search of its own: the formula then takes the steered log-probabilities for p, so LMA also punishes, with
-its full strength, what steering makes less likely. Sampling is the same for all: temperature 1, no top-p, no
-penalty. Writes OUT/rivals-TASK.json, .md and .png; an interrupted run continues where it was.
+One point for each method does not show which is better at equal fluency, so the figure, a panel for each
+method, also has every cell on the tuning prompts. ActAdd + LMA is the chosen LMA on top of the model that the
+chosen ActAdd steers, without a search of its own: the formula then takes the steered log-probabilities for p,
+so LMA also punishes, with its full strength, what steering makes less likely. Sampling is the same for all:
+temperature 1, no top-p, no penalty. Writes OUT/rivals-TASK.json, .md and .png; an interrupted run continues
+where it was.
 Turner et al., sections 4.3 and 4.4; hyper-parameters around those of Dekoninck et al.
 """
 
@@ -37,28 +38,13 @@ from ministeer.utils import printable, write
 
 from . import jobs
 from .completions import disfluency_of, sums_by_prompt
-from .lab import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    Lab,
-    chunks,
-    error_bars,
-    faults_in_one_line,
-    figure,
-    over_vectors,
-    span,
-    table,
-)
+from .lab import BLUE, Lab, chunks, error_bars, faults_in_one_line, figure, over_vectors, span, table
 from .prompts import SPLIT, TUNING, split
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "freq_penalty": 0.0}
+LIMIT = 1.5         # of disfluency, times the unsteered model's
 VECTORS = 5         # random ones: random_like's seeds 0 to 4
 RANDOM, BOTH = "ActAdd, random", "ActAdd + LMA"     # not searched: they follow from the choices for others
-COLOURS = {"ActAdd": BLUE, RANDOM: GREY, "PreADD": ORANGE, "LMA": GREEN, "SelfDebias": "#CC79A7",
-           "FUDGE": "#E69F00", "LMA + Classifier": "#56B4E9", BOTH: "#F0E442"}
-MARKERS = {"Unsteered": "s", "Prompted": "D", RANDOM: "v", BOTH: "^"}
 # ActAdd's six cells. Layers: where paper.py found SmolLM2 easiest to steer, where the paper steers, and half
 # way up (or the last layer of a shorter model). Coefficients: the paper's, and the strongest that the search
 # for it has.
@@ -157,6 +143,7 @@ def main():
         if (args.task, args.judge) == ("toxicity", "perspective"):
             raise ValueError("the classifier learned Perspective's scores, so perspective cannot judge "
                              "FUDGE. Take another --judge.")
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         run(args, rank)
 
 
@@ -165,13 +152,12 @@ def run(args, rank):
     kind = "toxicity" if args.task == "toxicity" else "sentiment"
     classifier = None
     if any("Classifier" in name or name == "FUDGE" for name in args.methods):
-        path = Path(args.classifier or Path(args.out) / f"{kind}.safetensors")
+        path = classifier_path(args)
         classifier = PrefixClassifier.load(path).to(args.device)
-        # Another classifier is another experiment, so its digest is one of the settings.
-        args.classifier = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        args.classifier = digest(path)      # another classifier is another experiment
     steer = None
     if args.steer:
-        steer, args.steer = Steer.load(args.steer), hashlib.sha256(Path(args.steer).read_bytes()).hexdigest()
+        steer, args.steer = Steer.load(args.steer), digest(args.steer)
     lab = Lab(args, rank)
     scorer = lab.judge("profanity" if kind == "toxicity" else "vader")
     sign = 1 if args.task == "neg-to-pos" else -1           # times the judge's score: the higher, the better
@@ -203,7 +189,7 @@ def run(args, rank):
 
     searchable = {name: list(method_cells) for name, method_cells in methods.items() if name != RANDOM}
     searched = score_all("tuning", [(name, cell) for name in searchable for cell in searchable[name]], 1)
-    limit = 1.5 * searched["Unsteered", ""]["disfluency"][0]
+    limit = LIMIT * searched["Unsteered", ""]["disfluency"][0]
     chosen = {name: best(name, names, searched, limit) for name, names in searchable.items()}
     if chosen.get("ActAdd") is not None:
         chosen[RANDOM] = chosen["ActAdd"]           # the control of what was chosen, not a rival of its own
@@ -235,16 +221,23 @@ def run(args, rank):
         table_rows[name] = {**results[name, cell], "seconds per token": cost,
                             "tokens": tokens["length", name, cell]}
     text = report(args, methods, chosen, table_rows, scorer, len(tuning), len(few), new, limit)
-    about = {"setting": {**vars(args), "data": None}, "chosen": chosen,
+    about = {"setting": {key: value for key, value in vars(args).items() if key not in ("data", "out")},
+             "chosen": chosen,
              "tuning": {"|".join(key): result for key, result in searched.items()}, "test": table_rows}
     text = printable(text)
     write(lab.out / f"{args.experiment}.json", json.dumps(about).encode())
     write(lab.out / f"{args.experiment}.md", text.encode())
-    with figure(lab, args.experiment, width=7.5, height=4.8) as (_, (axis,)):
-        draw(axis, searched, table_rows, scorer, sign, args.seed)
-        axis.set_title(f"hollow: {len(tuning)} tuning prompts; filled, with 95 %: the cells chosen there, "
-                       f"on {len(test)} test prompts × {args.repeats}", fontsize="medium")
+    draw(lab, args.experiment, searched, table_rows, scorer, sign, len(tuning))
     print(text)
+
+
+def classifier_path(args):
+    kind = "toxicity" if args.task == "toxicity" else "sentiment"
+    return Path(args.classifier or Path(args.out) / f"{kind}.safetensors")
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
 def by_repeat(vectors, n_prompts, repeats):
@@ -341,28 +334,44 @@ def report(args, methods, chosen, results, scorer, n_tuning, n_few, new, limit):
     return text
 
 
-def draw(axis, searched, results, scorer, sign, seed):
-    """The trade-off: every cell that was searched, in order of strength; the chosen ones on test prompts."""
-    for name in dict.fromkeys([*(name for name, _ in searched), *results]):
-        style = {"color": COLOURS.get(name, "black"), "marker": MARKERS.get(name, "o")}
-        tried = [result for (method, _), result in searched.items() if method == name]
-        # ActAdd's cells are at several layers, so they do not lie along one line.
-        line = "none" if name == "ActAdd" else "-"
-        axis.plot([result["disfluency"][0] for result in tried], [sign * result["score"] for result in tried],
-                  markerfacecolor="white", linewidth=0.8, markersize=4, linestyle=line, **style)
-        if name in results:
-            x, x_interval = results[name]["disfluency"]
-            y, y_interval = sign * results[name]["score"], bootstrap(results[name]["by prompt"], seed=seed)
-            axis.errorbar(x, y, error_bars([y], [y_interval]), error_bars([x], [x_interval]), markersize=7,
-                          label=name, elinewidth=0.8, linestyle="", **style)
-    axis.axvline(1.5 * searched["Unsteered", ""]["disfluency"][0], color="black", linestyle=":",
-                 linewidth=0.8)
-    axis.set_xscale("log")
-    for set_format in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-        set_format("{x:.0f}")
-    axis.set_xlabel("disfluency (perplexity per token under the unsteered model); dotted: the limit")
-    axis.set_ylabel(f"mean score, {scorer.name}")
-    axis.legend(fontsize="small", frameon=False)
+def draw(lab, title, searched, results, scorer, sign, n_tuning):
+    """A panel for each method. Hollow: its cells on tuning prompts, in order of strength. Filled: the chosen
+    one on test prompts, with 95 %. In each panel: the unsteered model on test prompts, and the limit."""
+    seed, limit = lab.args.seed, LIMIT * searched["Unsteered", ""]["disfluency"][0]
+    names = list(dict.fromkeys([*(name for name, _ in searched), *results]))
+    names.remove("Unsteered")
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+
+    def point(axis, name, color, **style):
+        x, x_interval = results[name]["disfluency"]
+        y, y_interval = sign * results[name]["score"], bootstrap(results[name]["by prompt"], seed=seed)
+        axis.errorbar(x, y, error_bars([y], [y_interval]), error_bars([x], [x_interval]), elinewidth=0.8,
+                      linestyle="", color=color, **style)
+
+    with figure(lab, title, columns, 3 * columns, 2.4 * rows + 0.6, rows, share=True) as (fig, axes):
+        for axis in axes[len(names):]:
+            axis.axis("off")
+        for axis, name in zip(axes, names, strict=False):
+            tried = [result for (method, _), result in searched.items() if method == name]
+            # ActAdd's cells are at several layers, so they do not lie along one line.
+            axis.plot([result["disfluency"][0] for result in tried],
+                      [sign * result["score"] for result in tried], "o" if name == "ActAdd" else "o-",
+                      color=BLUE, markerfacecolor="white", linewidth=0.8, markersize=4)
+            point(axis, "Unsteered", "black", marker="s", markersize=5)
+            if name in results:
+                point(axis, name, BLUE, marker="o", markersize=7)
+            axis.axvline(limit, color="black", linestyle=":", linewidth=0.8)
+            axis.set_title(name, fontsize="medium")
+            axis.set_xscale("log")
+            for set_format in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+                set_format("{x:.0f}")
+            axis.tick_params(labelsize="small", which="both")
+        fig.supxlabel("disfluency (perplexity per token under the unsteered model); dotted: the limit",
+                      fontsize="small")
+        fig.supylabel(f"mean score, {scorer.name}", fontsize="small")
+        fig.suptitle(f"black: unsteered; hollow: the search on {n_tuning} prompts; filled: chosen there, on "
+                     f"{lab.args.n} test prompts × {lab.args.repeats}, 95 %", fontsize="small")
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def knowledge(lab):
     parts = lab.run([[start, name] for start in starts for name in CONTROLS], part)
     ranks = {name: [rank for start in starts for rank in parts[start, name]] for name in CONTROLS}
     ks = sorted({math.ceil(10 ** (2 * k / 19)) for k in range(20)})
-    lines, curves = [], {}
+    lines, curves, changes = [], {}, {}
     sources = sorted({row["source"] for row in rows})
     with figure(lab, "knowledge", len(sources), 4.5 * len(sources), 3.4) as (_, axes):
         for axis, source in zip(axes, sources, strict=True):
@@ -288,6 +288,7 @@ def knowledge(lab):
                 difference, interval, _ = paired(hits["steered"], base, args.seed, 2000)
                 cells["steered"].append(span(difference, interval, "+.1%"))
                 controls = [statistics.mean(hits[name]) - statistics.mean(base) for name in RANDOM]
+                changes[f"{source}, P@{k}"] = [n, difference, interval, controls]
                 cells["random"].append(over_vectors(controls, "+.1%"))
             lines += [[f"{source}, {name}", n, *row] for name, row in cells.items()]
             axis.set_xscale("log")
@@ -299,7 +300,7 @@ def knowledge(lab):
             "P@K unsteered, and what steering adds to it (95 %, paired); "
             f"random: {len(RANDOM)} vectors, their mean (lowest to highest).\n\n")
     text += table(["", "n", "P@1", "P@5", "P@10", "P@50", "P@100"], lines)
-    return {"layer": layer, "coeff": coeff, "ks": ks, "curves": curves}, text
+    return {"layer": layer, "coeff": coeff, "ks": ks, "curves": curves, "changes": changes}, text
 
 
 PAIRS = [(" weddings", " "), (" love", " hate"), ("Anger", "Calm"),
