@@ -9,11 +9,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, TEXT, UNTRACED, write_rows
 from safetensors.torch import load_file, save_file
 
-from benchmarks import paper, rows, web_judges
+from benchmarks import layers, paper, rows, web_judges
 from benchmarks.lab import Lab
+from ministeer import Steer, steering_vector
+from ministeer.attention import attention_pattern, merge_heads
+from ministeer.methods.inside_blocks import block_parts
 
 N = {"perplexity": 3, "token-shifts": 9, "layer-sweep": 3, "positions": 3, "topics": 2, "toxicity": 4,
      "sentiment": 2, "knowledge": 8, "anatomy": 3, "grid": 4}
@@ -271,3 +275,58 @@ def test_a_text_that_is_not_in_utf8_is_named():
     assert rows.parse("naïve\n".encode(), "x.txt") == "naïve\n"
     with pytest.raises(ValueError, match=r"x\.txt is not a text in UTF-8"):
         rows.parse(b"na\xefve", "x.txt")
+
+
+# Why some layers can be steered: layers.py
+
+def test_the_sink_is_taken_out_of_the_largest_dimensions():
+    steer = layers.without(Steer(1, torch.tensor([[1.0, -9, 2, 3], [8, 0, 0, 1]])), 2)
+    assert torch.equal(steer.vector, torch.tensor([[0.0, 0, 2, 3], [0, 0, 0, 1]]))
+
+
+def test_a_patched_head_sees_position_1_without_the_vector(tiny):
+    model, tokenizer = tiny
+    ids = torch.tensor([tokenizer.encode(TEXT[0])])
+    plain = model.residuals(ids)
+    steered = model.residuals(ids, steering_vector(model, tokenizer, "a", "b", 1))
+    unchanged = layers.patched(model, plain[2], plain[2], 2)
+    assert unchanged.shape[0] == model.config.n_head
+    assert torch.allclose(unchanged, plain[-1].expand_as(unchanged), atol=1e-4)
+    patched = layers.patched(model, steered[2], plain[2], 2)
+    assert not torch.allclose(patched[0], patched[1], atol=1e-4)
+    # Position 0 comes before the change; position 1 itself is computed with patched keys and values, too.
+    assert torch.allclose(patched[:, 0], steered[-1][:, 0].expand_as(patched[:, 0]), atol=1e-4)
+    everywhere = layers.patched(model, steered[2], steered[2], 2)
+    assert torch.allclose(everywhere, steered[-1].expand_as(everywhere), atol=1e-4)
+    # By hand: the output of one head, with the pattern written out.
+    norm, attention = block_parts(model.blocks[2])
+    rope = model.rope(torch.arange(ids.shape[1]))
+    q, k, v = attention.qkv(norm(steered[2]), rope)
+    _, k_plain, v_plain = attention.qkv(norm(plain[2]), rope)
+    head, group = 1, 1 // (q.shape[1] // k.shape[1])
+    k, v = k.clone(), v.clone()
+    k[0, group, 1], v[0, group, 1] = k_plain[0, group, 1], v_plain[0, group, 1]
+    one = attention_pattern(q, k) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    q, k, v = attention.qkv(norm(steered[2]), rope)
+    mixed = attention_pattern(q, k) @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    mixed[0, head] = one[0, head]
+    out = attention.o_proj if hasattr(attention, "o_proj") else attention.c_proj
+    block = model.blocks[2]
+    y = steered[2] + out(merge_heads(mixed))
+    y = y + block.mlp((block.post_attention_layernorm if hasattr(block, "self_attn") else block.ln_2)(y))
+    expected = model.run(y, torch.arange(ids.shape[1]), first_layer=3)[-1]
+    assert torch.allclose(patched[head], expected[0], atol=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("experiment", ["sink", "readers"])
+def test_the_study_of_layers_runs(experiment, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "WEDDING_WORDS", ("love", "hate", "you"))
+    found, text = run_and_read(monkeypatch, [experiment, "--model", str(tiny_llama), "--out", str(tmp_path),
+                                             "-n", "3", "--layer", "1"], tmp_path)
+    assert "|---|" in text
+    if experiment == "sink":
+        assert len(found["counts"]) == 4 * 4 * 6
+    else:
+        assert len(found["drops"]) == 3 * 6
+        assert len(found["shifts"]) == 4 * 6
