@@ -8,7 +8,7 @@ play = ["starlette", "uvicorn"]
 weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
 tutorials = ["matplotlib", "tqdm", "vaderSentiment"]
 notebooks = ["jupytext", "nbformat", "nbclient", "ipykernel", *weights, *tutorials]
-judges = ["vaderSentiment", "alt-profanity-check", "transformers"]
+judges = ["vaderSentiment", "alt-profanity-check", "scikit-learn", "transformers"]
 bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", *tutorials]
 
 source = (HERE / "ministeer/__init__.py").read_text(encoding="utf-8")
