@@ -137,7 +137,6 @@ def without_layout(texts):
 
 # What `steer` prints
 
-
 @pytest.mark.parametrize("model", MODELS)
 def test_json_equals_what_the_library_returns(steer, weights, model):
     answer = steer("--model", model, "--coeff", "2", "-n", "2", "--seed", "5")
@@ -270,7 +269,6 @@ def test_an_error_that_nobody_expected_is_one_line_too(run, monkeypatch, error, 
 
 # Saved vectors
 
-
 @pytest.mark.parametrize("model", MODELS)
 def test_a_saved_vector_gives_the_same_output(succeed, steer, model):
     made = succeed(*STEER, "--coeff", "3", "--model", model, "--save", "love.safetensors")
@@ -329,7 +327,6 @@ def test_a_saved_vector_may_replace_itself_but_no_other_file(run, succeed, weigh
 
 
 # The other commands
-
 
 def test_models_lists_known_and_other_checkpoints(succeed, weights, tmp_path, monkeypatch):
     for name in ("gpt2", "someone/theirs", ".gpt2-xl.part"):
@@ -435,7 +432,6 @@ def test_rejects_bad_command_lines_and_saves_nothing(run, argv, message):
 
 
 # As a process
-
 
 @pytest.mark.parametrize("command", ["", "demo", "steer", "fetch", "models"])
 def test_help_imports_neither_torch_nor_numpy_and_fits_the_screen(process, command):

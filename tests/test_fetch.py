@@ -62,10 +62,6 @@ def git_id(data):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def is_large(file):
-    return file.endswith(".safetensors")
-
-
 def contents(folder):
     """{file: content}"""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -166,7 +162,7 @@ class Hub(Server):
         if file not in files:
             return request.reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         data = files[file]
-        if is_large(file):                          # such files are on another host
+        if file.endswith(".safetensors"):                          # such files are on another host
             etag = f'"{sha256(data) if self.linked else "0-1"}"'
             return request.reply(302, headers={
                 "X-Repo-Commit": commit, "X-Linked-Etag": etag, "X-Linked-Size": len(data),
@@ -176,8 +172,9 @@ class Hub(Server):
 
     def about(self, name, data):
         """What the Hub's list of files says of one."""
-        lfs = {"lfs": {"size": len(data), "sha256": sha256(data), "pointerSize": 1}} if is_large(name) else {}
-        return {"rfilename": name, **({"blobId": git_id(data), **lfs} if self.metadata else {})}
+        large = {"lfs": {"size": len(data), "sha256": sha256(data), "pointerSize": 1}}
+        more = {"blobId": git_id(data), **(large if name.endswith(".safetensors") else {})}
+        return {"rfilename": name, **(more if self.metadata else {})}
 
     def send_file(self, request, body):
         """A large file, or what a Range asks for of it. Breaks off or stops in the middle on demand."""

@@ -306,8 +306,7 @@ def test_the_key_is_not_shown_however_it_is_encoded(web, monkeypatch, encode):
 
 # Trying again, and how often
 
-def hang_up(request):
-    pass
+hang_up = lambda request: None
 
 
 def in_fifty_seconds(request):
