@@ -63,10 +63,6 @@ class Copy:
         self.configure(tie_word_embeddings=tied)
         self.set(**{"lm_head.weight": head})
 
-    def drop_prefix(self):
-        stored = load_file(self.weights)
-        save_file({re.sub(r"^(transformer|model)\.", "", k): x for k, x in stored.items()}, self.weights)
-
     def configure(self, drop=(), **changes):
         config = json.loads((self.path / "config.json").read_text())
         config |= {self.names.get(key, key): value for key, value in changes.items()}
@@ -143,10 +139,8 @@ NEUTRAL = {"logit_scale": 1.0, "alibi": False, "pruned_heads": {}, "is_causal": 
 
 
 @pytest.mark.parametrize("change", [
-    Copy.drop_prefix, lambda c: c.set(**OLD), lambda c: c.shard(1), lambda c: c.shard(3),
-    lambda c: c.configure(layers=4.0), lambda c: c.configure(**NEUTRAL),
-], ids=["without the prefix", "with the constants of old files", "1 shard", "3 shards", "4.0 layers",
-        "with settings that change nothing"])
+    lambda c: c.set(**OLD), Copy.shard, lambda c: c.configure(layers=4.0), lambda c: c.configure(**NEUTRAL),
+], ids=["constants of old files", "shards", "4.0 layers", "settings that change nothing"])
 def test_loads_the_same_model(copy, tiny, change):
     change(copy)
     model = load_model(copy.path)
