@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,15 +99,31 @@ def test_more_completions_than_a_batch_are_those_of_generate(tiny, monkeypatch):
     assert [texts["unsteered", i] for i in range(3)] == wanted
 
 
-def test_scan_is_the_sweep(tiny):
+def test_scan_is_the_sweep_beside_five_random_vectors(tiny):
     model, tokenizer = tiny
     setting = engine.read(model, tokenizer, GIVEN)
-    first, *parts = engine.scan(model, tokenizer, setting, " love", layers_at_once=3)
-    logp = torch.tensor([row for part in parts for row in part["logp"]])
+    first, *layers = engine.scan(model, tokenizer, setting, " love")
     target = tokenizer.encode(" love", bos=False)[0]
-    wanted = sweep(model, tokenizer, GIVEN["prompt"], GIVEN["plus"], GIVEN["minus"], range(4), engine.COEFFS)
-    torch.testing.assert_close(logp, wanted.log_softmax(-1)[..., target], rtol=1e-3, atol=1e-3)
-    assert first["target"] == tokenizer.pieces([target])[0]
+    assert first["target"] == tokenizer.pieces([target])[0] and first["coeffs"] == [-4, -2, -1, 1, 1.5, 2, 4]
+    wanted = sweep(model, tokenizer, GIVEN["prompt"], GIVEN["plus"], GIVEN["minus"], range(4), first["coeffs"])
+    steered = torch.tensor([layer["steered"] for layer in layers]) + first["unsteered"]
+    torch.testing.assert_close(steered, wanted.log_softmax(-1)[..., target], rtol=1e-3, atol=1e-3)
+    ids = torch.tensor([tokenizer.encode(GIVEN["prompt"])])
+    controls = [random_like(engine.addition(model, tokenizer, setting), seed) for seed in range(5)]
+    wanted = [model(ids, control)[0][0, -1].log_softmax(-1)[target].item() for control in controls]
+    random = [change + first["unsteered"] for change in layers[setting.layer]["random"]]
+    assert random == pytest.approx(wanted, rel=1e-3)
+
+
+def test_scan_adds_where_the_setting_says(tiny):
+    model, tokenizer = tiny
+    setting = engine.read(model, tokenizer, {**GIVEN, "where": "back"})
+    *_, last = engine.scan(model, tokenizer, setting, " love")
+    ids = torch.tensor([tokenizer.encode(GIVEN["prompt"])])
+    steer = engine.addition(model, tokenizer, replace(setting, layer=3, coeff=4.0))
+    steered, plain = (model(ids, s)[0][0, -1].log_softmax(-1) for s in (steer, ()))
+    target = tokenizer.encode(" love", bos=False)[0]
+    assert last["steered"][-1] == pytest.approx((steered - plain)[target].item(), rel=1e-2)
 
 
 def test_lens_is_the_unembedding_of_that_place(tiny):

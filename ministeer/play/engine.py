@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..evaluation.judges import count_words
-from ..evaluation.measure import sweep
 from ..evaluation.stats import wilson
 from ..generation import Completion, Sampling, check_fit, decoder, sample, uniforms
 from ..steering import Steer, pad_together, random_like, sink_share, steering_vectors
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("unsteered", "steered", "random")
 CONTROLS = 5                        # random vectors, seeds 0 … 4
-COEFFS = (-4, -2, -1, 0, 1, 2, 4)   # of `scan`
+COEFFS = (-4, -2, -1, 1, 2, 4)      # of `scan`, beside the setting's own
 SAMPLED = ("max_new_tokens", "temperature", "top_p", "freq_penalty", "seed")
 # Limits on what one person may ask of a server that a classroom shares.
 MOST_CHARACTERS, MOST_TOKENS, MOST_NEW, MOST_N = 2000, 64, 100, 50
@@ -162,13 +161,30 @@ def streams(model: LM, tokenizer: Tokenizer, setting: Setting, seeds: tuple[int,
     """
     before = unsteered(model, tokenizer, setting.prompt)
     steer = addition(model, tokenizer, setting)
-    rows = [steer, *(random_like(steer, seed) for seed in seeds)]
-    batch = 1 + len(rows)
-    alone = [s.scaled(s.coeff * torch.eye(batch)[i]) for i, s in enumerate(rows, 1)]     # each in its own row
+    after = run_each(model, before, [steer, *(random_like(steer, seed) for seed in seeds)])
+    below = before[:setting.layer, None].expand(-1, after.shape[1], -1, -1)
+    return torch.cat([below, after]).float()
+
+
+def run_each(model: LM, before: Tensor, steers: list[Steer]) -> Tensor:
+    """Row 0 unsteered, then one row for each Steer; all of them are for one layer, which the pass begins with.
+
+    before: the unsteered stream (n_layer + 1, T, d_model)
+    -> (n_layer + 1 - layer, 1 + len(steers), T, d_model)
+    """
+    layer, batch = steers[0].layer, 1 + len(steers)
+    alone = [s.scaled(s.coeff * torch.eye(batch)[i]) for i, s in enumerate(steers, 1)]   # each in its own row
     pos = torch.arange(before.shape[1], device=before.device)
-    below = before[:setting.layer, None].expand(-1, batch, -1, -1)
-    x = before[setting.layer].expand(batch, -1, -1)
-    return torch.cat([below, torch.stack(model.run(x, pos, alone, first_layer=setting.layer))]).float()
+    x = before[layer].expand(batch, -1, -1)
+    return torch.stack(model.run(x, pos, alone, first_layer=layer))
+
+
+def next_logp(model: LM, x: Tensor) -> Tensor:
+    """Streams before the final norm (B, T, d_model) -> log p of the next token, (B, n_vocab). Raises Refused."""
+    logits = model.unembed(x[:, -1:])[:, 0].float()
+    if not logits.isfinite().all():
+        raise Refused("coeff", "the logits are not finite any more. Lower the coeff.")
+    return logits.log_softmax(dim=-1)
 
 
 @torch.no_grad()
@@ -189,10 +205,7 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, seeds: Sequence[int]
     resid = streams(model, tokenizer, setting, tuple(seeds))
     norms = resid.norm(dim=-1)
     change = (resid[:, 1:] - resid[:, :1]).norm(dim=-1) / norms[:, :1]
-    logits = model.unembed(resid[-1, :, -1:].to(steer.vector))[:, 0].float()
-    if not logits.isfinite().all():
-        raise Refused("coeff", "the logits are not finite any more. Lower the coeff.")
-    logp = logits.log_softmax(dim=-1)
+    logp = next_logp(model, resid[-1].to(steer.vector))
     likeliest = logp[:2].max(dim=0).values.topk(shown).indices
     pieces = tokenizer.pieces(likeliest.tolist())
     ids, pair = tokenizer.encode(setting.prompt), pad_together(tokenizer, setting.plus, setting.minus)
@@ -269,24 +282,31 @@ def completions(model: LM, tokenizer: Tokenizer, setting: Setting, n: int,
                 break
 
 
-def scan(model: LM, tokenizer: Tokenizer, setting: Setting, target: object,
-         layers_at_once: int = 5) -> Iterator[dict]:
-    """log p of a target token after the prompt, by layer and coefficient, some layers at a time.
+@torch.no_grad()
+def scan(model: LM, tokenizer: Tokenizer, setting: Setting, target: object) -> Iterator[dict]:
+    """How steering changes log p of a target token after the prompt, by coefficient, one layer at a time.
 
-    target: a text whose first token is the target. The vector is at the front, as in `sweep`.
+    target: a text whose first token is the target
+    Yields first target (its piece), n_layer, coeffs, coeff (the setting's) and unsteered (log p); then for each
+    layer steered, the change in nats at each of the coeffs, and random, the change with five random vectors of
+    the setting's coeff.
     """
     with field("target"):
         check_size("target", tokenizer, target)
         ids = tokenizer.encode(target, bos=False)[:1]
         if not ids:
             raise ValueError("target must be a word, with its leading space; given: an empty text.")
-    (piece,), n_layer = tokenizer.pieces(ids), model.config.n_layer
-    yield {"target": piece, "n_layer": n_layer, "coeffs": COEFFS}
-    for first in range(0, n_layer, layers_at_once):
-        layers = range(first, min(n_layer, first + layers_at_once))
-        with field("prompt"):
-            logits = sweep(model, tokenizer, setting.prompt, setting.plus, setting.minus, layers, COEFFS)
-        yield {"first": first, "logp": rounded(logits.log_softmax(dim=-1)[..., ids[0]])}
+    before = unsteered(model, tokenizer, setting.prompt)
+    plain = next_logp(model, before[-1:])[0, ids[0]]
+    coeffs, n_layer = sorted({*COEFFS, setting.coeff}), model.config.n_layer
+    yield {"target": tokenizer.pieces(ids)[0], "n_layer": n_layer, "coeffs": coeffs, "coeff": setting.coeff,
+           "unsteered": plain.item()}
+    for layer in range(n_layer):
+        steers = [addition(model, tokenizer, replace(setting, layer=layer, coeff=c)) for c in coeffs]
+        own = steers[coeffs.index(setting.coeff)]
+        steers += [random_like(own, seed) for seed in range(CONTROLS)]
+        change = next_logp(model, run_each(model, before, steers)[-1])[1:, ids[0]] - plain
+        yield {"steered": rounded(change[:len(coeffs)]), "random": rounded(change[len(coeffs):])}
 
 
 def count(columns: object, words: object) -> dict:

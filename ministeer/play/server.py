@@ -231,8 +231,8 @@ class Events(StreamingResponse):
             await super().stream_response(send)
 
 
-def event(**said: object) -> str:
-    return f"data: {json.dumps(said)}\n\n"
+def event(**fields: object) -> str:
+    return f"data: {json.dumps(fields)}\n\n"
 
 
 def refusal(error: ValueError) -> dict:
