@@ -82,6 +82,7 @@ def test_a_preset_steers(page, address):
     page.get_by_role("button", name="love - hate").click()
     expect(page.get_by_label("Prompt")).to_have_value(engine.PRESETS["love - hate"]["prompt"])
     expect(page.locator("#map .outlined").first).to_have_attribute("data-row", "2")
+    expect(page.locator("#map .outlined").first).to_have_attribute("data-column", "2")
     ready(page)
     assert page.locator("#tokens .token.steered").count() == len(outlined(page)) > 0
     changes = page.locator("#next td.number:nth-child(3)").all_inner_texts()
@@ -193,7 +194,7 @@ def test_arrow_keys_read_the_map_and_the_views_switch(page, address):
     for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowRight"):
         page.keyboard.press(key)
     expect(page.locator("#place")).to_contain_text("resid[2], position 1")
-    expect(page.locator("#place tbody tr")).to_have_count(5)
+    expect(page.locator("#lens tbody tr")).to_have_count(5)
     page.get_by_label("unsteered norms").check()
     expect(page.locator("#map .outlined")).to_have_count(0)
     page.get_by_label("logit lens").check()

@@ -1,8 +1,8 @@
 // The page: it reads the fields, asks the server, and draws the answers. All text goes in as textContent.
 const $ = (id) => document.getElementById(id);
+const on = (id, event, act) => $(id).addEventListener(event, act);
 const TITLES = { unsteered: "unsteered", steered: "steered", random: "random vectors" };
 const COLUMNS = Object.keys(TITLES);
-const NUMBERS = ["layer", "coeff", "n", "max_new_tokens", "temperature", "top_p", "freq_penalty", "seed"];
 const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369",
   "#e1cc55", "#fee838"].map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
 const LOW = 0.03, HIGH = 3;             // the map's scale, the same for every setting, so that maps compare
@@ -14,8 +14,9 @@ let shown = null, lensMap = null;       // the answer that is drawn, and the tok
 // ---- the server ----
 
 async function post(path, data, signal) {
-  const answer = await fetch(path, { method: "POST", body: JSON.stringify({ ...data, client: CLIENT }), signal,
-    headers: { "Content-Type": "application/json", "X-Token": TOKEN } }).catch(() => {
+  const request = { method: "POST", body: JSON.stringify({ ...data, client: CLIENT }), signal,
+    headers: { "Content-Type": "application/json", "X-Token": TOKEN } };
+  const answer = await fetch(path, request).catch(() => {
     signal?.throwIfAborted();
     throw new Error("The server does not answer.");
   });
@@ -81,7 +82,7 @@ function colour(share) {
   return CIVIDIS[i].map((low, k) => Math.round(low + (x - i) * (CIVIDIS[i + 1][k] - low)));
 }
 
-// Show an error beside the field that it names, or at the top.
+// Show an error beside the field that it names, or at the top. Aborted requests are not errors.
 function complain(error) {
   if (error.name === "AbortError") return;
   forgive();
@@ -103,7 +104,7 @@ function forgive() {
 
 function setting() {
   const given = Object.fromEntries(new FormData(form));
-  for (const name of NUMBERS) given[name] = given[name] === "" ? null : Number(given[name]);
+  for (const input of form.querySelectorAll("[type=number]")) given[input.name] = input.valueAsNumber;
   if (/^\d+$/.test(given.where)) given.where = Number(given.where);
   return given;
 }
@@ -132,11 +133,10 @@ function change(values) {
 
 // ---- the map and the next token: one request at a time, and only for the newest setting ----
 
-let wanted = null, asking = false, resting;
+let wanted = null, asking = false;
 
-async function look(seeds = [Number($("control").value)]) {
-  clearTimeout(resting);
-  wanted = { ...setting(), seeds };
+async function look() {
+  wanted = setting();
   if (asking) return;
   asking = true;
   while (wanted) {
@@ -146,22 +146,16 @@ async function look(seeds = [Number($("control").value)]) {
       shown = { ...await ask("look", given), given };
       lensMap = null;
       forgive();
-      await draw();
-      // When the sliders rest, all five random vectors.
-      if (!wanted && given.seeds.length === 1) resting = setTimeout(look, 250, [0, 1, 2, 3, 4]);
+      drawTokens();
+      drawNext();
+      $("python").textContent = shown.python;
+      $("command").textContent = shown.command;
+      await drawMap();
     } catch (error) {
       complain(error);
     }
   }
   asking = false;
-}
-
-async function draw() {
-  drawTokens();
-  drawNext();
-  $("python").textContent = shown.python;
-  $("command").textContent = shown.command;
-  await drawMap();
 }
 
 function drawTokens() {
@@ -181,8 +175,7 @@ function drawTokens() {
     ...row("away from", side(shown.minus, shown.padded[1])));
   if (focused) $("tokens").querySelector(`[data-position="${focused}"]`)?.focus();
   $("sink").hidden = shown.sink < 0.5;
-  $("sink").textContent = `${percent(shown.sink)} of the vector’s squared norm lies in four dimensions: an ` +
-    "attention sink of one prompt, often its padding. Try an earlier layer, or prompts of the same length.";
+  $("share").textContent = percent(shown.sink);
 }
 
 function drawNext() {
@@ -225,7 +218,7 @@ function grid(svg, rows, columns, cell, labels) {
       if (rgb) rect.setAttribute("fill", `rgb(${rgb})`);
       layer.push(rect);
       if (text === undefined) continue;
-      const label = make("text", { x: x + 3, y: y + 11, "pointer-events": "none" }, visible(text).slice(0, 9));
+      const label = make("text", { x: x + 3, y: y + 11 }, visible(text).slice(0, 9));
       if (rgb) label.style.fill = rgb[1] > 115 ? "#000" : "#fff";
       layer.push(label);
     }
@@ -248,16 +241,15 @@ function frame(svg, row, column) {
 }
 
 async function drawMap() {
-  const { tokens, layer, steered, norms, given } = shown, seed = $("control").value;
-  const kind = document.querySelector("[name=view]:checked").value;
+  const { tokens, layer, steered, norms, given } = shown;
+  const { value: kind, dataset: { says } } = document.querySelector("[name=view]:checked");
   if (kind === "lens" && !lensMap) {
     const answer = await ask("lens_map", given);
     if (given !== shown.given) return;
     lensMap = answer;
   }
-  const values = kind === "norms" ? norms : kind === "random" ? shown.random[seed] : shown.change;
-  if (!values) return look();
-  const all = norms.flat(), [low, high] = kind === "norms" ? [Math.min(...all), Math.max(...all)] : [LOW, HIGH];
+  const values = { norms, random: shown.random[$("control").value] }[kind] ?? shown.change;
+  const [low, high] = kind === "norms" ? [Math.min, Math.max].map((f) => f(...norms.flat())) : [LOW, HIGH];
   grid($("map"), values.length, tokens.length, (row, column) => {
     const x = values[row][column];
     return { share: x < 1e-5 ? null : Math.log(x / low) / Math.log(high / low),
@@ -267,35 +259,30 @@ async function drawMap() {
   }, tokens.map(visible));
   $("low").textContent = kind === "norms" ? short(low) : `${low} or less`;
   $("high").textContent = kind === "norms" ? short(high) : `${high} × the norm there`;
-  const says = {
-    steered: "How far steering moves resid[l], relative to its norm.",
-    random: `How far the random vector of seed ${seed}, with the same norm, moves resid[l].`,
-    norms: "The norm of resid[l] without steering. A position far above the others is an attention sink.",
-    lens: "The token that the steered stream would predict at each place; colours show the change." }[kind];
-  $("map-says").textContent = `${says} Layers go upward, positions to the right.` +
-    (kind === "norms" ? "" : " The addition is outlined; pale cells are unchanged.");
+  $("map-says").textContent = `${says} Layers go upward, positions to the right.`;
   $("map").setAttribute("aria-label", `Map, ${tokens.length} positions by ${values.length} layers. ${says}`);
 }
 
 // Say what is at one place: the numbers at once, the logit lens when the server has answered.
 async function read(row, column) {
-  const random = Object.values(shown.random).map((map) => map[row][column]), signal = begin("read");
-  $("place").replaceChildren(make("p", {}, make("b", {}, `resid[${row}], position ${column}, `),
+  const random = shown.random.map((map) => map[row][column]), signal = begin("read");
+  $("lens").hidden = true;
+  $("place").replaceChildren(make("b", {}, `resid[${row}], position ${column}, `),
     piece(shown.tokens[column]), `: steering moves it by ${short(shown.change[row][column])} × its norm of ` +
-    `${short(shown.norms[row][column])}; random vectors by ${range(random, short, " to ")} ×.`));
+    `${short(shown.norms[row][column])}; random vectors by ${range(random, short, " to ")} ×.`);
   await new Promise((resolve) => setTimeout(resolve, 120));
   signal.throwIfAborted();
   const { steered, unsteered } = await ask("lens", { ...shown.given, at_layer: row, at: column }, signal);
   const cells = ([token, p]) => [make("td", {}, piece(token)), number(percent(p))];
-  const heads = ["lens, unsteered", "steered"].map((text) => make("th", { colspan: 2, scope: "col" }, text));
-  $("place").append(make("table", {}, make("thead", {}, make("tr", {}, ...heads)),
-    make("tbody", {}, ...unsteered.map((row, i) => make("tr", {}, ...cells(row), ...cells(steered[i]))))));
+  $("lens").tBodies[0].replaceChildren(...unsteered.map((plain, i) =>
+    make("tr", {}, ...cells(plain), ...cells(steered[i]))));
+  $("lens").hidden = false;
 }
 
 // Pointer and arrow keys frame a cell and call `at` with it; click and Enter call `choose`.
 function explore(svg, at, choose) {
   const place = ({ dataset }) => [Number(dataset.row), Number(dataset.column)];
-  const go = (row, column) => { if (frame($(svg), row, column)) return at(row, column); };
+  const go = (row, column) => frame($(svg), row, column) && at(row, column);
   on(svg, "pointerover", ({ target }) => target.dataset.row && go(...place(target)));
   on(svg, "click", ({ target }) => target.dataset.row && choose(...place(target)));
   on(svg, "keydown", (event) => {
@@ -305,7 +292,8 @@ function explore(svg, at, choose) {
     if (event.key === "Enter" && cursor) choose(row, column);
     if (up === undefined) return;
     event.preventDefault();
-    return cursor ? go(row + up, column + right) : go(row, column);
+    if (cursor) go(row + up, column + right);
+    else go(row, column);
   });
 }
 
@@ -314,7 +302,7 @@ function explore(svg, at, choose) {
 const complete = (name = "") => [...$("columns").querySelectorAll(`ol${name} .complete`)];
 
 async function drawCompletions() {
-  const signal = begin("completions"), given = setting(), progress = $("progress"), of = 3 * given.n;
+  const signal = begin("completions"), given = setting(), progress = $("progress"), total = 3 * given.n;
   const lists = Object.fromEntries(COLUMNS.map((name) => [name, make("ol", { class: name })]));
   $("columns").replaceChildren(...COLUMNS.map((name) =>
     make("div", {}, make("h3", { class: name }, TITLES[name]), lists[name])));
@@ -330,23 +318,25 @@ async function drawCompletions() {
         item.lastChild.append(text);
         item.classList.toggle("complete", over);
       }
-      progress.textContent = `${complete().length} of ${of} are complete`;
-      if (step.some(([, , , over]) => over)) count().catch(complain);
+      progress.textContent = `${complete().length} of ${total} are complete`;
+      if (step.some(([, , , over]) => over)) count();
     }
-  } catch (error) {
-    complain(error);
+  } finally {
+    if (running.completions.signal === signal) {            // no newer one has taken its place
+      const ended = complete().length;
+      progress.textContent = (ended < total ? `stopped: ${ended} of` : "all") + ` ${total} are complete`;
+      $("columns").classList.remove("growing");
+      $("stop").disabled = true;
+    }
   }
-  if (running.completions.signal !== signal) return;          // a newer one has taken its place
-  const ended = complete().length;
-  progress.textContent = (ended < of ? `stopped: ${ended} of` : "all") + ` ${of} are complete`;
-  $("columns").classList.remove("growing");
-  $("stop").disabled = true;
 }
 
 async function count() {
-  const items = Object.fromEntries(COLUMNS.map((name) => [name, complete(`.${name}`)]));
-  const texts = {};
-  for (const name of COLUMNS) texts[name] = items[name].map((item) => item.lastChild.textContent);
+  const items = {}, texts = {};
+  for (const name of COLUMNS) {
+    items[name] = complete(`.${name}`);
+    texts[name] = items[name].map((item) => item.lastChild.textContent);
+  }
   const counts = await ask("count", { words: $("words").value, texts }, begin("count"));
   $("counts").tBodies[0].replaceChildren(...COLUMNS.map((name) => {
     const [k, n, low, high, hits] = counts[name];
@@ -367,18 +357,13 @@ let scanned = null;
 
 async function scan() {
   const signal = begin("scan"), status = $("scan-says");
-  status.textContent = "reading …";
+  status.textContent = "";
   scanned = null;
-  try {
-    for await (const step of follow("scan", setting(), signal, status)) {
-      if (!scanned) scanned = { ...step, layers: [] };
-      else scanned.layers.push(step);
-      drawScan();
-      status.textContent = `${scanned.layers.length} of ${scanned.n_layer} layers`;
-    }
-  } catch (error) {
-    if (error.name !== "AbortError") status.textContent = "";
-    complain(error);
+  for await (const step of follow("scan", setting(), signal, status)) {
+    if (scanned) scanned.layers.push(step);
+    else scanned = { ...step, layers: [] };
+    drawScan();
+    status.textContent = `${scanned.layers.length} of ${scanned.n_layer} layers`;
   }
 }
 
@@ -430,17 +415,10 @@ function saveMap() {
 
 // ---- start ----
 
-// Call `act` with each event of an element, and show what it complains about.
-function on(id, event, act) {
-  $(id).addEventListener(event, async (given) => {
-    try {
-      await act(given);
-    } catch (error) {
-      complain(error);
-    }
-  });
-}
-
+addEventListener("unhandledrejection", (event) => {
+  if (["Error", "AbortError"].includes(event.reason.name)) event.preventDefault();   // no fault of this file
+  complain(event.reason);
+});
 document.addEventListener("input", ({ target }) => {         // two of the form's fields stand outside it
   if (target.form !== form) return;
   for (const name of ["layer", "coeff"]) {
@@ -448,7 +426,7 @@ document.addEventListener("input", ({ target }) => {         // two of the form'
     if (target.id === name) $(`${name}-slide`).value = target.value;
   }
   remember();
-  if (target.id === "words") count().catch(complain);
+  if (target.id === "words") count();
   else if (target.id !== "target") look();
 });
 on("setting", "submit", (event) => event.preventDefault());

@@ -105,12 +105,8 @@ def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlett
         return engine.read(model, tokenizer, given)
 
     def look(given: dict) -> dict:
-        seeds = given.get("seeds")
-        if not isinstance(seeds, list) or len(seeds) > engine.CONTROLS or not all(
-                seed in range(engine.CONTROLS) for seed in seeds):
-            raise engine.Refused("control", f"seeds: a list of numbers from 0 to {engine.CONTROLS - 1}.")
         s, sampling = setting(given), engine.read_sampling(given)
-        return {**engine.look(model, tokenizer, s, seeds),
+        return {**engine.look(model, tokenizer, s),
                 "python": engine.as_python(name, s, *sampling),
                 "command": engine.as_command(name, s, *sampling)}
 
