@@ -184,7 +184,7 @@ function drawNext() {
   $("next").tBodies[0].replaceChildren(...shown.next.map(([token, [plain, steered, ...controls]]) => {
     const bar = (kind, logp) => {
       const mark = make("i", { class: kind });
-      mark.style[kind === "dot" ? "left" : "width"] = `${97 * Math.exp(logp) / most}%`;
+      mark.style[kind === "dot" ? "left" : "width"] = `${94 * Math.exp(logp) / most}%`;
       return mark;
     };
     const title = `unsteered ${percent(Math.exp(plain))}, steered ${percent(Math.exp(steered))}`;
