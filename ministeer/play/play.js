@@ -9,7 +9,7 @@ const LOW = 0.03, HIGH = 3;             // the map's scale, the same for every s
 const CLIENT = crypto.getRandomValues(new Uint32Array(4)).join("-");
 const TOKEN = new URLSearchParams(location.search).get("token") ?? "";
 const form = $("setting");
-let shown = null, lensMap = null;       // the answer that is drawn, and the tokens of its logit lens
+let shown = null;                       // the answer that is drawn
 
 // ---- the server ----
 
@@ -144,7 +144,6 @@ async function look() {
     wanted = null;
     try {
       shown = { ...await ask("look", given), given };
-      lensMap = null;
       forgive();
       drawTokens();
       drawNext();
@@ -241,20 +240,17 @@ function frame(svg, row, column) {
 }
 
 async function drawMap() {
-  const { tokens, layer, steered, norms, given } = shown;
+  const answer = shown, { tokens, layer, steered, norms } = answer;
   const { value: kind, dataset: { says } } = document.querySelector("[name=view]:checked");
-  if (kind === "lens" && !lensMap) {
-    const answer = await ask("lens_map", given);
-    if (given !== shown.given) return;
-    lensMap = answer;
-  }
+  if (kind === "lens") answer.lens ??= await ask("lens_map", answer.given);
+  if (answer !== shown) return;                 // a newer one has been drawn
   const values = { norms, random: shown.random[$("control").value] }[kind] ?? shown.change;
   const [low, high] = kind === "norms" ? [Math.min, Math.max].map((f) => f(...norms.flat())) : [LOW, HIGH];
   grid($("map"), values.length, tokens.length, (row, column) => {
     const x = values[row][column];
     return { share: x < 1e-5 ? null : Math.log(x / low) / Math.log(high / low),
       title: `resid[${row}], position ${column}: ${kind === "norms" ? "norm" : "change"} ${short(x)}`,
-      text: kind === "lens" ? lensMap[row][column] : undefined,
+      text: kind === "lens" ? answer.lens[row][column] : undefined,
       outlined: kind !== "norms" && row === layer && steered.includes(column) };
   }, tokens.map(visible));
   $("low").textContent = kind === "norms" ? short(low) : `${low} or less`;
@@ -358,10 +354,9 @@ let scanned = null;
 async function scan() {
   const signal = begin("scan"), status = $("scan-says");
   status.textContent = "";
-  scanned = null;
   for await (const step of follow("scan", setting(), signal, status)) {
-    if (scanned) scanned.layers.push(step);
-    else scanned = { ...step, layers: [] };
+    if (step.coeffs) scanned = { ...step, layers: [] };
+    else scanned.layers.push(step);
     drawScan();
     status.textContent = `${scanned.layers.length} of ${scanned.n_layer} layers`;
   }
@@ -436,7 +431,9 @@ on("tokens", "click", ({ target }) => {
 });
 on("views", "change", drawMap);
 explore("map", read, () => {});
-explore("layers", (row, column) => { $("scan-place").textContent = sayScan(row, column); }, (row, column) => {
+explore("layers", (row, column) => {
+  if (scanned.layers[row]) $("scan-place").textContent = sayScan(row, column);
+}, (row, column) => {
   change({ layer: row, coeff: scanned.coeffs[column] });
   drawScan();
 });
