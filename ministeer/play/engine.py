@@ -180,8 +180,7 @@ def run_each(model: LM, before: Tensor, steers: list[Steer]) -> Tensor:
 
 
 def next_logp(model: LM, x: Tensor) -> Tensor:
-    """Streams before the final norm (B, T, d_model) -> log p of the next token (B, n_vocab). Raises Refused.
-    """
+    """What the final norm reads (B, T, d_model) -> log p of the next token (B, n_vocab). Raises Refused."""
     logits = model.unembed(x[:, -1:])[:, 0].float()
     if not logits.isfinite().all():
         raise Refused("coeff", "the logits are not finite any more. Lower the coeff.")
