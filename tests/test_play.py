@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,12 +50,11 @@ def test_the_map_and_the_next_token_are_those_of_the_model(tiny, where):
     model, tokenizer = tiny
     setting = engine.read(model, tokenizer, {**GIVEN, "where": where})
     steer = engine.addition(model, tokenizer, setting)
-    seen = engine.look(model, tokenizer, setting, seeds=range(5))
+    seen = engine.look(model, tokenizer, setting)
     ids = torch.tensor([tokenizer.encode(GIVEN["prompt"])])
     logits, plain = model(ids)
     random = [random_like(steer, seed) for seed in range(5)]
-    assert list(seen["random"]) == [0, 1, 2, 3, 4]
-    for s, shown in zip([steer, *random], [seen["change"], *seen["random"].values()], strict=True):
+    for s, shown in zip([steer, *random], [seen["change"], *seen["random"]], strict=True):
         wanted = [((a - b).norm(dim=-1) / b.norm(dim=-1))[0]
                   for a, b in zip(model(ids, s)[1], plain, strict=True)]
         torch.testing.assert_close(torch.tensor(shown), torch.stack(wanted), rtol=1e-3, atol=1e-5)
@@ -98,15 +98,32 @@ def test_more_completions_than_a_batch_are_those_of_generate(tiny, monkeypatch):
     assert [texts["unsteered", i] for i in range(3)] == wanted
 
 
-def test_scan_is_the_sweep(tiny):
+def test_scan_is_the_sweep_beside_five_random_vectors(tiny):
     model, tokenizer = tiny
     setting = engine.read(model, tokenizer, GIVEN)
-    first, *parts = engine.scan(model, tokenizer, setting, " love", layers_at_once=3)
-    logp = torch.tensor([row for part in parts for row in part["logp"]])
+    first, *layers = engine.scan(model, tokenizer, setting, " love")
     target = tokenizer.encode(" love", bos=False)[0]
-    wanted = sweep(model, tokenizer, GIVEN["prompt"], GIVEN["plus"], GIVEN["minus"], range(4), engine.COEFFS)
-    torch.testing.assert_close(logp, wanted.log_softmax(-1)[..., target], rtol=1e-3, atol=1e-3)
-    assert first["target"] == tokenizer.pieces([target])[0]
+    assert first["target"] == tokenizer.pieces([target])[0] and first["coeffs"] == [-4, -2, -1, 1, 1.5, 2, 4]
+    prompts = [GIVEN[name] for name in ("prompt", "plus", "minus")]
+    wanted = sweep(model, tokenizer, *prompts, range(4), first["coeffs"])
+    steered = torch.tensor([layer["steered"] for layer in layers]) + first["unsteered"]
+    torch.testing.assert_close(steered, wanted.log_softmax(-1)[..., target], rtol=1e-3, atol=1e-3)
+    ids = torch.tensor([tokenizer.encode(GIVEN["prompt"])])
+    controls = [random_like(engine.addition(model, tokenizer, setting), seed) for seed in range(5)]
+    wanted = [model(ids, control)[0][0, -1].log_softmax(-1)[target].item() for control in controls]
+    random = [change + first["unsteered"] for change in layers[setting.layer]["random"]]
+    assert random == pytest.approx(wanted, rel=1e-3)
+
+
+def test_scan_adds_where_the_setting_says(tiny):
+    model, tokenizer = tiny
+    setting = engine.read(model, tokenizer, {**GIVEN, "where": "back"})
+    *_, last = engine.scan(model, tokenizer, setting, " love")
+    ids = torch.tensor([tokenizer.encode(GIVEN["prompt"])])
+    steer = engine.addition(model, tokenizer, replace(setting, layer=3, coeff=4.0))
+    steered, plain = (model(ids, s)[0][0, -1].log_softmax(-1) for s in (steer, ()))
+    target = tokenizer.encode(" love", bos=False)[0]
+    assert last["steered"][-1] == pytest.approx((steered - plain)[target].item(), rel=1e-2)
 
 
 def test_lens_is_the_unembedding_of_that_place(tiny):
@@ -147,6 +164,15 @@ def test_python_lines_and_command_repeat_the_setting(tiny_llama, tiny_pair, wher
     assert json.loads(capsys.readouterr().out)["steered"] == wanted
 
 
+@pytest.mark.parametrize("name", ["weddings", "love - hate"])
+def test_a_preset_makes_its_target_likelier_than_five_random_vectors_do(real, name):
+    model, tokenizer = real
+    preset = engine.PRESETS[name]
+    x = engine.streams(model, tokenizer, engine.read(model, tokenizer, preset))[-1]
+    plain, steered, *random = engine.next_logp(model, x)[:, tokenizer.encode(preset["target"], bos=False)[0]]
+    assert len(random) == 5 and steered > max(plain, *random) + 0.5
+
+
 def test_the_first_preset_is_the_demo():
     preset = engine.PRESETS["weddings"]
     assert {name: preset[name] for name in cli.DEMO} == cli.DEMO
@@ -170,7 +196,7 @@ def test_the_first_preset_is_the_demo():
     ("seed", -1, "0 or more"),
 ])
 def test_bad_input_is_refused_with_its_field(client, field, value, sentence):
-    body = json.dumps({**GIVEN, "seeds": [0], field: value})
+    body = json.dumps({**GIVEN, field: value})
     answer = client.post("/look", content=body)
     assert answer.status_code == 422, answer.text
     assert answer.json()["field"] == field and sentence in answer.json()["message"]
@@ -178,13 +204,12 @@ def test_bad_input_is_refused_with_its_field(client, field, value, sentence):
 
 @pytest.mark.parametrize("where", ["sideways", 60, [1]])
 def test_refuses_a_position_that_the_prompt_lacks(client, where):
-    answer = client.post("/look", json={**GIVEN, "seeds": [0], "where": where})
+    answer = client.post("/look", json={**GIVEN, "where": where})
     assert answer.status_code == 422 and answer.json()["field"] in ("prompt", "where")
 
 
 @pytest.mark.parametrize("path, body", [
     ("look", b"[]"), ("look", b"{"), ("look", b"[" * 100_000), ("look", b" " * 500_000),
-    ("look", json.dumps({**GIVEN, "seeds": list(range(9))}).encode()),
     ("lens", json.dumps({**GIVEN, "at_layer": 5, "at": 0}).encode()),
     ("count", b'{"texts": 1, "words": ""}'), ("complete", b"7"),
 ])
@@ -200,7 +225,7 @@ def test_refuses_other_hosts_and_other_sites(client):
     assert client.get("/", headers={"host": "localhost:99"}).status_code == 200
     own, other = "http://127.0.0.1", "http://evil.example"
     for origin, status in ((own, 200), (other, 403), ("null", 403)):
-        answer = client.post("/look", json={**GIVEN, "seeds": [0]}, headers={"origin": origin})
+        answer = client.post("/look", json=GIVEN, headers={"origin": origin})
         assert answer.status_code == status
 
 
@@ -210,7 +235,7 @@ def test_elsewhere_the_address_needs_its_token(tiny_llama, tiny_pair):
     assert client.get("/").status_code == client.post("/look", json=GIVEN).status_code == 403
     assert client.get("/?token=guess").status_code == client.get("/?token=é").status_code == 403
     assert client.get("/?token=secret").status_code == 200
-    answer = client.post("/look", json={**GIVEN, "seeds": [0]}, headers={"x-token": "secret"})
+    answer = client.post("/look", json=GIVEN, headers={"x-token": "secret"})
     assert answer.status_code == 200
 
 
@@ -286,7 +311,7 @@ def test_one_generation_at_a_time_and_a_newer_one_of_a_client_ends_the_older(end
                 a_lines, b_lines = a.aiter_lines(), b.aiter_lines()
                 assert await first(a_lines) == {"step": []}
                 assert await first(b_lines) == {"ahead": 1}
-                look = await http.post("/look", json={**GIVEN, "seeds": [0]})
+                look = await http.post("/look", json=GIVEN)
                 assert look.status_code == 200                  # answered between two steps of a
                 async with ask("a") as newer:
                     assert "newer request" in await last(a_lines)

@@ -82,6 +82,7 @@ def test_a_preset_steers(page, address):
     page.get_by_role("button", name="love - hate").click()
     expect(page.get_by_label("Prompt")).to_have_value(engine.PRESETS["love - hate"]["prompt"])
     expect(page.locator("#map .outlined").first).to_have_attribute("data-row", "2")
+    expect(page.locator("#map .outlined").first).to_have_attribute("data-column", "2")
     ready(page)
     assert page.locator("#tokens .token.steered").count() == len(outlined(page)) > 0
     changes = page.locator("#next td.number:nth-child(3)").all_inner_texts()
@@ -140,12 +141,29 @@ def test_a_click_in_the_map_of_layers_moves_the_sliders(page, address):
     page.goto(address + HASH)
     page.get_by_role("button", name="Try all layers").click()
     expect(page.locator("#scan-says")).to_have_text("4 of 4 layers")
-    page.locator('#layers [data-row="3"][data-column="5"]').click()
+    page.locator('#layers [data-row="3"][data-column="4"]').click()         # -4, -2, -1, 1, 2, 3, 4
     expect(page.locator("#layer-slide")).to_have_value("3")
     expect(page.locator("#coeff")).to_have_value("2")
     expect(page.locator("#map .outlined").first).to_have_attribute("data-row", "3")
     expect(page.locator("#layers .outlined")).to_have_attribute("data-row", "3")
     assert "layer=3" in page.url and "coeff=2" in page.url
+
+
+def test_the_map_of_layers_marks_what_lies_beyond_five_random_vectors(page, address, tiny_llama):
+    page.goto(address + HASH)
+    page.get_by_role("button", name="Try all layers").click()
+    expect(page.locator("#scan-says")).to_have_text("4 of 4 layers")
+    model, tokenizer = load(tiny_llama)
+    setting = engine.Setting(*(SETTING[name] for name in ("prompt", "plus", "minus")), 2, 3.0, "middle")
+    first, *layers = engine.scan(model, tokenizer, setting, SETTING["target"])
+    column = first["coeffs"].index(3)
+    for row, layer in enumerate(layers):
+        title = page.locator(f'#layers [data-row="{row}"][data-column="{column}"] title').text_content()
+        for x in (layer["steered"][column], min(layer["random"]), max(layer["random"])):
+            assert f"{x:+.2f} " in title
+    marked = sum(not min(x["random"]) <= x["steered"][column] <= max(x["random"]) for x in layers)
+    expect(page.locator("#layers text", has_text="●")).to_have_count(marked)
+    expect(page.locator("#scan-place")).to_contain_text(f"{marked} of 4 layers")
 
 
 def test_a_slider_changes_the_map(page, address):
@@ -176,7 +194,7 @@ def test_arrow_keys_read_the_map_and_the_views_switch(page, address):
     for key in ("ArrowUp", "ArrowUp", "ArrowUp", "ArrowRight"):
         page.keyboard.press(key)
     expect(page.locator("#place")).to_contain_text("resid[2], position 1")
-    expect(page.locator("#place tbody tr")).to_have_count(5)
+    expect(page.locator("#lens tbody tr")).to_have_count(5)
     page.get_by_label("unsteered norms").check()
     expect(page.locator("#map .outlined")).to_have_count(0)
     page.get_by_label("logit lens").check()

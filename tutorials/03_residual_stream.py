@@ -130,8 +130,8 @@ for l in (0, 2, 3, 10, 20, 29):
 # *attention sink* (Xiao et al. 2023). Perhaps a head rests there when it has found nothing to copy; we have
 # not shown that. We also call the giant itself a sink.
 #
-# Between blocks 9 and 11 the giant is taken down and built up again, twenty times as large. We do not know
-# why.
+# From resid[9] to resid[11] the norm at BOS falls to that of an ordinary position. At resid[12] it is about
+# twenty times what it was before the fall (see the figure). We do not know why.
 #
 # An ordinary token also has much of its norm in a few dimensions. But what ordinary tokens have in common
 # cancels when you subtract one from another. A sink in only one of them does not cancel.
@@ -196,7 +196,8 @@ left.set_ylabel("norm of the stream")
 left.set_title(f"one prompt: {prompt!r}", fontsize="medium")
 left.legend(fontsize="small")
 right.plot(range(n_layer), shares, "o-", markersize=3, color=lesson.BLUE)
-right.axhline(0.5, color="black", linewidth=0.8, linestyle="--")
+right.axhline(0.5, color="black", linewidth=0.8, linestyle="--", label="half")
+right.legend(fontsize="small")
 right.set_xlabel("layer the vector was made at")
 right.set_ylabel("part of squared norm in 4 dimensions")
 right.set_ylim(0, 1)

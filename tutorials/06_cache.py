@@ -175,7 +175,8 @@ right.plot(range(n_layer), left_over, "o-", color=lesson.BLUE, markersize=3,
            label="steered, cache restored up to block l")
 right.axhline(effect, color=lesson.BLUE, linestyle="--", linewidth=0.8, label="steered")
 right.axhline(base, color="black", linestyle="--", linewidth=0.8, label="unsteered")
-right.plot([n_layer - 1] * 5, randoms, ".", color=lesson.GREY, markersize=4, label="five random vectors")
+right.plot([-1] * 5, randoms, ".", color=lesson.GREY, markersize=4,
+           label="five random vectors, nothing restored")
 right.set_xlabel("block l")
 right.set_ylabel("probability of a wedding word")
 right.set_ylim(0, None)

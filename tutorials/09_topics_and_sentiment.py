@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 09 · Topics and sentiment
 #
-# **Does the vector bring its own topic, or any topic? And when does it change a feeling, rather than delete a
-# word?** 30 minutes, one of them computing. You need tutorial 07. These are sections 4.2 and 4.4 of the
-# paper.
+# **Does the vector bring its own topic, or any topic? And does love - hate change the feeling of a text more
+# than a random vector does?** 30 minutes, one of them computing. You need tutorial 07. These are sections 4.2
+# and 4.4 of the paper.
 
 # %%
 import random
@@ -141,9 +141,9 @@ report(*there)
 #> random     +0.06 +0.17 +0.06 -0.00 +0.04
 
 # %% [markdown]
-# On ' hate' itself, love - hate raises the score above unsteered and above all five random vectors. So where
-# a vector is added can decide whether its direction matters. (Perhaps ' hate' becomes something like ' love'
-# there; we have not looked.)
+# Added at ' hate', love - hate raises the score above unsteered and above all five random vectors. Added at
+# 'I', it did not. So the same vector may do more than a random one at one position, and no more at the next.
+# (Perhaps ' hate' becomes something like ' love' there; we have not looked.)
 #
 # ## The figure: topics, and feelings with their control
 

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..evaluation.judges import count_words
-from ..evaluation.measure import sweep
 from ..evaluation.stats import wilson
 from ..generation import Completion, Sampling, check_fit, decoder, sample, uniforms
 from ..steering import Steer, pad_together, random_like, sink_share, steering_vectors
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("unsteered", "steered", "random")
 CONTROLS = 5                        # random vectors, seeds 0 … 4
-COEFFS = (-4, -2, -1, 0, 1, 2, 4)   # of `scan`
+COEFFS = (-4, -2, -1, 1, 2, 4)      # of `scan`, beside the setting's own
 SAMPLED = ("max_new_tokens", "temperature", "top_p", "freq_penalty", "seed")
 # Limits on what one person may ask of a server that a classroom shares.
 MOST_CHARACTERS, MOST_TOKENS, MOST_NEW, MOST_N = 2000, 64, 100, 50
@@ -41,7 +40,7 @@ PRESETS = {
                  "layer": 1, "coeff": 1.0, "where": "front", "target": " wedding",
                  "words": "bride groom honeymoon marriage married marry wed wedding weddings"},
     "love - hate": {"prompt": "I hate you because", "plus": " love", "minus": " hate",
-                    "layer": 2, "coeff": 2.0, "where": "front", "target": " love",
+                    "layer": 2, "coeff": 2.0, "where": 2, "target": " love",        # at " hate"; tutorial 09
                     "words": "love loved loves loving lovely kind beautiful"},
     "anger - calm": {"prompt": "I think you are", "plus": " anger", "minus": " calm",
                      "layer": 2, "coeff": 2.0, "where": "front", "target": " angry",
@@ -154,45 +153,58 @@ def addition(model: LM, tokenizer: Tokenizer, setting: Setting) -> Steer:
 
 @functools.lru_cache(maxsize=8)
 @torch.no_grad()
-def streams(model: LM, tokenizer: Tokenizer, setting: Setting, seeds: tuple[int, ...]) -> Tensor:
-    """The residual streams of the prompt unsteered, steered, and with a random vector for each seed.
+def streams(model: LM, tokenizer: Tokenizer, setting: Setting) -> Tensor:
+    """The residual streams of the prompt unsteered, steered, and with each of five random vectors.
 
-    -> (n_layer + 1, 2 + len(seeds), T, d_model), from one batched pass over the blocks from `layer` on: below
+    -> (n_layer + 1, 2 + CONTROLS, T, d_model), from one batched pass over the blocks from `layer` on: below
     it, all rows are the recorded stream of the unsteered prompt.
     """
     before = unsteered(model, tokenizer, setting.prompt)
     steer = addition(model, tokenizer, setting)
-    rows = [steer, *(random_like(steer, seed) for seed in seeds)]
-    batch = 1 + len(rows)
-    alone = [s.scaled(s.coeff * torch.eye(batch)[i]) for i, s in enumerate(rows, 1)]     # each in its own row
+    after = run_each(model, before, [steer, *(random_like(steer, seed) for seed in range(CONTROLS))])
+    below = before[:setting.layer, None].expand(-1, after.shape[1], -1, -1)
+    return torch.cat([below, after]).float()
+
+
+def run_each(model: LM, before: Tensor, steers: list[Steer]) -> Tensor:
+    """Row 0 unsteered, then one row for each Steer. All Steers have one layer; the pass begins there.
+
+    before: the unsteered stream (n_layer + 1, T, d_model)
+    -> (n_layer + 1 - layer, 1 + len(steers), T, d_model)
+    """
+    layer, batch = steers[0].layer, 1 + len(steers)
+    alone = [s.scaled(s.coeff * torch.eye(batch)[i]) for i, s in enumerate(steers, 1)]   # each in its own row
     pos = torch.arange(before.shape[1], device=before.device)
-    below = before[:setting.layer, None].expand(-1, batch, -1, -1)
-    x = before[setting.layer].expand(batch, -1, -1)
-    return torch.cat([below, torch.stack(model.run(x, pos, alone, first_layer=setting.layer))]).float()
+    x = before[layer].expand(batch, -1, -1)
+    return torch.stack(model.run(x, pos, alone, first_layer=layer))
+
+
+def next_logp(model: LM, x: Tensor) -> Tensor:
+    """What the final norm reads (B, T, d_model) -> log p of the next token (B, n_vocab). Raises Refused."""
+    logits = model.unembed(x[:, -1:])[:, 0].float()
+    if not logits.isfinite().all():
+        raise Refused("coeff", "the logits are not finite any more. Lower the coeff.")
+    return logits.log_softmax(dim=-1)
 
 
 @torch.no_grad()
-def look(model: LM, tokenizer: Tokenizer, setting: Setting, seeds: Sequence[int] = (0,),
-         shown: int = 10) -> dict:
-    """Everything that follows from a setting without drawing a token.
+def look(model: LM, tokenizer: Tokenizer, setting: Setting, shown: int = 10) -> dict:
+    """What the page shows of a setting before any text is sampled.
 
     tokens, plus, minus: pieces of the prompt and of both sides of the pair; padded: spaces added to each side
     steered: the steered positions of the prompt
     change: |resid steered - resid| / |resid| (n_layer + 1, T); at `layer` this is the relative norm
-    random: the same for the random vector of each of `seeds`
+    random: the same for each of five random vectors
     norms: |resid|, unsteered (n_layer + 1, T)
     next: the `shown` tokens likeliest unsteered or steered, and log p of each: unsteered, steered, random …
     sink: the share of the vector's squared norm in four dimensions; near 1, little is about the pair
     Raises Refused if the logits are not finite.
     """
     steer = addition(model, tokenizer, setting)
-    resid = streams(model, tokenizer, setting, tuple(seeds))
+    resid = streams(model, tokenizer, setting)
     norms = resid.norm(dim=-1)
     change = (resid[:, 1:] - resid[:, :1]).norm(dim=-1) / norms[:, :1]
-    logits = model.unembed(resid[-1, :, -1:].to(steer.vector))[:, 0].float()
-    if not logits.isfinite().all():
-        raise Refused("coeff", "the logits are not finite any more. Lower the coeff.")
-    logp = logits.log_softmax(dim=-1)
+    logp = next_logp(model, resid[-1].to(steer.vector))
     likeliest = logp[:2].max(dim=0).values.topk(shown).indices
     pieces = tokenizer.pieces(likeliest.tolist())
     ids, pair = tokenizer.encode(setting.prompt), pad_together(tokenizer, setting.plus, setting.minus)
@@ -203,7 +215,7 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, seeds: Sequence[int]
         "plus": tokenizer.pieces(pair[0]), "minus": tokenizer.pieces(pair[1]),
         "padded": [len(pair[0]) - side for side in sides], "steered": list(range(steer.start, stop)),
         "layer": setting.layer, "change": rounded(change[:, 0]), "norms": rounded(norms[:, 0]),
-        "random": {seed: rounded(change[:, i]) for i, seed in enumerate(seeds, 1)},
+        "random": [rounded(change[:, i]) for i in range(1, 1 + CONTROLS)],
         "next": [[piece, rounded(logp[:, i])] for piece, i in zip(pieces, likeliest.tolist(), strict=True)],
         "sink": sink_share(steer.vector),
     }
@@ -212,7 +224,7 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, seeds: Sequence[int]
 @torch.no_grad()
 def lens(model: LM, tokenizer: Tokenizer, setting: Setting, layer: int, position: int) -> dict:
     """The logit lens at one place: the five likeliest tokens there and their p, unsteered and steered."""
-    resid = streams(model, tokenizer, setting, (0,))
+    resid = streams(model, tokenizer, setting)
     check_whole("the layer of the lens", layer, 0, len(resid) - 1)
     check_whole("the position of the lens", position, 0, resid.shape[2] - 1)
     p, ids = model.unembed(resid[layer, :2, position]).float().softmax(dim=-1).topk(5)
@@ -223,7 +235,7 @@ def lens(model: LM, tokenizer: Tokenizer, setting: Setting, layer: int, position
 @torch.no_grad()
 def lens_map(model: LM, tokenizer: Tokenizer, setting: Setting) -> list[list[str]]:
     """The logit lens's likeliest token at every place of the steered stream, (n_layer + 1, T) pieces."""
-    resid = streams(model, tokenizer, setting, (0,))[:, 1]
+    resid = streams(model, tokenizer, setting)[:, 1]
     return [tokenizer.pieces(model.unembed(x[None])[0].argmax(dim=-1).tolist()) for x in resid]
 
 
@@ -269,24 +281,31 @@ def completions(model: LM, tokenizer: Tokenizer, setting: Setting, n: int,
                 break
 
 
-def scan(model: LM, tokenizer: Tokenizer, setting: Setting, target: object,
-         layers_at_once: int = 5) -> Iterator[dict]:
-    """log p of a target token after the prompt, by layer and coefficient, some layers at a time.
+@torch.no_grad()
+def scan(model: LM, tokenizer: Tokenizer, setting: Setting, target: object) -> Iterator[dict]:
+    """How steering changes log p of a target token after the prompt, by coefficient, one layer at a time.
 
-    target: a text whose first token is the target. The vector is at the front, as in `sweep`.
+    target: a text whose first token is the target
+    Yields first {target: its piece, n_layer, coeffs, coeff: the setting's, unsteered: log p}, then for each
+    layer {steered: the change in nats at each of the coeffs, random: the change with each of five random
+    vectors of the setting's coeff}.
     """
     with field("target"):
         check_size("target", tokenizer, target)
         ids = tokenizer.encode(target, bos=False)[:1]
         if not ids:
             raise ValueError("target must be a word, with its leading space; given: an empty text.")
-    (piece,), n_layer = tokenizer.pieces(ids), model.config.n_layer
-    yield {"target": piece, "n_layer": n_layer, "coeffs": COEFFS}
-    for first in range(0, n_layer, layers_at_once):
-        layers = range(first, min(n_layer, first + layers_at_once))
-        with field("prompt"):
-            logits = sweep(model, tokenizer, setting.prompt, setting.plus, setting.minus, layers, COEFFS)
-        yield {"first": first, "logp": rounded(logits.log_softmax(dim=-1)[..., ids[0]])}
+    before = unsteered(model, tokenizer, setting.prompt)
+    plain = next_logp(model, before[-1:])[0, ids[0]]
+    coeffs, n_layer = sorted({*COEFFS, setting.coeff}), model.config.n_layer
+    yield {"target": tokenizer.pieces(ids)[0], "n_layer": n_layer, "coeffs": coeffs, "coeff": setting.coeff,
+           "unsteered": plain.item()}
+    for layer in range(n_layer):
+        steers = [addition(model, tokenizer, replace(setting, layer=layer, coeff=c)) for c in coeffs]
+        own = steers[coeffs.index(setting.coeff)]
+        steers += [random_like(own, seed) for seed in range(CONTROLS)]
+        change = next_logp(model, run_each(model, before, steers)[-1])[1:, ids[0]] - plain
+        yield {"steered": rounded(change[:len(coeffs)]), "random": rounded(change[len(coeffs):])}
 
 
 def count(columns: object, words: object) -> dict:

@@ -1,55 +1,56 @@
 // The page: it reads the fields, asks the server, and draws the answers. All text goes in as textContent.
 const $ = (id) => document.getElementById(id);
+const on = (id, event, act) => $(id).addEventListener(event, act);
 const TITLES = { unsteered: "unsteered", steered: "steered", random: "random vectors" };
 const COLUMNS = Object.keys(TITLES);
-const NUMBERS = ["layer", "coeff", "n", "max_new_tokens", "temperature", "top_p", "freq_penalty", "seed"];
 const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369",
   "#e1cc55", "#fee838"].map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
 const LOW = 0.03, HIGH = 3;             // the map's scale, the same for every setting, so that maps compare
 const CLIENT = crypto.getRandomValues(new Uint32Array(4)).join("-");
 const TOKEN = new URLSearchParams(location.search).get("token") ?? "";
 const form = $("setting");
-let shown = null, lensMap = null, texts = null, cursor = null;
+let shown = null;                       // the answer that is drawn
 
 // ---- the server ----
 
-function post(path, data, signal) {
-  return fetch(path, { method: "POST", body: JSON.stringify({ ...data, client: CLIENT }), signal,
-    headers: { "Content-Type": "application/json", "X-Token": TOKEN } })
-    .catch((error) => {
-      throw error.name === "AbortError" ? error : new Error("The server does not answer.");
-    });
-}
-
-async function ask(path, data, signal) {
-  const answer = await post(path, data, signal);
-  if (answer.ok) return answer.json();
-  throw await refusal(answer);
-}
-
-async function refusal(answer) {
+async function post(path, data, signal) {
+  const request = { method: "POST", body: JSON.stringify({ ...data, client: CLIENT }), signal,
+    headers: { "Content-Type": "application/json", "X-Token": TOKEN } };
+  const answer = await fetch(path, request).catch(() => {
+    signal?.throwIfAborted();
+    throw new Error("The server does not answer.");
+  });
+  if (answer.ok) return answer;
   const text = await answer.text();
-  const said = answer.status === 422 ? JSON.parse(text) : { message: text };
-  return Object.assign(new Error(said.message), said);
+  throw Object.assign(new Error(), answer.status === 422 ? JSON.parse(text) : { message: text });
 }
 
-// Call `step` with each event that the server sends, until the last.
-async function follow(path, data, signal, step) {
-  const answer = await post(path, data, signal);
-  if (!answer.ok) throw await refusal(answer);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let over = false;
+const ask = async (path, data, signal) => (await post(path, data, signal)).json();
+
+// The steps that the server sends, until it says that it is done.
+async function* follow(path, data, signal, status) {
+  const { body } = await post(path, data, signal);
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = "", part; !(part = await reader.read()).done;) {
     const events = (rest + part.value).split("\n\n");
     rest = events.pop();
-    for (const event of events) {
-      const said = JSON.parse(event.slice("data: ".length));
-      if (said.message) throw Object.assign(new Error(said.message), said);
-      over ||= said.done;
-      if (said.step || said.ahead) step(said);
+    for (const text of events) {
+      const event = JSON.parse(text.slice("data: ".length));
+      if (event.message) throw Object.assign(new Error(), event);
+      if (event.done) return;
+      if (event.ahead) status.textContent = `${event.ahead} before you in the queue …`;
+      else yield event.step;
     }
   }
-  if (!over) throw new Error("The server stopped in the middle of its answer.");
+  throw new Error("The server stopped in the middle of its answer.");
+}
+
+// Begin work of some kind, and end the older work of that kind.
+const running = {};
+function begin(kind) {
+  running[kind]?.abort();
+  running[kind] = new AbortController();
+  return running[kind].signal;
 }
 
 // ---- elements ----
@@ -63,16 +64,10 @@ function make(tag, attributes = {}, ...children) {
 }
 
 // A token's text with its spaces and line ends made visible.
-function piece(text) {
-  const span = make("span", { class: "piece" });
-  for (const part of text.split(/(\s)/)) {
-    const sign = { " ": "·", "\n": "↵", "\t": "⇥" }[part];
-    if (part) span.append(sign ? make("span", { class: "space" }, sign) : part);
-  }
-  return span;
-}
-
-const visible = (text) => piece(text).textContent;
+const visible = (text) => text.replace(/[ \n\t]/g, (sign) => ({ " ": "·", "\n": "↵", "\t": "⇥" })[sign]);
+const piece = (text) => make("span", { class: "piece" }, visible(text));
+const head = (child) => make("th", { scope: "row" }, child);
+const number = (text) => make("td", { class: "number" }, text);
 const short = (x) => (x >= 1000 ? Math.round(x).toLocaleString("en") : x.toPrecision(x < 0.001 ? 1 : 3));
 const signed = (x) => (x > 0 ? "+" : "") + x.toFixed(2);
 const percent = (p) => (p && p < 0.001 ? (100 * p).toPrecision(1) : (100 * p).toFixed(p < 0.1)) + " %";
@@ -87,94 +82,79 @@ function colour(share) {
   return CIVIDIS[i].map((low, k) => Math.round(low + (x - i) * (CIVIDIS[i + 1][k] - low)));
 }
 
+// Show an error beside the field that it names, or at the top. Aborted requests are not errors.
 function complain(error) {
   if (error.name === "AbortError") return;
+  forgive();
   const input = error.field && form.elements[error.field];
   if (!input) return void ($("status").textContent = error.message);
   input.setAttribute("aria-invalid", "true");
-  const where = input.closest(".field");
-  where.querySelector(".error")?.remove();
-  const line = make("p", { class: "error", role: "alert", id: `${error.field}-error` }, error.message);
-  input.setAttribute("aria-describedby", line.id);
-  where.append(line);
-  where.closest("details")?.setAttribute("open", "");
+  input.setAttribute("aria-describedby", "error");
+  input.closest(".field").append(make("p", { id: "error", role: "alert" }, error.message));
+  input.closest("details")?.setAttribute("open", "");
 }
 
 function forgive() {
   $("status").textContent = "";
-  document.querySelectorAll(".error").forEach((line) => line.remove());
-  document.querySelectorAll("[aria-invalid]").forEach((input) => input.removeAttribute("aria-invalid"));
+  $("error")?.remove();
+  form.querySelector("[aria-invalid]")?.removeAttribute("aria-invalid");
 }
 
 // ---- the setting, which is also the address ----
 
 function setting() {
   const given = Object.fromEntries(new FormData(form));
-  for (const name of NUMBERS) given[name] = given[name] === "" ? null : Number(given[name]);
+  for (const input of form.querySelectorAll("[type=number]")) given[input.name] = input.valueAsNumber;
   if (/^\d+$/.test(given.where)) given.where = Number(given.where);
   return given;
 }
 
 function fill(values) {
+  if (/^\d+$/.test(values.where)) {             // a token's number; the list has one option for all of them
+    $("from").value = values.where;
+    $("from").textContent = `from position ${values.where} on`;
+    $("from").hidden = false;
+  }
   for (const [name, value] of Object.entries(values)) {
-    const input = form.elements[name];
-    if (name === "where") place(value);
-    else if (input) input.value = value;
+    if (form.elements[name]) form.elements[name].value = value;
   }
-  $("layer-slide").value = form.elements.layer.value;
-  $("coeff-slide").value = form.elements.coeff.value;
+  for (const name of ["layer", "coeff"]) $(`${name}-slide`).value = $(name).value;
 }
 
-// Choose a position; a token's number gets an option of its own.
-function place(where) {
-  const select = $("where");
-  if (/^\d+$/.test(where) && ![...select.options].some((option) => option.value === String(where))) {
-    select.querySelector("[data-token]")?.remove();
-    select.append(make("option", { value: where, "data-token": "" }, `from position ${where} on`));
-  }
-  select.value = where;
+function remember() {
+  history.replaceState(null, "", "#" + new URLSearchParams(new FormData(form)));
 }
 
-function changed() {
-  const state = Object.fromEntries(new FormData(form));
-  history.replaceState(null, "", "#" + new URLSearchParams(state));
+function change(values) {
+  fill(values);
+  remember();
   look();
 }
 
 // ---- the map and the next token: one request at a time, and only for the newest setting ----
 
-let wanted = null, asking = false, resting;
+let wanted = null, asking = false;
 
-async function look(seeds = [Number($("control").value)]) {
-  clearTimeout(resting);
-  wanted = { ...setting(), seeds };
+async function look() {
+  wanted = setting();
   if (asking) return;
   asking = true;
   while (wanted) {
-    const now = wanted;
+    const given = wanted;
     wanted = null;
     try {
-      const answer = await ask("look", now);
+      shown = { ...await ask("look", given), given };
       forgive();
-      shown = { ...answer, given: now };
-      lensMap = null;
-      await draw();
-      // When the sliders rest, all five random vectors.
-      if (!wanted && now.seeds.length === 1) resting = setTimeout(look, 250, [0, 1, 2, 3, 4]);
+      drawTokens();
+      drawNext();
+      $("python").textContent = shown.python;
+      $("command").textContent = shown.command;
+      await drawMap();
     } catch (error) {
-      forgive();
       complain(error);
     }
   }
   asking = false;
-}
-
-async function draw() {
-  drawTokens();
-  drawNext();
-  $("python").textContent = shown.python;
-  $("command").textContent = shown.command;
-  await drawMap();
 }
 
 function drawTokens() {
@@ -194,285 +174,226 @@ function drawTokens() {
     ...row("away from", side(shown.minus, shown.padded[1])));
   if (focused) $("tokens").querySelector(`[data-position="${focused}"]`)?.focus();
   $("sink").hidden = shown.sink < 0.5;
-  $("sink").textContent = `${percent(shown.sink)} of the vector’s squared norm lies in four dimensions: an ` +
-    "attention sink of one prompt, often its padding. Try an earlier layer, or prompts of the same length.";
+  $("share").textContent = percent(shown.sink);
 }
 
 function drawNext() {
   const most = Math.max(...shown.next.map(([, logp]) => Math.exp(Math.max(...logp))));
   $("most").textContent = `0 to ${percent(most)}`;
-  $("next").tBodies[0].replaceChildren(...shown.next.map(([token, logp]) => {
-    const [plain, steered, ...controls] = logp;
-    const bars = make("td", { class: "bars" });
-    const bar = (name, value) => {
-      const mark = make("i", { class: name });
-      mark.style[name === "dot" ? "left" : "width"] = `${97 * Math.exp(value) / most}%`;
-      bars.append(mark);
+  $("next").tBodies[0].replaceChildren(...shown.next.map(([token, [plain, steered, ...controls]]) => {
+    const bar = (kind, logp) => {
+      const mark = make("i", { class: kind });
+      mark.style[kind === "dot" ? "left" : "width"] = `${94 * Math.exp(logp) / most}%`;
+      return mark;
     };
-    bar("unsteered", plain);
-    bar("steered", steered);
-    controls.forEach((value) => bar("dot", value));
-    bars.title = `unsteered ${percent(Math.exp(plain))}, steered ${percent(Math.exp(steered))}`;
-    const moved = controls.map((value) => value - plain);
-    return make("tr", {}, make("th", { scope: "row" }, piece(token)), bars,
-      make("td", { class: "number" }, signed(steered - plain)),
-      make("td", { class: "number" }, range(moved, signed, " … ")));
+    const title = `unsteered ${percent(Math.exp(plain))}, steered ${percent(Math.exp(steered))}`;
+    const bars = make("td", { class: "bars", title }, bar("unsteered", plain), bar("steered", steered),
+      ...controls.map((logp) => bar("dot", logp)));
+    const random = range(controls.map((logp) => logp - plain), signed, " … ");
+    return make("tr", {}, head(piece(token)), bars, number(signed(steered - plain)), number(random));
   }));
 }
 
 // ---- grids of cells: the map of the stream, and the map of layers and coefficients ----
 
-// rows from the bottom up; cell(row, column) -> {share: 0 … 1 or null, text, title}
-function grid(svg, rows, columns, cell, outlined, labels) {
-  const text = cell(0, 0).text !== undefined, left = 30, height = 15;
-  const room = Math.min(760, svg.parentElement.clientWidth) - left;
-  const width = Math.max(text ? 70 : 24, Math.min(110, room / columns));
+// rows from the bottom up; cell(row, column) -> {share: 0 … 1 or null, title, text: if any, outlined}
+function grid(svg, rows, columns, cell, labels) {
+  const left = 30, height = 15, room = Math.min(760, svg.parentElement.clientWidth) - left;
+  const width = Math.max(cell(0, 0).text === undefined ? 24 : 70, Math.min(110, room / columns));
   const total = [left + columns * width, rows * height + 20];
   svg.setAttribute("viewBox", `0 0 ${total.join(" ")}`);
   svg.setAttribute("width", total[0]);
   svg.setAttribute("height", total[1]);
-  const parts = [], marked = [];
+  const parts = [], last = [];      // outlined cells come last, so that no neighbour covers the line
   for (let row = 0; row < rows; row++) {
     const y = (rows - 1 - row) * height;
     if (row % 5 === 0) parts.push(make("text", { x: left - 5, y: y + 11, "text-anchor": "end" }, row));
     for (let column = 0; column < columns; column++) {
-      const { share, text, title } = cell(row, column), x = left + column * width;
-      const place = { x, y, width, height, "data-row": row, "data-column": column };
-      const rgb = share === null ? null : colour(share), mark = outlined(row, column);
-      const kinds = ["cell", ...(rgb ? [] : ["unchanged"]), ...(mark ? ["outlined"] : [])];
-      const rect = make("rect", { ...place, class: kinds.join(" ") }, make("title", {}, title));
+      const { share, title, text, outlined } = cell(row, column), x = left + column * width;
+      const rgb = share === null ? null : colour(share), layer = outlined ? last : parts;
+      const kinds = `cell${rgb ? "" : " unchanged"}${outlined ? " outlined" : ""}`;
+      const rect = make("rect", { x, y, width, height, "data-row": row, "data-column": column, class: kinds },
+        make("title", {}, title));
       if (rgb) rect.setAttribute("fill", `rgb(${rgb})`);
-      (mark ? marked : parts).push(rect);
+      layer.push(rect);
       if (text === undefined) continue;
-      const written = visible(text).slice(0, 9);
-      const label = make("text", { x: x + 3, y: y + 11, "pointer-events": "none" }, written);
+      const label = make("text", { x: x + 3, y: y + 11 }, visible(text).slice(0, 9));
       if (rgb) label.style.fill = rgb[1] > 115 ? "#000" : "#fff";
-      (mark ? marked : parts).push(label);
+      layer.push(label);
     }
   }
-  for (let column = 0; column < columns; column++) {
-    parts.push(make("text", { x: left + (column + 0.5) * width, y: total[1] - 6, "text-anchor": "middle" },
-      labels[column].slice(0, Math.floor(width / 6.7))));
-  }
-  svg.replaceChildren(...parts, ...marked);      // outlined cells last, so that no neighbour covers the line
-}
-
-const view = () => document.querySelector("[name=view]:checked").value;
-
-async function drawMap() {
-  const { tokens, layer, steered, norms } = shown, kind = view(), seed = $("control").value;
-  if (kind === "lens" && !lensMap) {
-    const given = shown.given, answer = await ask("lens_map", given);
-    if (given !== shown.given) return;
-    lensMap = answer;
-  }
-  const values = kind === "norms" ? norms : kind === "random" ? shown.random[seed] : shown.change;
-  if (!values) return look();
-  const all = norms.flat();
-  const [low, high] = kind === "norms" ? [Math.min(...all), Math.max(...all)] : [LOW, HIGH];
-  const name = kind === "norms" ? "norm" : "change";
-  grid($("map"), values.length, tokens.length, (row, column) => {
-    const x = values[row][column];
-    return { share: x < 1e-5 ? null : Math.log(x / low) / Math.log(high / low),
-      text: kind === "lens" ? lensMap[row][column] : undefined,
-      title: `resid[${row}], position ${column}: ${name} ${short(x)}` };
-  }, (row, column) => kind !== "norms" && row === layer && steered.includes(column),
-  tokens.map(visible));
-  $("low").textContent = kind === "norms" ? short(low) : `${low} or less`;
-  $("high").textContent = kind === "norms" ? short(high) : `${high} × the norm there`;
-  const says = {
-    steered: "How far steering moves resid[l], relative to its norm.",
-    random: `How far the random vector of seed ${seed}, with the same norm, moves resid[l].`,
-    norms: "The norm of resid[l] without steering. A position far above the others is an attention sink.",
-    lens: "The token that the steered stream would predict at each place; colours show the change." }[kind];
-  $("map-says").textContent = `${says} Layers go upward, positions to the right.` +
-    (kind === "norms" ? "" : " The addition is outlined; pale cells are unchanged.");
-  $("map").setAttribute("aria-label", `Map, ${tokens.length} positions by ${values.length} layers. ${says}`);
-  if (cursor) mark($("map"), ...cursor);
-}
-
-let reading = null;
-
-// Say what is at one place: the numbers at once, the logit lens when the server has answered.
-async function read(row, column) {
-  cursor = [row, column];
-  mark($("map"), row, column);
-  const random = Object.values(shown.random).map((map) => map[row][column]);
-  $("place").replaceChildren(make("p", {}, make("b", {}, `resid[${row}], position ${column}, `),
-    piece(shown.tokens[column]), `: steering moves it by ${short(shown.change[row][column])} × its norm of ` +
-    `${short(shown.norms[row][column])}; random vectors by ${range(random, short, " to ")} ×.`));
-  reading?.abort();
-  reading = new AbortController();
-  const { signal } = reading;
-  await new Promise((resolve) => setTimeout(resolve, 120));
-  if (signal.aborted) return;
-  const { steered, unsteered } = await ask("lens", { ...shown.given, at_layer: row, at: column }, signal);
-  const cells = ([token, p]) => [make("td", {}, piece(token)), make("td", { class: "number" }, percent(p))];
-  const heads = ["lens, unsteered", "steered"].map((text) => make("th", { colspan: 2, scope: "col" }, text));
-  $("place").append(make("table", {}, make("thead", {}, make("tr", {}, ...heads)),
-    make("tbody", {}, ...unsteered.map((row, i) => make("tr", {}, ...cells(row), ...cells(steered[i]))))));
+  const names = labels.map((label, column) => make("text", { x: left + (column + 0.5) * width,
+    y: total[1] - 6, "text-anchor": "middle" }, label.slice(0, Math.floor(width / 6.7))));
+  const cursor = svg.querySelector(".cursor");
+  svg.replaceChildren(...parts, ...names, ...last);
+  if (cursor) frame(svg, cursor.dataset.row, cursor.dataset.column);
 }
 
 // Frame a cell, if there is one.
-function mark(svg, row, column) {
+function frame(svg, row, column) {
   const rect = svg.querySelector(`[data-row="${row}"][data-column="${column}"]`);
   if (!rect) return false;
   svg.querySelector(".cursor")?.remove();
-  const frame = svg.appendChild(rect.cloneNode());       // last, so that no neighbour covers it
-  frame.setAttribute("class", "cursor");
+  svg.append(rect.cloneNode());             // last, so that no neighbour covers it
+  svg.lastChild.setAttribute("class", "cursor");
   return true;
 }
 
-// Pointer and arrow keys call `at` with a cell; click and Enter call `choose`.
+async function drawMap() {
+  const answer = shown, { tokens, layer, steered, norms } = answer;
+  const { value: kind, dataset: { says } } = document.querySelector("[name=view]:checked");
+  if (kind === "lens") answer.lens ??= await ask("lens_map", answer.given);
+  if (answer !== shown) return;                 // a newer one has been drawn
+  const values = { norms, random: shown.random[$("control").value] }[kind] ?? shown.change;
+  const [low, high] = kind === "norms" ? [Math.min, Math.max].map((f) => f(...norms.flat())) : [LOW, HIGH];
+  grid($("map"), values.length, tokens.length, (row, column) => {
+    const x = values[row][column];
+    return { share: x < 1e-5 ? null : Math.log(x / low) / Math.log(high / low),
+      title: `resid[${row}], position ${column}: ${kind === "norms" ? "norm" : "change"} ${short(x)}`,
+      text: kind === "lens" ? answer.lens[row][column] : undefined,
+      outlined: kind !== "norms" && row === layer && steered.includes(column) };
+  }, tokens.map(visible));
+  $("low").textContent = kind === "norms" ? short(low) : `${low} or less`;
+  $("high").textContent = kind === "norms" ? short(high) : `${high} × the norm there`;
+  $("map-says").textContent = `${says} Layers go upward, positions to the right.`;
+  $("map").setAttribute("aria-label", `Map, ${tokens.length} positions by ${values.length} layers. ${says}`);
+}
+
+// Say what is at one place: the numbers at once, the logit lens when the server has answered.
+async function read(row, column) {
+  const random = shown.random.map((map) => map[row][column]), signal = begin("read");
+  $("lens").hidden = true;
+  $("place").replaceChildren(make("b", {}, `resid[${row}], position ${column}, `),
+    piece(shown.tokens[column]), `: steering moves it by ${short(shown.change[row][column])} × its norm of ` +
+    `${short(shown.norms[row][column])}; random vectors by ${range(random, short, " to ")} ×.`);
+  await new Promise((resolve) => setTimeout(resolve, 120));
+  signal.throwIfAborted();
+  const { steered, unsteered } = await ask("lens", { ...shown.given, at_layer: row, at: column }, signal);
+  const cells = ([token, p]) => [make("td", {}, piece(token)), number(percent(p))];
+  $("lens").tBodies[0].replaceChildren(...unsteered.map((plain, i) =>
+    make("tr", {}, ...cells(plain), ...cells(steered[i]))));
+  $("lens").hidden = false;
+}
+
+// Pointer and arrow keys frame a cell and call `at` with it; click and Enter call `choose`.
 function explore(svg, at, choose) {
-  const cell = (target) => [Number(target.dataset.row), Number(target.dataset.column)];
-  svg.addEventListener("pointerover", (event) => event.target.dataset.row && at(...cell(event.target)));
-  svg.addEventListener("click", (event) => event.target.dataset.row && choose(...cell(event.target)));
-  svg.addEventListener("keydown", (event) => {
-    const here = svg.querySelector(".cursor"), [row, column] = here ? cell(here) : [0, 0];
+  const place = ({ dataset }) => [Number(dataset.row), Number(dataset.column)];
+  const go = (row, column) => frame($(svg), row, column) && at(row, column);
+  on(svg, "pointerover", ({ target }) => target.dataset.row && go(...place(target)));
+  on(svg, "click", ({ target }) => target.dataset.row && choose(...place(target)));
+  on(svg, "keydown", (event) => {
+    const cursor = $(svg).querySelector(".cursor"), [row, column] = cursor ? place(cursor) : [0, 0];
     const ways = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowRight: [0, 1], ArrowLeft: [0, -1] };
     const [up, right] = ways[event.key] ?? [];
-    if (event.key === "Enter" && here) choose(row, column);
+    if (event.key === "Enter" && cursor) choose(row, column);
     if (up === undefined) return;
     event.preventDefault();
-    const next = here ? [row + up, column + right] : [row, column];
-    if (mark(svg, ...next)) at(...next);
+    if (cursor) go(row + up, column + right);
+    else go(row, column);
   });
 }
 
 // ---- completions and the counter ----
 
-let drawing = null;
+const complete = (name = "") => [...$("columns").querySelectorAll(`ol${name} .complete`)];
 
-async function complete() {
-  drawing?.abort();
-  drawing = new AbortController();
-  const { signal } = drawing, given = setting(), total = 3 * given.n;
-  let ended = 0;
-  texts = Object.fromEntries(COLUMNS.map((name) => [name, []]));
-  const lists = Object.fromEntries(COLUMNS.map((name) => [name, make("ol")]));
+async function drawCompletions() {
+  const signal = begin("completions"), given = setting(), progress = $("progress"), total = 3 * given.n;
+  const lists = Object.fromEntries(COLUMNS.map((name) => [name, make("ol", { class: name })]));
   $("columns").replaceChildren(...COLUMNS.map((name) =>
     make("div", {}, make("h3", { class: name }, TITLES[name]), lists[name])));
   $("counts").tBodies[0].replaceChildren();
+  $("columns").classList.add("growing");
   $("stop").disabled = false;
-  $("progress").textContent = "reading the prompt …";
+  progress.textContent = "reading the prompt …";
   try {
-    await follow("complete", given, signal, ({ ahead, step }) => {
-      if (ahead) return void ($("progress").textContent = `${ahead} before you in the queue …`);
+    for await (const step of follow("complete", given, signal, progress)) {
       for (const [name, i, text, over] of step) {
-        const item = lists[name].children[i] ?? lists[name].appendChild(make("li", { class: "growing" },
+        const item = lists[name].children[i] ?? lists[name].appendChild(make("li", {},
           ...(name === "random" ? [make("small", {}, `seed ${i % 5} `)] : []), make("span")));
-        item.lastChild.textContent += text;
-        if (!over) continue;
-        item.classList.remove("growing");
-        texts[name][i] = item.lastChild.textContent;
-        ended++;
+        item.lastChild.append(text);
+        item.classList.toggle("complete", over);
       }
-      $("progress").textContent = `${ended} of ${total} are complete`;
-      if (step.some((row) => row[3])) count();
-    });
-  } catch (error) {
-    forgive();
-    complain(error);
+      progress.textContent = `${complete().length} of ${total} are complete`;
+      if (step.some(([, , , over]) => over)) count();
+    }
+  } finally {
+    if (running.completions.signal === signal) {            // no newer one has taken its place
+      const ended = complete().length;
+      progress.textContent = (ended < total ? `stopped: ${ended} of` : "all") + ` ${total} are complete`;
+      $("columns").classList.remove("growing");
+      $("stop").disabled = true;
+    }
   }
-  if (drawing?.signal !== signal) return;          // a newer one has taken its place
-  $("columns").querySelectorAll(".growing").forEach((item) => item.classList.remove("growing"));
-  $("progress").textContent = (ended < total ? `stopped: ${ended} of` : "all") + ` ${total} are complete`;
-  $("stop").disabled = true;
-  await count();
 }
 
-let counting = false, recount = false;
-
 async function count() {
-  recount = true;
-  if (counting || !texts) return;
-  counting = true;
-  while (recount) {
-    recount = false;
-    const asked = texts, done = COLUMNS.map((name) => [name, Object.entries(texts[name])]);
-    const given = Object.fromEntries(done.map(([name, rows]) => [name, rows.map(([, text]) => text)]));
-    const counts = await ask("count", { words: $("words").value, texts: given }).catch(complain);
-    if (!counts || asked !== texts) continue;
-    $("counts").tBodies[0].replaceChildren(...done.map(([name, rows], column) => {
-      const [k, n, low, high, hits] = counts[name];
-      const items = $("columns").querySelectorAll("ol")[column].children;
-      rows.forEach(([i], row) => items[i].classList.toggle("hit", hits[row]));
-      const line = make("i", { class: name }), point = make("b", { class: name });
-      const bars = make("td", { class: "bars" });
-      line.style.left = `${100 * low}%`;
-      line.style.width = `${100 * (high - low)}%`;
-      point.style.left = `${100 * k / n}%`;
-      if (n) bars.append(line, point);
-      const share = n ? `${percent(k / n)}  (${percent(low)} to ${percent(high)})` : "";
-      return make("tr", {}, make("th", { scope: "row" }, TITLES[name]),
-        make("td", { class: "number" }, `${k} of ${n}`), make("td", { class: "number" }, share), bars);
-    }));
+  const items = {}, texts = {};
+  for (const name of COLUMNS) {
+    items[name] = complete(`.${name}`);
+    texts[name] = items[name].map((item) => item.lastChild.textContent);
   }
-  counting = false;
+  const counts = await ask("count", { words: $("words").value, texts }, begin("count"));
+  $("counts").tBodies[0].replaceChildren(...COLUMNS.map((name) => {
+    const [k, n, low, high, hits] = counts[name];
+    items[name].forEach((item, i) => item.classList.toggle("hit", hits[i]));
+    const line = make("i", { class: name }), point = make("b", { class: name });
+    line.style.left = `${100 * low}%`;
+    line.style.width = `${100 * (high - low)}%`;
+    point.style.left = `${100 * k / n}%`;
+    const share = n ? `${percent(k / n)}  (${percent(low)} to ${percent(high)})` : "";
+    return make("tr", {}, head(TITLES[name]), number(`${k} of ${n}`), number(share),
+      make("td", { class: "bars" }, ...(n ? [line, point] : [])));
+  }));
 }
 
 // ---- which layer ----
 
-let scanning = null, scanned = null;
+let scanned = null;
 
 async function scan() {
-  scanning?.abort();
-  scanning = new AbortController();
-  const { signal } = scanning, given = setting();
-  scanned = null;
-  $("scan-says").textContent = "reading …";
-  try {
-    await follow("scan", given, signal, ({ ahead, step }) => {
-      if (ahead) return void ($("scan-says").textContent = `${ahead} before you in the queue …`);
-      if (step.coeffs) return void (scanned = { ...step, rows: [] });
-      scanned.rows.push(...step.logp);
-      drawScan();
-      $("scan-says").textContent = `${scanned.rows.length} of ${scanned.n_layer} layers`;
-    });
-  } catch (error) {
-    if (error.name !== "AbortError") $("scan-says").textContent = "";
-    forgive();
-    complain(error);
+  const signal = begin("scan"), status = $("scan-says");
+  status.textContent = "";
+  for await (const step of follow("scan", setting(), signal, status)) {
+    if (step.coeffs) scanned = { ...step, layers: [] };
+    else scanned.layers.push(step);
+    drawScan();
+    status.textContent = `${scanned.layers.length} of ${scanned.n_layer} layers`;
   }
 }
 
 function drawScan() {
-  const { rows, coeffs, n_layer, target } = scanned, zero = coeffs.indexOf(0);
-  const change = (row, column) => rows[row][column] - rows[row][zero];
-  const most = Math.max(1, ...rows.flatMap((row, l) => row.map((_, c) => Math.abs(change(l, c)))));
-  const layer = Number(form.elements.layer.value), coeff = Number(form.elements.coeff.value);
+  const { layers, coeffs, coeff, n_layer, target, unsteered } = scanned, own = coeffs.indexOf(coeff);
+  const most = Math.max(1, ...layers.flatMap(({ steered }) => steered.map(Math.abs)));
+  const beyond = layers.map(({ steered, random }) =>
+    steered[own] < Math.min(...random) || steered[own] > Math.max(...random));
   grid($("layers"), n_layer, coeffs.length, (row, column) => ({
-    share: rows[row] ? 0.5 + change(row, column) / most / 2 : null,
-    title: rows[row] ? `layer ${row}, coeff ${coeffs[column]}: ${signed(change(row, column))} nats` : "" }),
-  (row, column) => row === layer && coeffs[column] === coeff, coeffs.map(String));
+    share: layers[row] ? 0.5 + layers[row].steered[column] / most / 2 : null,
+    title: layers[row] ? sayScan(row, column) : "",
+    text: column === own && beyond[row] ? "●" : "",
+    outlined: row === Number($("layer").value) && coeffs[column] === Number($("coeff").value) }),
+  coeffs.map(String));
   $("layers").setAttribute("aria-label", `Change of log p of ${visible(target)} in nats, by layer and coeff`);
-  const nats = `${most.toFixed(1)} nats`;
-  $("scan-place").textContent = `Target ${visible(target)}, unsteered ${percent(Math.exp(rows[0][zero]))}. ` +
-    `Dark blue: ${nats} less likely; yellow: ${nats} likelier; grey: no change.`;
+  const nats = `${most.toFixed(1)} nats`, marked = beyond.filter(Boolean).length;
+  $("scan-place").textContent = `Target ${visible(target)}, unsteered ${percent(Math.exp(unsteered))}. ` +
+    `Dark blue: ${nats} less likely; yellow: ${nats} likelier; grey: no change. ` +
+    `● beyond all five random vectors of coeff ${coeff}: ${marked} of ${layers.length} layers.`;
 }
 
 function sayScan(row, column) {
-  if (!scanned?.rows[row]) return;
-  mark($("layers"), row, column);
-  const before = scanned.rows[row][scanned.coeffs.indexOf(0)], after = scanned.rows[row][column];
-  $("scan-place").textContent = `Layer ${row}, coeff ${scanned.coeffs[column]}: p of ` +
-    `${visible(scanned.target)} goes from ${percent(Math.exp(before))} to ${percent(Math.exp(after))}, ` +
-    `${signed(after - before)} nats.`;
+  const { layers, coeffs, coeff, target, unsteered } = scanned, change = layers[row].steered[column];
+  const [before, after] = [unsteered, unsteered + change].map((logp) => percent(Math.exp(logp)));
+  return `Layer ${row}, coeff ${coeffs[column]}: p of ${visible(target)} goes from ${before} to ${after}, ` +
+    `${signed(change)} nats. Five random vectors of coeff ${coeff}: ` +
+    `${range(layers[row].random, signed, " to ")} nats.`;
 }
 
-// ---- take it away ----
+// ---- keep this setting ----
 
-function save(name, data, type) {
-  const link = make("a", { download: name, href: URL.createObjectURL(new Blob([data], { type })) });
+function save(name, blob) {
+  const link = make("a", { download: name, href: URL.createObjectURL(blob) });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}
-
-async function saveVector() {
-  const answer = await post("vector", setting());
-  if (answer.ok) save("vector.safetensors", await answer.arrayBuffer(), "application/octet-stream");
-  else complain(await refusal(answer));
 }
 
 function saveMap() {
@@ -484,49 +405,56 @@ function saveMap() {
   copy.setAttribute("xmlns", "http://www.w3.org/2000/svg");
   copy.style.background = getComputedStyle($("stream")).backgroundColor;
   copy.prepend(make("title", {}, `${$("map-says").textContent}\n${shown.python}`));
-  save("map.svg", new XMLSerializer().serializeToString(copy), "image/svg+xml");
+  save("map.svg", new Blob([new XMLSerializer().serializeToString(copy)], { type: "image/svg+xml" }));
 }
 
 // ---- start ----
 
+addEventListener("unhandledrejection", (event) => {
+  if (["Error", "AbortError"].includes(event.reason.name)) event.preventDefault();   // no fault of this file
+  complain(event.reason);
+});
 document.addEventListener("input", ({ target }) => {         // two of the form's fields stand outside it
   if (target.form !== form) return;
   for (const name of ["layer", "coeff"]) {
-    if (target.id === `${name}-slide`) form.elements[name].value = target.value;
+    if (target.id === `${name}-slide`) $(name).value = target.value;
     if (target.id === name) $(`${name}-slide`).value = target.value;
   }
-  if (target.id !== "words" && target.id !== "target") return changed();
-  history.replaceState(null, "", "#" + new URLSearchParams(new FormData(form)));
+  remember();
   if (target.id === "words") count();
+  else if (target.id !== "target") look();
 });
-form.addEventListener("submit", (event) => event.preventDefault());
-$("tokens").addEventListener("click", ({ target }) => {
+on("setting", "submit", (event) => event.preventDefault());
+on("tokens", "click", ({ target }) => {
   const chip = target.closest("[data-position]");
-  if (chip) { place(chip.dataset.position); changed(); }
+  if (chip) change({ where: chip.dataset.position });
 });
-$("views").addEventListener("change", () => drawMap().catch(complain));
-explore($("map"), (row, column) => read(row, column).catch(complain), () => {});
-explore($("layers"), sayScan, (row, column) => {
-  fill({ layer: row, coeff: scanned.coeffs[column], where: "front" });
+on("views", "change", drawMap);
+explore("map", read, () => {});
+explore("layers", (row, column) => {
+  if (scanned.layers[row]) $("scan-place").textContent = sayScan(row, column);
+}, (row, column) => {
+  change({ layer: row, coeff: scanned.coeffs[column] });
   drawScan();
-  changed();
 });
-$("draw").addEventListener("click", complete);
-$("stop").addEventListener("click", () => drawing?.abort());
-$("scan").addEventListener("click", scan);
-$("copy-link").addEventListener("click", async () => {
+on("draw", "click", drawCompletions);
+on("stop", "click", () => running.completions?.abort());
+on("scan", "click", scan);
+on("copy-link", "click", async () => {
   await navigator.clipboard?.writeText(location.href);       // browsers offer it only on https and localhost
   $("copied").textContent = navigator.clipboard ? "copied" : "please copy the address of this page";
 });
-$("save-vector").addEventListener("click", saveVector);
-$("save-map").addEventListener("click", saveMap);
+on("save-vector", "click", async () => {
+  save("vector.safetensors", await (await post("vector", setting())).blob());
+});
+on("save-map", "click", saveMap);
 
 const about = await (await fetch("about", { headers: { "X-Token": TOKEN } })).json();
 $("model").textContent = about.model;
 $("layer-slide").max = about.n_layer - 1;
 for (const [name, preset] of Object.entries(about.presets)) {
   const button = $("presets").appendChild(make("button", { type: "button" }, name));
-  button.addEventListener("click", () => { fill(preset); changed(); });
+  button.addEventListener("click", () => change(preset));
 }
 const restore = () => {
   const state = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));

@@ -105,12 +105,8 @@ def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlett
         return engine.read(model, tokenizer, given)
 
     def look(given: dict) -> dict:
-        seeds = given.get("seeds")
-        if not isinstance(seeds, list) or len(seeds) > engine.CONTROLS or not all(
-                seed in range(engine.CONTROLS) for seed in seeds):
-            raise engine.Refused("control", f"seeds: a list of numbers from 0 to {engine.CONTROLS - 1}.")
         s, sampling = setting(given), engine.read_sampling(given)
-        return {**engine.look(model, tokenizer, s, seeds),
+        return {**engine.look(model, tokenizer, s),
                 "python": engine.as_python(name, s, *sampling),
                 "command": engine.as_command(name, s, *sampling)}
 
@@ -231,8 +227,8 @@ class Events(StreamingResponse):
             await super().stream_response(send)
 
 
-def event(**said: object) -> str:
-    return f"data: {json.dumps(said)}\n\n"
+def event(**fields: object) -> str:
+    return f"data: {json.dumps(fields)}\n\n"
 
 
 def refusal(error: ValueError) -> dict:

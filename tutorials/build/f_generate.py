@@ -19,7 +19,8 @@ def top_p(logits, p, u):
 
     Sort the tokens from the likeliest to the least likely. One is in the nucleus if those before it sum to p
     or less. Divide by the sum of the nucleus, add up from the likeliest on, and take the first token at which
-    the sum is greater than u. Look only at the 1,000 likeliest: sorting all of them takes too long.
+    the sum is greater than u. The softmax is over all tokens; after it, look only at the 1,000 likeliest,
+    because sorting all of them takes too long.
 
     logits (B, n_vocab), p: 0 … 1, u (B,): a random number from 0 up to 1 for each row
     -> (B,)
