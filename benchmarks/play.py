@@ -37,7 +37,7 @@ MOVE = """async ([layer, pause]) => {
   return performance.now() - start;
 }"""
 GIVEN = {**PRESETS["weddings"], "n": 2, "max_new_tokens": 20, "temperature": 1, "top_p": 0.3,
-         "freq_penalty": 1, "seed": 0, "seeds": [0]}
+         "freq_penalty": 1, "seed": 0}
 
 
 def sliders(address, moves):

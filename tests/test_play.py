@@ -168,7 +168,7 @@ def test_python_lines_and_command_repeat_the_setting(tiny_llama, tiny_pair, wher
 def test_a_preset_makes_its_target_likelier_than_five_random_vectors_do(real, name):
     model, tokenizer = real
     preset = engine.PRESETS[name]
-    x = engine.streams(model, tokenizer, engine.read(model, tokenizer, preset))[-1]
+    x = engine.streams(model, tokenizer, engine.read(model, tokenizer, preset), engine.CONTROLS)[-1]
     plain, steered, *random = engine.next_logp(model, x)[:, tokenizer.encode(preset["target"], bos=False)[0]]
     assert len(random) == 5 and steered > max(plain, *random) + 0.5
 

@@ -121,8 +121,8 @@ for name, ranking in results.items():
 # At layer 16, four facts are lost and none is gained; the random vectors lose 0 to 2. Is that real? The
 # interval excludes 0, but the test disagrees: when four facts change, all in one direction, chance alone
 # gives p 0.125. The paper saw no loss on GPT-2-XL. On 3,188 rows of ConceptNet, our model loses 2.1 points of
-# P@10, and 0.8 with a random vector ([benchmarks](../benchmarks/README.md)). So there is a loss, but it is
-# too small to be seen with 42 facts.
+# P@10, and with five random vectors 0 to 0.8 ([benchmarks](../benchmarks/README.md)). So there is a loss, but
+# it is too small to be seen with 42 facts.
 #
 # ## Which facts are lost?
 # Predict before you look: cover the next lines, and read through `facts`. The vector stands at position 1, on

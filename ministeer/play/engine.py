@@ -153,15 +153,15 @@ def addition(model: LM, tokenizer: Tokenizer, setting: Setting) -> Steer:
 
 @functools.lru_cache(maxsize=8)
 @torch.no_grad()
-def streams(model: LM, tokenizer: Tokenizer, setting: Setting) -> Tensor:
-    """The residual streams of the prompt unsteered, steered, and with each of five random vectors.
+def streams(model: LM, tokenizer: Tokenizer, setting: Setting, controls: int) -> Tensor:
+    """The residual streams of the prompt unsteered, steered, and with each of so many random vectors.
 
-    -> (n_layer + 1, 2 + CONTROLS, T, d_model), from one batched pass over the blocks from `layer` on: below
+    -> (n_layer + 1, 2 + controls, T, d_model), from one batched pass over the blocks from `layer` on: below
     it, all rows are the recorded stream of the unsteered prompt.
     """
     before = unsteered(model, tokenizer, setting.prompt)
     steer = addition(model, tokenizer, setting)
-    after = run_each(model, before, [steer, *(random_like(steer, seed) for seed in range(CONTROLS))])
+    after = run_each(model, before, [steer, *(random_like(steer, seed) for seed in range(controls))])
     below = before[:setting.layer, None].expand(-1, after.shape[1], -1, -1)
     return torch.cat([below, after]).float()
 
@@ -188,20 +188,25 @@ def next_logp(model: LM, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def look(model: LM, tokenizer: Tokenizer, setting: Setting, shown: int = 10) -> dict:
+def look(model: LM, tokenizer: Tokenizer, setting: Setting, controls: object = CONTROLS,
+         shown: int = 10) -> dict:
     """What the page shows of a setting before any text is sampled.
+
+    controls: how many random vectors, seeds from 0 on; one is quicker than all five
 
     tokens, plus, minus: pieces of the prompt and of both sides of the pair; padded: spaces added to each side
     steered: the steered positions of the prompt
     change: |resid steered - resid| / |resid| (n_layer + 1, T); at `layer` this is the relative norm
-    random: the same for each of five random vectors
+    random: the same for each random vector
     norms: |resid|, unsteered (n_layer + 1, T)
     next: the `shown` tokens likeliest unsteered or steered, and log p of each: unsteered, steered, random …
     sink: the share of the vector's squared norm in four dimensions; near 1, little is about the pair
     Raises Refused if the logits are not finite.
     """
+    with field("control"):
+        check_whole("controls", controls, 1, CONTROLS)
     steer = addition(model, tokenizer, setting)
-    resid = streams(model, tokenizer, setting)
+    resid = streams(model, tokenizer, setting, controls)
     norms = resid.norm(dim=-1)
     change = (resid[:, 1:] - resid[:, :1]).norm(dim=-1) / norms[:, :1]
     logp = next_logp(model, resid[-1].to(steer.vector))
@@ -215,7 +220,7 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, shown: int = 10) -> 
         "plus": tokenizer.pieces(pair[0]), "minus": tokenizer.pieces(pair[1]),
         "padded": [len(pair[0]) - side for side in sides], "steered": list(range(steer.start, stop)),
         "layer": setting.layer, "change": rounded(change[:, 0]), "norms": rounded(norms[:, 0]),
-        "random": [rounded(change[:, i]) for i in range(1, 1 + CONTROLS)],
+        "random": [rounded(change[:, i]) for i in range(1, 1 + controls)],
         "next": [[piece, rounded(logp[:, i])] for piece, i in zip(pieces, likeliest.tolist(), strict=True)],
         "sink": sink_share(steer.vector),
     }
@@ -224,7 +229,7 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, shown: int = 10) -> 
 @torch.no_grad()
 def lens(model: LM, tokenizer: Tokenizer, setting: Setting, layer: int, position: int) -> dict:
     """The logit lens at one place: the five likeliest tokens there and their p, unsteered and steered."""
-    resid = streams(model, tokenizer, setting)
+    resid = streams(model, tokenizer, setting, 1)
     check_whole("the layer of the lens", layer, 0, len(resid) - 1)
     check_whole("the position of the lens", position, 0, resid.shape[2] - 1)
     p, ids = model.unembed(resid[layer, :2, position]).float().softmax(dim=-1).topk(5)
@@ -235,7 +240,7 @@ def lens(model: LM, tokenizer: Tokenizer, setting: Setting, layer: int, position
 @torch.no_grad()
 def lens_map(model: LM, tokenizer: Tokenizer, setting: Setting) -> list[list[str]]:
     """The logit lens's likeliest token at every place of the steered stream, (n_layer + 1, T) pieces."""
-    resid = streams(model, tokenizer, setting)[:, 1]
+    resid = streams(model, tokenizer, setting, 1)[:, 1]
     return [tokenizer.pieces(model.unembed(x[None])[0].argmax(dim=-1).tolist()) for x in resid]
 
 

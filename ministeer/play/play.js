@@ -133,10 +133,12 @@ function change(values) {
 
 // ---- the map and the next token: one request at a time, and only for the newest setting ----
 
-let wanted = null, asking = false;
+let wanted = null, asking = false, later;
 
-async function look() {
-  wanted = setting();
+// With one random vector at first, which is quick; with all five when the setting has stood for a moment.
+async function look(controls = 1) {
+  clearTimeout(later);
+  wanted = { ...setting(), controls };
   if (asking) return;
   asking = true;
   while (wanted) {
@@ -150,6 +152,7 @@ async function look() {
       $("python").textContent = shown.python;
       $("command").textContent = shown.command;
       await drawMap();
+      if (given.controls === 1 && !wanted) later = setTimeout(look, 300, 5);
     } catch (error) {
       complain(error);
     }
@@ -240,11 +243,11 @@ function frame(svg, row, column) {
 }
 
 async function drawMap() {
-  const answer = shown, { tokens, layer, steered, norms } = answer;
+  const answer = shown, { tokens, layer, steered, norms, random } = answer;
   const { value: kind, dataset: { says } } = document.querySelector("[name=view]:checked");
   if (kind === "lens") answer.lens ??= await ask("lens_map", answer.given);
   if (answer !== shown) return;                 // a newer one has been drawn
-  const values = { norms, random: shown.random[$("control").value] }[kind] ?? shown.change;
+  const values = { norms, random: random[$("control").value] ?? random[0] }[kind] ?? shown.change;
   const [low, high] = kind === "norms" ? [Math.min, Math.max].map((f) => f(...norms.flat())) : [LOW, HIGH];
   grid($("map"), values.length, tokens.length, (row, column) => {
     const x = values[row][column];

@@ -106,7 +106,7 @@ def app(model: LM, tokenizer: Tokenizer, name: str, token: str = "") -> Starlett
 
     def look(given: dict) -> dict:
         s, sampling = setting(given), engine.read_sampling(given)
-        return {**engine.look(model, tokenizer, s),
+        return {**engine.look(model, tokenizer, s, given.get("controls", engine.CONTROLS)),
                 "python": engine.as_python(name, s, *sampling),
                 "command": engine.as_command(name, s, *sampling)}
 
