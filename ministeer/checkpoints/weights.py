@@ -17,13 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..gpt2 import GPT2
+from ..gptj import GPTJ
 from ..llama import Llama
 from ..model import LM
+from ..opt import OPT
 from ..utils import file_digest, one_line
 from .config import Config, own_file, read_config
 from .tokenizer import Tokenizer
 
-FAMILIES = {"gpt2": GPT2, "llama": Llama}
+FAMILIES = {"gpt2": GPT2, "gptj": GPTJ, "llama": Llama, "opt": OPT}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_DTYPES = ("F32", "F16", "BF16", "F64")
 
