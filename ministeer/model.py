@@ -1,4 +1,4 @@
-"""LM: the forward loop of both families, the residual stream as a list, activation addition in plain sight.
+"""LM: the forward loop of every family, the residual stream as a list, activation addition in plain sight.
 
 Read first: attention.py, gpt2.py, llama.py. Read next: steering.py. Turner et al., Algorithm 1.
 """

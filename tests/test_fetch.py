@@ -433,8 +433,8 @@ NO_WEIGHTS = "owner/tiny has no config.json with a model.safetensors on the Hub"
 @pytest.mark.parametrize(("changes", "says", "untouched"), [
     ({"model.safetensors": None}, NO_WEIGHTS, "pytorch_model.bin"),
     ({"config.json": None}, NO_WEIGHTS, "model.safetensors"),
-    ({"config.json": {"model_type": "gptj"}},
-     r"config.json: model_type is 'gptj'; ministeer has 'gpt2' and 'llama'\.$", "model.safetensors"),
+    ({"config.json": {"model_type": "gptx"}},
+     r"config.json: model_type is 'gptx'; ministeer has gpt2, gptj, llama, opt\.$", "model.safetensors"),
     ({"config.json": {"quantization_config": {"bits": 4}}}, "checkpoint is quantised", "model.safetensors"),
     ({"model.safetensors": b"<html>404</html>"}, r"model.safetensors \(16 bytes\) is damaged", "README.md"),
     ({"tokenizer.json": b"{}"}, "used: tokenizer.json is not a tokenizer", "README.md"),

@@ -360,17 +360,16 @@ def test_attention_pattern_is_the_formula_and_attend_is_pattern_times_v():
         close(attend(q, k, v, mask), pattern @ v.repeat_interleave(3, dim=1))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_scores_and_softmax_are_float32_in_every_dtype(dtype):
-    """As GPT-J asks. Rounded to 16 bits, these scores of up to 100 would be off by more than these limits."""
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_scores_and_softmax_are_float32_in_every_dtype(dtype, limit):
+    """As GPT-J asks. Rounded to 16 bits, these scores of up to 100 would move the results by more."""
     generator = torch.Generator().manual_seed(0)
-    for T, S in ((7, 7), (1, 7), (3, 7)):
+    for T, S in ((60, 60), (20, 60)):
         q, k = (5 * torch.randn(2, 4, n, 16, generator=generator).to(dtype) for n in (T, S))
         v = torch.randn(2, 4, S, 16, generator=generator).to(dtype)
         wanted = attention_pattern(q.float(), k.float()) @ v.float()
         rounded = attention_pattern(q, k) @ v.float()
-        ours = attend(q, k, v, causal_mask(T, S).to(q) if 1 < T < S else None)
-        limit = 0.02 if dtype == torch.bfloat16 else 0.002
+        ours = attend(q, k, v, causal_mask(T, S).to(q) if T < S else None)
         assert (ours - wanted).abs().max() < limit < (rounded - wanted).abs().max()
 
 
