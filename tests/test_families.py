@@ -16,6 +16,7 @@ from ministeer.checkpoints import config, weights
 from ministeer.checkpoints.config import GPTJConfig, OPTConfig, Rope, parse_config
 from ministeer.gpt2 import GPT2, Block
 
+FAMILIES = ["opt", "opt-350m"]
 OPT, GPTJ = as_written(hub_config("opt")), as_written(hub_config("gptj"))
 
 # As the files on the Hub have them: those of OPT-350M and GPT-J-6B.
@@ -99,6 +100,18 @@ def test_refuses_tensors_that_do_not_fit(checkpoint, tmp_path, damage, says):
     save_file({name: x for name, x in stored.items() if x is not None}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
     with pytest.raises(ValueError, match=says):
+        weights.load_model(tmp_path)
+
+
+def test_a_tied_embedding_may_be_stored_as_the_head(checkpoint, tiny, tmp_path):
+    """As in some OPT files that were converted from pickles. transformers reads them too."""
+    stored = load_file(checkpoint / "model.safetensors")
+    stored["lm_head.weight"] = stored.pop("model.decoder.embed_tokens.weight")
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    assert weights.load_model(tmp_path).fingerprint == tiny[0].fingerprint
+    save_file(stored | {"lm_head.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"Missing: decoder.embed_tokens.weight\. Surplus: none"):
         weights.load_model(tmp_path)
 
 

@@ -90,6 +90,9 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
                                  + (hint if shape == wanted[name][::-1] else ""))
             stored[name] = path, full_name
     head = stored.pop("lm_head.weight", None) if config.tied else None      # then it is the embedding
+    embedding = model.embedding_name
+    if head and embedding not in stored and _read(*head).shape == wanted[embedding]:
+        stored[embedding] = head        # some converters keep only this one of the two names
     missing = [name for name in wanted if name not in stored]
     surplus = [full_name for name, (_, full_name) in stored.items() if name not in wanted]
     if "lm_head.weight" in missing:
@@ -98,7 +101,6 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
     if missing or surplus:
         raise ValueError(f"the tensors in {folder} are not those of a {kind} with this config.json. "
                          f"Missing: {_listed(missing)}. Surplus: {_listed(surplus)}.")
-    embedding = model.embedding_name
     if head and not torch.equal(_read(*head), _read(*stored[embedding])):
         raise ValueError(f"lm_head.weight differs from {embedding} in {folder}, but config.json says that "
                          'the head is tied. If it is not, set "tie_word_embeddings": false there.')
