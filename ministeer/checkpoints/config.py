@@ -49,27 +49,27 @@ class Config:
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.family != "llama" and self.n_head * self.d_head != self.d_model:
+        if self.family in ("gpt2", "gptj", "opt") and self.n_head * self.d_head != self.d_model:
             raise ValueError(f"a width of {self.d_model} cannot be divided evenly among {self.n_head} heads.")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}.")
-        if self.rope and self.d_head % 2:
+        if self.family == "llama" and self.d_head % 2:
             raise ValueError(f"rotary embedding turns pairs of numbers, but a head is {self.d_head} wide.")
         for i in (self.bos_id, *self.eos_ids):
             if i is not None and not 0 <= i < self.n_vocab:
                 raise ValueError(f"special token {i!r:.40} is outside the vocabulary 0 … {self.n_vocab - 1}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OPTConfig(Config):
-    d_embed: int = 0            # of the embedding; a width other than d_model is projected to it and back
+    d_embed: int                # of the embedding; a width other than d_model is projected to it and back
     pre_norm: bool = True       # False: the norms come after each half of a block, as in the 350M model
     final_norm: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GPTJConfig(Config):
-    rotary_dim: int = 0         # the first numbers of each head, which are turned; the rest are not
+    rotary_dim: int             # the first numbers of each head, which are turned; the rest are not
 
     def __post_init__(self) -> None:
         super().__post_init__()
