@@ -15,7 +15,7 @@ source = (HERE / "ministeer/__init__.py").read_text(encoding="utf-8")
 setup(
     name="ministeer",
     version=re.search(r'__version__ = "(.+)"', source)[1],
-    description="Activation addition (ActAdd) from scratch: hand-written GPT-2 and Llama",
+    description="Activation addition (ActAdd) from scratch: hand-written GPT-2, Llama, OPT and GPT-J",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

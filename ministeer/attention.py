@@ -1,4 +1,4 @@
-"""Attention and its cache, shared by both families.
+"""Attention and its cache, shared by every family.
 
 Read next: gpt2.py and llama.py. Vaswani et al. 2017, section 3.2; grouped queries: Ainslie et al. 2023.
 """

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import gpt2, llama
+from . import gpt2, gptj, llama, opt
 from .attention import KVCache, attend, merge_heads
 from .model import LM
 
@@ -85,7 +85,7 @@ def pack(model: LM, keep: bool) -> None:
     # A tied head is the embedding, which stays plain as well, for looking tokens up.
     tied = not hasattr(model, "lm_head")
     weight = model.get_parameter(model.embedding_name) if tied else model.lm_head.dense()
-    model.lm_head = PackedHead(weight, None, keep)
+    model.lm_head = PackedHead(weight, None if tied else model.lm_head.bias, keep)
 
 
 def compile_steps(model: LM) -> None:
@@ -179,10 +179,10 @@ class FastBlock(nn.Module):
         if x.shape[1] > 1:
             return super().forward(x, l, rope, cache)
         run = compiled if self.compiled and len(x) == 1 else lambda half: half
-        q, k, v = run(FastBlock.before)(self, x, rope)
+        q, k, v = run(type(self).before)(self, x, rope)
         k, v = cache.extend(l, k, v) if cache else (k, v)
         mixed = (attend_one if q.dtype == torch.bfloat16 else attend)(q, k, v)
-        return run(FastBlock.after)(self, x, mixed)
+        return run(type(self).after)(self, x, mixed)
 
     def before(self, x: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         norm, attention, _, _ = self.parts
@@ -202,7 +202,32 @@ class FastLlamaBlock(FastBlock, llama.Block):
     parts = "input_layernorm", "self_attn", "o_proj", "post_attention_layernorm"
 
 
-FAST_BLOCKS = {gpt2.Block: FastGPT2Block, llama.Block: FastLlamaBlock}
+class FastOPTBlock(FastBlock, opt.Block):
+    parts = "self_attn_layer_norm", "self_attn", "out_proj", "final_layer_norm"
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = x + self.self_attn.out_proj(merge_heads(mixed))
+        return x + self.feed_forward(self.final_layer_norm(x))
+
+
+class FastPostNormBlock(FastBlock, opt.PostNormBlock):
+    def before(self, x: Tensor, rope: Rotation) -> tuple[Tensor, ...]:
+        return self.self_attn.qkv(x)
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        x = self.self_attn_layer_norm(x + self.self_attn.out_proj(merge_heads(mixed)))
+        return self.final_layer_norm(x + self.feed_forward(x))
+
+
+class FastGPTJBlock(FastBlock, gptj.Block):
+    parts = "ln_1", "attn", "out_proj", "ln_1"
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        return x + self.attn.out_proj(merge_heads(mixed)) + self.mlp(self.ln_1(x))
+
+
+FAST_BLOCKS = {gpt2.Block: FastGPT2Block, llama.Block: FastLlamaBlock, opt.Block: FastOPTBlock,
+               opt.PostNormBlock: FastPostNormBlock, gptj.Block: FastGPTJBlock}
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

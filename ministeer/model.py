@@ -1,4 +1,4 @@
-"""LM: the forward loop of both families, the residual stream as a list, activation addition in plain sight.
+"""LM: the forward loop of every family, the residual stream as a list, activation addition in plain sight.
 
 Read first: attention.py, gpt2.py, llama.py. Read next: steering.py. Turner et al., Algorithm 1.
 """
@@ -29,7 +29,7 @@ Additions = Addition | Sequence[Addition]
 
 
 class LM(nn.Module):
-    """A language model. A family (gpt2.py, llama.py) supplies its parts:
+    """A language model. A family (gpt2.py, llama.py, opt.py, gptj.py) supplies its parts:
 
     embed(ids, pos), rope(pos), blocks, each called as block(x, l, rope, cache), and final_norm(x)
     prefix, embedding_name: what its files put before weight names, and the weight name of its embedding

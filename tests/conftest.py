@@ -24,6 +24,7 @@ in_main_thread = threading.current_thread() is threading.main_thread()
 if in_main_thread and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
+EVERY_FAMILY = ["gpt2", "llama", "opt", "opt-350m", "gptj"]     # opt-350m: with its norms after each half
 N_VOCAB = 384
 # For child processes: without coverage's tracing, which doubles their time and covers no new line.
 # Trap: if Ctrl-C arrives while coverage holds a lock of its own, the process waits for that lock forever.
@@ -139,11 +140,19 @@ def tiny_tokenizer(bos="<|endoftext|>"):
 
 def hub_config(family, **settings):
     """A transformers config of a tiny model of that family; settings override."""
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import GPT2Config, GPTJConfig, LlamaConfig, OPTConfig
     ids = {"vocab_size": N_VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
-    if family == "gpt2":
+    if family in ("gpt2", "gptj"):
         sizes = {"n_layer": 4, "n_head": 4, "n_embd": 32, "n_positions": 192}
+        if family == "gptj":
+            return GPTJConfig(**{**ids, **sizes, "rotary_dim": 6, **settings})
         return GPT2Config(**{**ids, **sizes, **settings})
+    if family in ("opt", "opt-350m"):
+        sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 32, "ffn_dim": 48,
+                 "max_position_embeddings": 192}
+        if family == "opt-350m":
+            sizes |= {"do_layer_norm_before": False, "word_embed_proj_dim": 20}
+        return OPTConfig(**{**ids, **sizes, **settings})
     sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32,
              "intermediate_size": 48, "max_position_embeddings": 192}
     return LlamaConfig(**{**ids, **sizes, **settings})
@@ -151,9 +160,11 @@ def hub_config(family, **settings):
 
 def hub_model(config, seed=0):
     """The transformers model of a config, its random weights so large that every part of a block matters."""
-    from transformers import GPT2LMHeadModel, LlamaForCausalLM
+    import transformers
+    kind = {"gpt2": "GPT2LMHeadModel", "gptj": "GPTJForCausalLM", "llama": "LlamaForCausalLM",
+            "opt": "OPTForCausalLM"}[config.model_type]
     torch.manual_seed(seed)
-    model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).eval()
+    model = getattr(transformers, kind)(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 1:                     # norms start at 1 and biases at 0, which would hide them
@@ -233,7 +244,15 @@ def write_rows(folder, files):
     return folder
 
 
-@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def pytest_generate_tests(metafunc):
+    """Tests run with a GPT-2 and a Llama, or with each of the FAMILIES that their file names."""
+    chosen = any("family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and not chosen:
+        families = getattr(metafunc.module, "FAMILIES", ["gpt2", "llama"])
+        metafunc.parametrize("family", families, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def family(request):
     return request.param
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TEXT, hub_config, hub_model
+from conftest import EVERY_FAMILY, TEXT, hub_config, hub_model
 
 from ministeer import KVCache, generate, steering_vector
 from ministeer.attention import attend
@@ -17,6 +17,7 @@ try:
 except (AttributeError, RuntimeError) as fault:
     pytest.skip(f"this torch cannot pack weights: {fault}", allow_module_level=True)
 
+FAMILIES = EVERY_FAMILY
 TOLERANCE = 1e-5        # of the largest number; in float32, another order of summation is off by about 1e-6
 COMPILED = pytest.param(True, marks=pytest.mark.long, id="compiled")
 PACKED = pytest.param(False, id="packed")
@@ -135,6 +136,7 @@ def test_biases_and_tied_heads_are_kept(tmp_path, monkeypatch, settings, compile
     assert close(one_by_one(quick, ids), model(ids)[0])
 
 
+@pytest.mark.parametrize("family", ["gpt2"], indirect=True)
 def test_without_a_compiler_warns_and_returns_the_packed_model(tiny, tmp_path, monkeypatch):
     import torch._inductor.config as inductor
     torch.compiler.reset()

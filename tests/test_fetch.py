@@ -388,8 +388,8 @@ NO_WEIGHTS = "owner/tiny has no config.json with a model.safetensors on the Hub"
 @pytest.mark.parametrize(("file", "content", "says", "untouched"), [
     ("model.safetensors", None, NO_WEIGHTS, "pytorch_model.bin"),
     ("config.json", None, NO_WEIGHTS, "model.safetensors"),
-    ("config.json", b'{"model_type": "gptj"}',
-     r"config.json: model_type is 'gptj'; ministeer has 'gpt2' and 'llama'\.$", "model.safetensors"),
+    ("config.json", b'{"model_type": "gptx"}',
+     r"config.json: model_type is 'gptx'; ministeer has gpt2, gptj, llama, opt\.$", "model.safetensors"),
     ("config.json", b'{"model_type": "gpt2", "quantization_config": {"bits": 4}}',
      "this checkpoint cannot be .*checkpoint is quantised", "model.safetensors"),
     ("model.safetensors", b"<html>404</html>",

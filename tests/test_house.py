@@ -23,6 +23,7 @@ FLOORS = [
     ["attention"],
     ["model"],
     ["gpt2", "llama"],
+    ["gptj", "opt"],
     ["checkpoints.weights", "checkpoints.convert", "checkpoints.fetch", "checkpoints.loading"],
     ["steering", "faster"],
     ["generation"],
@@ -64,9 +65,9 @@ def imports_of(path):
 
 def test_the_top_folder_holds_the_core_and_five_folders():
     top = {path.stem for path in PACKAGE.glob("*.py")}
-    assert top >= {"__init__", "attention", "gpt2", "llama", "model", "steering", "generation",
+    assert top >= {"__init__", "attention", "gpt2", "llama", "opt", "gptj", "model", "steering", "generation",
                    "faster", "utils", "cli"}
-    assert len(top) <= 11
+    assert len(top) <= 13
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders == {"checkpoints", "evaluation", "methods", "baselines", "play"}
 

@@ -1,4 +1,4 @@
-"""What holds for the residual stream, the addition and the cache whatever the weights, in both families.
+"""What holds for the residual stream, the addition and the cache whatever the weights, in every family.
 
 "Equal" is bitwise where the same numbers are computed in the same order, and up to float32's rounding
 where the order may differ.
@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import hub_config
+from conftest import EVERY_FAMILY, hub_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ministeer import KVCache, Steer, steering_vector
 from ministeer.attention import attend, attention_pattern, causal_mask
 from ministeer.checkpoints.config import parse_config
-from ministeer.gpt2 import GPT2
-from ministeer.llama import Llama
+from ministeer.checkpoints.weights import FAMILIES as CLASSES
 from ministeer.steering import pad_together
 
+FAMILIES = EVERY_FAMILY
 T, N_LAYER, D_MODEL = 12, 4, 32         # positions of most runs here; the sizes of the tiny models
 FEW = settings(max_examples=15, deadline=None, derandomize=True,
                suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -360,6 +360,19 @@ def test_attention_pattern_is_the_formula_and_attend_is_pattern_times_v():
         close(attend(q, k, v, mask), pattern @ v.repeat_interleave(3, dim=1))
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+def test_scores_and_softmax_are_float32_in_every_dtype(dtype, limit):
+    """As GPT-J asks. Rounded to 16 bits, these scores of up to 100 would move the results by more."""
+    generator = torch.Generator().manual_seed(0)
+    for T, S in ((60, 60), (20, 60)):
+        q, k = (5 * torch.randn(2, 4, n, 16, generator=generator).to(dtype) for n in (T, S))
+        v = torch.randn(2, 4, S, 16, generator=generator).to(dtype)
+        wanted = attention_pattern(q.float(), k.float()) @ v.float()
+        rounded = attention_pattern(q, k) @ v.float()
+        ours = attend(q, k, v, causal_mask(T, S).to(q) if T < S else None)
+        assert (ours - wanted).abs().max() < limit < (rounded - wanted).abs().max()
+
+
 def test_the_mask_of_a_later_chunk_is_made_once_per_pass(model, monkeypatch):
     calls = []
 
@@ -536,7 +549,7 @@ def test_a_vector_can_be_trained(model):
 def test_a_new_model_can_be_trained(family, tied):
     """Made by hand from a Config, every parameter gets a gradient, and a few steps learn a sequence."""
     config = replace(parse_config(hub_config(family).to_diff_dict()), tied=tied)
-    model = {"gpt2": GPT2, "llama": Llama}[family](config).initialise(seed=0)
+    model = CLASSES[config.family](config).initialise(seed=0)
     weights = model.get_parameter(model.embedding_name)
     assert weights.std().item() == pytest.approx(0.02, rel=0.05)
     assert all(p.unique().tolist() in ([0], [1]) for p in model.parameters() if p.ndim == 1)

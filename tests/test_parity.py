@@ -10,17 +10,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import hub_config, hub_model, save_checkpoint
-from hypothesis import example, given, settings
+from conftest import EVERY_FAMILY, hub_config, hub_model, save_checkpoint
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ministeer import Steer, generate
+from ministeer import KVCache, Steer, generate
 from ministeer.checkpoints.config import Rope, parse_config
 from ministeer.checkpoints.weights import load_model
 from ministeer.generation import Sampling, decoder, sample
 from ministeer.llama import frequencies
 
+FAMILIES = EVERY_FAMILY
 N_POS = 110                 # positions in every comparison
 # Of the largest number in the reference. In float32, another order of summation is off by about 1e-6.
 TOLERANCE = 1e-4
@@ -61,7 +62,12 @@ def run_hub(hub, ids, steer=()):
     Forward pre-hooks record both and add the vectors, so no code is shared with ministeer's addition.
     """
     body = hub.base_model
-    blocks, norm = (body.h, body.ln_f) if hub.config.model_type == "gpt2" else (body.layers, body.norm)
+    if hub.config.model_type == "opt":
+        body = body.decoder
+        last = body.final_layer_norm or body.project_out or hub.lm_head
+    else:
+        last = body.norm if hub.config.model_type == "llama" else body.ln_f
+    blocks = body.layers if hasattr(body, "layers") else body.h
     resid = []
 
     def read(module, args):
@@ -73,7 +79,7 @@ def run_hub(hub, ids, steer=()):
         resid.append(x)
         return (x, *args[1:])
 
-    hooks = [module.register_forward_pre_hook(read) for module in [*blocks, norm]]
+    hooks = [module.register_forward_pre_hook(read) for module in [*blocks, last]]
     try:
         with torch.no_grad():
             return hub(ids, output_hidden_states=True), resid
@@ -82,12 +88,15 @@ def run_hub(hub, ids, steer=()):
             hook.remove()
 
 
-def check_parity(model, hub, steer=(), ids=None):
-    """Assert equal logits and residuals at every layer."""
+def check_parity(model, hub, steer=(), ids=None, cuts=()):
+    """Assert equal logits and residuals at every layer. cuts: where later chunks begin, read into a cache"""
     if ids is None:
         ids = torch.randint(model.config.n_vocab, (2, N_POS), generator=torch.Generator().manual_seed(1))
     out, theirs = run_hub(hub, ids, steer)
-    logits, resid = model(ids, steer)
+    cache = KVCache(ids.shape[1], len(ids)) if cuts else None
+    runs = [model(part, steer, cache) for part in ids.tensor_split(sorted(cuts), dim=1)]
+    logits = torch.cat([logits for logits, _ in runs], dim=1)
+    resid = [torch.cat(parts, dim=1) for parts in zip(*(resid for _, resid in runs), strict=True)]
     assert len(resid) == len(theirs) == model.config.n_layer + 1
     for l, (a, b) in enumerate(zip(resid, theirs, strict=True)):
         assert error(a, b) < TOLERANCE, f"resid[{l}]"
@@ -100,12 +109,16 @@ def check_parity(model, hub, steer=(), ids=None):
 
 
 def check_config(config, seed=0):
-    """Assert parity of random weights of a transformers config, written to files and read back."""
+    """Assert parity of random weights of a transformers config, written to files and read back.
+
+    Plain in one pass, and steered in a first chunk, a single position and a rest.
+    """
     hub = hub_model(config, seed)
     with tempfile.TemporaryDirectory() as folder:
         hub.save_pretrained(folder)
         model = load_model(folder)
     check_parity(model, hub)
+    check_parity(model, hub, make_steers(three_at_once, model, 0.5), cuts=[60, 61])
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +166,32 @@ def test_gpt2_of_any_shape(sizes):
     check_config(hub_config("gpt2", n_embd=8 * sizes["n_head"], initializer_range=0.04, **sizes))
 
 
+@FEW
+@given(st.fixed_dictionaries({
+    "num_attention_heads": st.sampled_from([1, 2, 3, 4]),
+    "ffn_dim": st.sampled_from([20, 100]),
+    "enable_bias": st.booleans(),
+    "do_layer_norm_before": st.booleans(),
+    "_remove_final_layer_norm": st.booleans(),
+    "word_embed_proj_dim": st.sampled_from([None, 12, 40]),
+    "tie_word_embeddings": st.booleans(),
+}))
+def test_opt_of_any_shape(sizes):
+    check_config(hub_config("opt", hidden_size=8 * sizes["num_attention_heads"], init_std=0.04, **sizes))
+
+
+@FEW
+@given(st.fixed_dictionaries({
+    "n_head": st.sampled_from([1, 2, 3, 4]),
+    "rotary_dim": st.sampled_from([2, 4, 6, 8]),        # of heads 9 wide
+    "n_inner": st.sampled_from([None, 20, 100]),
+    "layer_norm_epsilon": st.sampled_from([1e-5, 1e-2]),
+    "activation_function": st.sampled_from(["gelu_new", "gelu_pytorch_tanh"]),
+}))
+def test_gptj_of_any_shape(sizes):
+    check_config(hub_config("gptj", n_embd=9 * sizes["n_head"], initializer_range=0.04, **sizes))
+
+
 def test_llama3_frequencies_in_all_three_regimes():
     """Short waves are kept, long ones stretched, and those between mixed: all three occur here."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -173,6 +212,17 @@ def test_true_shapes_of_smollm2_135m():
                             hidden_size=576, intermediate_size=1536, vocab_size=49152, rms_norm_eps=1e-5,
                             max_position_embeddings=8192, tie_word_embeddings=True,
                             rope_parameters=rope_parameters("default", 100000.0)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("family", "settings"), [
+    ("opt", {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "ffn_dim": 3072}),
+    ("opt-350m", {"num_hidden_layers": 24, "num_attention_heads": 16, "hidden_size": 1024, "ffn_dim": 4096,
+                  "word_embed_proj_dim": 512}),
+    ("gptj", {"n_layer": 2, "n_head": 16, "n_embd": 4096, "rotary_dim": 64, "vocab_size": 5040}),
+])
+def test_true_shapes_of_opt_and_two_layers_of_gptj(family, settings):
+    check_config(hub_config(family, **{"vocab_size": 50272, **settings}))
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
@@ -222,14 +272,20 @@ def greedy_hub(hub, ids, n=40):
     return out[0, ids.shape[1]:].tolist()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gptj"], indirect=True)
 def test_greedy_generation(family, tmp_path):
     """40 tokens by way of the cache. Untied heads and large weights avoid repetition."""
-    hub = hub_model(hub_config(family, tie_word_embeddings=False, initializer_range=0.1))
+    spread = {"init_std" if family == "opt" else "initializer_range": 0.3}
+    hub = hub_model(hub_config(family, tie_word_embeddings=False, **spread), seed=1)
     model = load_model(save_checkpoint(tmp_path, hub))
     ids = torch.tensor([[0, 40, 50, 60, 70]])
     theirs = greedy_hub(hub, ids)
-    assert len(theirs) == 40 and len(set(theirs)) > 20
+    assert len(theirs) == 40 and len(set(theirs)) > 12
     assert greedy(model, ids) == theirs
+
+
+def three_at_once(n_layer, v):
+    return [Steer(1, v, coeff=2.0), Steer(1, v[:2], start=3), Steer(n_layer - 1, v[0], start=0)]
 
 
 # (the model's n_layer, a vector (4, d_model)) -> Steers
@@ -238,8 +294,7 @@ STEERS = [
     pytest.param(lambda n_layer, v: [Steer(1, v, coeff=3.0)], id="second layer"),
     pytest.param(lambda n_layer, v: [Steer(n_layer - 1, v, coeff=3.0)], id="last layer"),
     pytest.param(lambda n_layer, v: [Steer(n_layer // 2, v[0], coeff=-2.0, start=5)], id="from 5 on"),
-    pytest.param(lambda n_layer, v: [Steer(1, v, coeff=2.0), Steer(1, v[:2], start=3),
-                                     Steer(n_layer - 1, v[0], start=0)], id="three at once"),
+    pytest.param(three_at_once, id="three at once"),
 ]
 
 
@@ -252,6 +307,13 @@ def make_steers(make, model, scale):
 def test_steered_residuals_and_logits(tiny, hub, make):
     model, _ = tiny
     check_parity(model, hub, make_steers(make, model, 0.5))
+
+
+@settings(FEW, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.sets(st.integers(1, N_POS - 1), min_size=1, max_size=4))
+def test_steered_chunks_of_any_length(tiny, hub, cuts):
+    model, _ = tiny
+    check_parity(model, hub, make_steers(three_at_once, model, 0.5), cuts=cuts)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
@@ -290,6 +352,8 @@ def with_buffers(tensors, model):
     mask = torch.ones(1, 1, config.n_ctx, config.n_ctx, dtype=torch.uint8).tril()
     buffers = {
         "gpt2": {"h.{}.attn.bias": mask, "h.{}.attn.masked_bias": torch.tensor(-1e4)},
+        "gptj": {"h.{}.attn.bias": mask, "h.{}.attn.masked_bias": torch.tensor(-1e4)},
+        "opt": {},
         "llama": {"layers.{}.self_attn.rotary_emb.inv_freq": torch.ones(config.d_head // 2)},
     }[config.family]
     added = {name.format(l): x.clone() for name, x in buffers.items() for l in range(config.n_layer)}

@@ -423,7 +423,7 @@ def test_the_largest_sizes_allocate_nothing(copy, family):
 
 # Settings that are refused on their own, by a message that begins with the setting and its value.
 ALONE = {"gpt2": [
-    ("layer_norm_epsilon", -1e-5), ("model_type", "gptj"), ("model_type", None), ("model_type", ["gpt2"]),
+    ("layer_norm_epsilon", -1e-5), ("model_type", "gptx"), ("model_type", None), ("model_type", ["gpt2"]),
     ("activation_function", "gelu"), ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),
     ("reorder_and_upcast_attn", True), ("add_cross_attention", True), ("tie_word_embeddings", "yes"),
     ("tie_word_embeddings", 1), ("eos_token_id", "1"), ("eos_token_id", 1.0), ("bos_token_id", True),
@@ -435,7 +435,7 @@ LLAMA_3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_
 
 @pytest.mark.parametrize(("family", "settings", "says"), [
     *((family, {key: value}, f"{key} is ({re.escape(repr(value))}|{re.escape(json.dumps(value))}); "
-       "(it must be a|ministeer (has 'gpt2' and 'llama'|computes only))")
+       "(it must be a|ministeer (has gpt2, gptj, llama, opt|computes only))")
       for family, settings in ALONE.items() for key, value in settings),
     # Nested as deep as JSON goes, deeper than a message can quote.
     ("gpt2", {"activation_function": json.loads("[" * 900 + "]" * 900)}, "activation_function is "),

@@ -1,10 +1,11 @@
 """The sizes of a model, read from its config.json and checked before anything is built.
 
-Read next: attention.py. Keys as in Hugging Face transformers 4 and 5, configuration_gpt2.py and _llama.py.
+Read next: attention.py. Keys as in Hugging Face transformers 4 and 5, configuration_gpt2.py and so on.
 """
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of one model: n_ counts, d_ widths. `family` is "gpt2" or "llama"; ids are token numbers."""
+    """The sizes of one model: n_ counts, d_ widths. `family` is one of READERS; ids are token numbers."""
     family: str
     n_layer: int
     n_head: int
@@ -43,20 +44,38 @@ class Config:
     tied: bool                  # the unembedding is the embedding, transposed
     attention_bias: bool = True
     mlp_bias: bool = True
-    rope: Rope | None = None    # None: learned positions (GPT-2)
+    rope: Rope | None = None    # None: learned positions (GPT-2, OPT)
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.family == "gpt2" and self.n_head * self.d_head != self.d_model:
+        if self.family in ("gpt2", "gptj", "opt") and self.n_head * self.d_head != self.d_model:
             raise ValueError(f"a width of {self.d_model} cannot be divided evenly among {self.n_head} heads.")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}.")
-        if self.rope and self.d_head % 2:
+        if self.family == "llama" and self.d_head % 2:
             raise ValueError(f"rotary embedding turns pairs of numbers, but a head is {self.d_head} wide.")
         for i in (self.bos_id, *self.eos_ids):
             if i is not None and not 0 <= i < self.n_vocab:
                 raise ValueError(f"special token {i!r:.40} is outside the vocabulary 0 … {self.n_vocab - 1}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPTConfig(Config):
+    d_embed: int                # of the embedding; a width other than d_model is projected to it and back
+    pre_norm: bool = True       # False: the norms come after each half of a block, as in the 350M model
+    final_norm: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTJConfig(Config):
+    rotary_dim: int             # the first numbers of each head, which are turned; the rest are not
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rotary_dim % 2 or self.rotary_dim > self.d_head:
+            raise ValueError(f"rotary_dim is {self.rotary_dim}; it must be even and at most the width of a "
+                             f"head, {self.d_head}.")
 
 
 def own_file(path: str | os.PathLike) -> Path:
@@ -100,12 +119,12 @@ def parse_config(raw: dict[str, Any]) -> Config:
     if not isinstance(raw, dict):
         raise ValueError(f"it must hold an object of settings; given: {type(raw).__name__}.")
     family = raw.get("model_type")
-    if family not in ("gpt2", "llama"):
-        raise ValueError(f"model_type is {family!r:.40}; ministeer has 'gpt2' and 'llama'.")
+    if not isinstance(family, str) or family not in READERS:
+        raise ValueError(f"model_type is {family!r:.40}; ministeer has {', '.join(READERS)}.")
     if raw.get("quantization_config"):
         raise ValueError("the checkpoint is quantised (quantization_config). Use the one in 16 or 32 bits.")
     keys = _Keys(raw)
-    config = _gpt2(keys) if family == "gpt2" else _llama(keys)
+    config = READERS[family](keys)
     for key, value in NEUTRAL.items():
         keys.one_of(key, value)
     unknown = [key for key in raw if key not in keys.used | IRRELEVANT and raw[key] is not None]
@@ -137,7 +156,7 @@ IRRELEVANT = set("""
     begin_suppress_tokens exponential_decay_length_penalty do_sample early_stopping max_length max_new_tokens
     min_length num_beams num_beam_groups num_return_sequences diversity_penalty length_penalty
     repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size temperature top_k top_p typical_p
-    classifier_dropout hidden_dropout resid_dropout
+    classifier_dropout hidden_dropout resid_dropout dropout activation_dropout layerdrop init_std
 """.split())     # noqa: SIM905
 
 
@@ -176,6 +195,45 @@ def _llama(keys):
         attention_bias=keys.one_of("attention_bias", False, True),
         mlp_bias=keys.one_of("mlp_bias", False, True),
         bos_id=next(iter(keys.ids("bos_token_id")), None), eos_ids=keys.ids("eos_token_id"))
+
+
+def _opt(keys):
+    keys.one_of("activation_function", "relu")
+    keys.one_of("layer_norm_elementwise_affine", True)
+    d_model = keys.size("hidden_size")
+    n_head = keys.size("num_attention_heads", most=1_000)
+    pre_norm, bias = keys.one_of("do_layer_norm_before", True, False), keys.one_of("enable_bias", True, False)
+    removed = keys.one_of("_remove_final_layer_norm", False, True)
+    return OPTConfig(
+        family="opt", n_layer=keys.size("num_hidden_layers", most=1_000), n_head=n_head, n_kv_head=n_head,
+        n_vocab=keys.size("vocab_size"), n_ctx=keys.size("max_position_embeddings", default=2048),
+        d_model=d_model, d_head=d_model // n_head, d_mlp=keys.size("ffn_dim"),
+        norm_eps=1e-5, tied=keys.one_of("tie_word_embeddings", True, False),
+        attention_bias=bias, mlp_bias=bias,
+        d_embed=keys.size("word_embed_proj_dim", default=d_model),
+        pre_norm=pre_norm, final_norm=pre_norm and not removed,
+        bos_id=next(iter(keys.ids("bos_token_id", 2)), None), eos_ids=keys.ids("eos_token_id", 2))
+
+
+def _gptj(keys):
+    keys.one_of("activation_function", "gelu_new", "gelu_pytorch_tanh")
+    keys.one_of("scale_attn_weights", True)
+    keys.one_of("rotary", True)
+    d_model = keys.size("n_embd")
+    n_head = keys.size("n_head", most=1_000)
+    return GPTJConfig(
+        family="gptj", n_layer=keys.size("n_layer", most=1_000), n_head=n_head, n_kv_head=n_head,
+        n_vocab=keys.size("vocab_size"), n_ctx=keys.size("n_positions", default=2048),
+        d_model=d_model, d_head=d_model // n_head, d_mlp=keys.size("n_inner", default=4 * d_model),
+        norm_eps=keys.number("layer_norm_epsilon", 0, 1, default=1e-5),
+        tied=keys.one_of("tie_word_embeddings", False), attention_bias=False, rope=Rope(),
+        # Trap: null does not stand for 64 here. transformers would turn whole heads.
+        rotary_dim=keys.size("rotary_dim", default=None if "rotary_dim" in keys.raw else 64),
+        bos_id=next(iter(keys.ids("bos_token_id", 50256)), None), eos_ids=keys.ids("eos_token_id", 50256))
+
+
+# A file of your own can enter its family here too. Read next: weights.py, FAMILIES.
+READERS: dict[str, Callable[["_Keys"], Config]] = {"gpt2": _gpt2, "gptj": _gptj, "llama": _llama, "opt": _opt}
 
 
 def _rope(keys):
@@ -247,9 +305,12 @@ class _Keys:
                              f"ministeer computes only {' and '.join(map(json.dumps, possible))}.")
         return value
 
-    def ids(self, key):
-        """A token number, a list of them, or nothing -> a tuple of them."""
-        value = self.get(key, [])
+    def ids(self, key, default=None):
+        """A token number, a list of them, or nothing -> a tuple of them. default: if the key is not there"""
+        self.used.add(key)
+        value = self.raw.get(key, default)
+        if value is None:
+            return ()
         ids = value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
             raise ValueError(f"{key} is {value!r:.80}; it must be a token number or a list of them.")

@@ -17,13 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..gpt2 import GPT2
+from ..gptj import GPTJ
 from ..llama import Llama
 from ..model import LM
+from ..opt import OPT
 from ..utils import file_digest, one_line
 from .config import Config, own_file, read_config
 from .tokenizer import Tokenizer
 
-FAMILIES = {"gpt2": GPT2, "llama": Llama}
+FAMILIES = {"gpt2": GPT2, "gptj": GPTJ, "llama": Llama, "opt": OPT}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_DTYPES = ("F32", "F16", "BF16", "F64")
 
@@ -88,6 +90,9 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
                                  + (hint if shape == wanted[name][::-1] else ""))
             stored[name] = path, full_name
     head = stored.pop("lm_head.weight", None) if config.tied else None      # then it is the embedding
+    embedding = model.embedding_name
+    if head and embedding not in stored and _read(*head).shape == wanted[embedding]:
+        stored[embedding] = head        # some converters keep only this one of the two names
     missing = [name for name in wanted if name not in stored]
     surplus = [full_name for name, (_, full_name) in stored.items() if name not in wanted]
     if "lm_head.weight" in missing:
@@ -96,7 +101,6 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
     if missing or surplus:
         raise ValueError(f"the tensors in {folder} are not those of a {kind} with this config.json. "
                          f"Missing: {_listed(missing)}. Surplus: {_listed(surplus)}.")
-    embedding = model.embedding_name
     if head and not torch.equal(_read(*head), _read(*stored[embedding])):
         raise ValueError(f"lm_head.weight differs from {embedding} in {folder}, but config.json says that "
                          'the head is tied. If it is not, set "tie_word_embeddings": false there.')
