@@ -67,10 +67,10 @@ class Steer:
         """One past the last steered position, or None if there is no last one."""
         return None if self.vector.ndim == 1 else self.start + len(self.vector)
 
-    def delta(self, pos: Tensor) -> Tensor:
+    def delta(self, x: Tensor, pos: Tensor) -> Tensor:
         """coeff * vector at the absolute positions pos (T,), zero where the vector does not reach.
 
-        -> (T, d_model), or (B, T, d_model) with a coeff (B,)
+        -> (T, d_model), or (B, T, d_model) with a coeff (B,). Only kinds in methods/ look at the stream x.
         """
         i = (pos - self.start).to(self.vector.device)
         if self.vector.ndim == 1:
@@ -289,5 +289,5 @@ def relative_norm(model: LM, tokenizer: Tokenizer, steer: Steer, prompt: str) ->
     ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
     (steer,) = model.check_steer(steer, 1, ids.shape[1])
     stream = model.residuals(ids, stop_layer=steer.layer)[-1][0].float()
-    delta = steer.delta(torch.arange(ids.shape[1], device=model.device)).to(stream)
+    delta = steer.delta(stream, torch.arange(ids.shape[1], device=model.device)).to(stream)
     return delta.norm(dim=-1) / stream.norm(dim=-1)
