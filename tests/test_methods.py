@@ -1,4 +1,4 @@
-"""CAA, RepE, ITI and ICV against slow re-computations on tiny models of both families."""
+"""Vectors from many texts, ITI and ICV against slow re-computations on tiny models of both families."""
 
 import itertools
 
@@ -60,6 +60,50 @@ def test_repe_is_the_first_uncentred_component_and_points_to_plus(tiny):
         assert rows[:, layer].mean(dim=0) @ steer.vector > 0
     turned = many_pairs.repe(model, tokenizer, MINUS, PLUS, [1])[0]
     torch.testing.assert_close(turned.vector, -steers[0].vector, rtol=1e-3, atol=1e-3)
+
+
+def test_states_reads_the_last_token_the_mean_or_each(tiny):
+    model, tokenizer = tiny
+    texts = [PLUS[0], ("we talk about", " the wedding"), ("I", "love")]
+    streams = []            # each (T, n_layer + 1, d_model), without BOS and prompt
+    for prompt, answer in (("", PLUS[0]), *texts[1:]):
+        head = tokenizer.encode(prompt)
+        ids = head + tokenizer.encode(answer, bos=False)
+        resid = torch.stack(model(torch.tensor([ids]))[1], dim=2)[0]
+        streams.append(resid[len(head):])
+    for where, wanted in (("last", [x[-1:] for x in streams]), ("each", streams),
+                          ("mean", [x.mean(dim=0)[None] for x in streams])):
+        torch.testing.assert_close(many_pairs.states(model, tokenizer, texts, where), torch.cat(wanted))
+
+
+def test_vectors_are_mean_differences_for_all_blocks_of_lists_of_any_length(tiny):
+    model, tokenizer = tiny
+    for where in ("last", "mean", "each"):
+        steers = many_pairs.vectors(model, tokenizer, PLUS[:2], MINUS[:5], where=where)
+        a, b = (many_pairs.states(model, tokenizer, texts, where).double() for texts in (PLUS[:2], MINUS[:5]))
+        assert [steer.layer for steer in steers] == [0, 1, 2, 3]
+        for l, steer in enumerate(steers):
+            wanted = sum(a[:, l]) / len(a) - sum(b[:, l]) / len(b)
+            torch.testing.assert_close(steer.vector.double(), wanted, rtol=1e-3, atol=1e-5)
+            assert steer.fingerprint == model.fingerprint
+    caa = many_pairs.caa(model, tokenizer, PLUS, MINUS, 2)
+    assert caa == many_pairs.vectors(model, tokenizer, PLUS, MINUS)[2]
+    repe = many_pairs.repe(model, tokenizer, PLUS, MINUS, [2])
+    assert repe == many_pairs.vectors(model, tokenizer, PLUS, MINUS, "component")[2:3]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"where": "first"}, "where 'first'; possible: last, mean, each"),
+    ({"how": "median"}, "how 'median'; possible: mean, component"),
+    ({"plus": []}, "the list of texts is empty"),
+    ({"minus": [""], "where": "mean"}, "the text '' has no token to read"),
+    ({"how": "component", "where": "each"}, "no pairs; where: last or mean"),
+    ({"how": "component", "minus": MINUS[:2]}, "as many plus as minus"),
+    ({"plus": [("a", "b", "c")]}, "must be a list of texts; given: a list with"),
+])
+def test_vectors_rejects_what_it_cannot_read(tiny, given, message):
+    with pytest.raises(ValueError, match=message):
+        many_pairs.vectors(*tiny, **{"plus": PLUS, "minus": MINUS, **given})
 
 
 def test_projected_head_outputs_are_the_output_of_attention(tiny):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..attention import attend
 from ..faster import Packed
 from ..utils import check_number, check_whole
-from .many_pairs import check_pairs, differences
+from .many_pairs import check_pairs, differences, first_component
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -44,9 +44,7 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     last prompt token.)
     Raises ValueError for a model with packed weights, or fewer than four pairs.
     """
-    if any(isinstance(part, Packed) for part in model.modules()):
-        raise ValueError("iti changes a bias of each block, and the blocks of this fast model are packed. "
-                         "Pass the plain model, then call ministeer.fast on the result.")
+    changed = plain_copy(model)
     check_pairs(plus, minus, 4)         # the probes are fitted on half of them
     check_whole("heads", heads, 1), check_number("strength", strength)
     outputs = [torch.stack([head_outputs(model, torch.tensor([tokenizer.encode(text)], device=model.device))
@@ -61,15 +59,11 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     chosen = torch.zeros_like(sigma).flatten()
     chosen[accuracy.flatten().topk(min(heads, accuracy.numel())).indices] = 1
     add = strength * (chosen.view_as(sigma) * sigma)[..., None] * theta
-    changed = model.shared_copy()
     for l, block in enumerate(changed.blocks):
-        _, attention = block_parts(block)
-        is_llama = hasattr(attention, "o_proj")
-        out = attention.o_proj if is_llama else attention.c_proj
-        weight = out.weight.T if is_llama else out.weight           # (inputs, outputs) in both families
+        out, _ = writers(block)
+        weight = out.weight.T if isinstance(out, nn.Linear) else out.weight     # (inputs, outputs) in both
         old = 0 if out.bias is None else out.bias
         out.bias = nn.Parameter(old + add[l].flatten().to(weight) @ weight, requires_grad=False)
-    changed.fingerprint = ""            # vectors of the old model are not meant for it
     changed.chosen_heads = chosen.view_as(sigma).nonzero().tolist()
     return changed
 
@@ -97,9 +91,7 @@ def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     check_number("strength", strength)
     rows = differences(model, tokenizer, plus, minus)[:, 1:].flatten(1)         # what leaves each block
     mean = rows.mean(dim=0)
-    component = torch.linalg.svd(rows - mean, full_matrices=False).Vh[0]
-    component = component * torch.sign(component @ mean)                        # its sign is arbitrary
-    vectors = (mean + component).view(model.config.n_layer, -1)
+    vectors = (mean + first_component(rows)).view(model.config.n_layer, -1)
     changed = model.shared_copy()
     for block, v in zip(changed.blocks, vectors, strict=True):
         block.mlp = Turned(block.mlp, v, strength)
@@ -123,8 +115,27 @@ class Turned(nn.Module):
         return (turned * y.float().norm(dim=-1, keepdim=True)).to(y)
 
 
+def plain_copy(model: LM) -> LM:
+    """A copy whose weights can be replaced one by one. Vectors of the old model are not meant for it.
+
+    Raises ValueError for a model with packed weights.
+    """
+    if any(isinstance(part, Packed) for part in model.modules()):
+        raise ValueError("this changes weights, and those of a fast model are packed. "
+                         "Pass the plain model, then call ministeer.fast on the result.")
+    changed = model.shared_copy()
+    changed.fingerprint = ""
+    return changed
+
+
 def block_parts(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The norm before attention, and attention, in a block of either family."""
     is_llama = hasattr(block, "self_attn")
     return (block.input_layernorm, block.self_attn) if is_llama else (block.ln_1, block.attn)
 
+
+def writers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The projections by which attention and the MLP write to the stream, in a block of either family."""
+    if hasattr(block, "self_attn"):
+        return block.self_attn.o_proj, block.mlp.down_proj
+    return block.attn.c_proj, block.mlp.c_proj
