@@ -28,6 +28,7 @@ FLOORS = [
     ["generation"],
     ["evaluation.stats", "evaluation.judges", "evaluation.measure",
      "methods.many_pairs", "methods.inside_blocks", "methods.change", "methods.ablation", "methods.capping",
+     "methods.angular", "methods.conditional",
      "baselines.classifier", "baselines.logits"],
     ["play.engine", "play.server"],
     ["cli"],

@@ -11,6 +11,7 @@ from conftest import TEXT
 
 from ministeer import KVCache, Steer, fast, generate
 from ministeer.methods.ablation import Ablation, ablation, choose_direction, orthogonalised
+from ministeer.methods.angular import Angular, angular
 from ministeer.methods.capping import Cap, Fixed, projections
 from ministeer.methods.change import Change
 from ministeer.steering import random_like, relative_norm
@@ -23,11 +24,24 @@ def randn(*shape, seed=0):
 
 
 VECTOR = randn(D_MODEL, seed=5)
+def turned(x, v, degrees):
+    """x with its part in the plane of v and `other` at that angle from v: by solving for its coordinates"""
+    other = randn(D_MODEL, seed=6).double().numpy()
+    other = other - (other @ v) * v
+    plane = np.stack([v, other / np.linalg.norm(other)], axis=1)
+    inside = np.linalg.lstsq(plane, x, rcond=None)[0]
+    angle = np.radians(degrees)
+    return x - plane @ inside + plane @ [np.cos(angle), np.sin(angle)] * np.linalg.norm(inside)
+
+
 # Each kind, and what it makes of one position x in float64 at coeff 1; v = vector / |vector|
 KINDS = {
     "Change": (Change(2, VECTOR), lambda x, v: x + VECTOR.double().numpy()),
     "Ablation": (Ablation(2, VECTOR), lambda x, v: x - v * (v @ x)),
     "Cap": (Cap(2, VECTOR, limit=-0.5), lambda x, v: x - max(v @ x + 0.5, 0) * v),
+    "Angular": (Angular(2, VECTOR, degrees=70, other=randn(D_MODEL, seed=6)), lambda x, v: turned(x, v, 70)),
+    "adaptive": (Angular(2, VECTOR, degrees=200, other=randn(D_MODEL, seed=6), adaptive=True),
+                 lambda x, v: turned(x, v, 200) if v @ x > 0 else x),
     "Fixed": (Fixed(2, VECTOR, value=-1.5), lambda x, v: x - (v @ x) * v - 1.5 * v),
 }
 
@@ -132,7 +146,7 @@ def test_a_random_control_keeps_everything_but_the_direction(steer):
     controls = [random_like(steer, seed) for seed in range(5)]
     for control in controls:
         assert type(control) is type(steer)
-        assert replace(control, vector=steer.vector) == steer or "other" in vars(steer)
+        assert isinstance(steer, Angular) or replace(control, vector=steer.vector) == steer
         assert control.vector.norm().item() == pytest.approx(steer.vector.norm().item(), rel=1e-5)
         assert abs(torch.cosine_similarity(control.vector, VECTOR, dim=0)) < 0.6
 
@@ -152,6 +166,12 @@ def test_a_cache_rejects_another_setting(tiny):
     (lambda: Cap(1, torch.ones(2, 4)), r"Cap takes one direction \(d_model,\), not zero; given: \(2, 4\)"),
     (lambda: Cap(1, VECTOR, limit=math.nan), "limit must be a finite number"),
     (lambda: Fixed(1, VECTOR, value="3"), "value must be a finite number"),
+    (lambda: Angular(1, VECTOR), "other must be a tensor .d_model,. that does not lie along vector"),
+    (lambda: Angular(1, VECTOR, other=-2 * VECTOR), "does not lie along"),
+    (lambda: Angular(1, VECTOR, other=math.nan * VECTOR), "does not lie along"),
+    (lambda: Angular(1, VECTOR, other=VECTOR[:4]), "does not lie along"),
+    (lambda: Angular(1, VECTOR, other=randn(D_MODEL), degrees=math.inf), "degrees must be a finite number"),
+    (lambda: Angular(1, VECTOR, other=randn(D_MODEL), adaptive="no"), "adaptive must be True or False"),
     (lambda: Change(1, VECTOR, keep_norm=1), "keep_norm must be True or False; given: 1"),
     (lambda: Change(1, VECTOR, coeff=math.inf), "coeff must be a finite number"),
 ])
@@ -192,6 +212,41 @@ def test_relative_norm_and_projections_agree_for_an_ablation(tiny):
     torch.testing.assert_close(p, stream @ VECTOR / VECTOR.norm(), rtol=1e-4, atol=1e-4)
     ratio = relative_norm(model, tokenizer, steer, TEXT[0])
     torch.testing.assert_close(ratio, p.abs() / stream.norm(dim=-1), rtol=1e-4, atol=1e-5)
+
+
+# Angular steering
+
+
+def test_angular_steering_keeps_the_norm_and_sets_the_angle():
+    x, pos = randn(2, T, D_MODEL), torch.arange(T)
+    steer = Angular(0, VECTOR, start=0, other=randn(D_MODEL, seed=6), degrees=40)
+    b1, b2 = steer.plane()
+    assert abs(b1 @ b2) < 1e-5
+    new = x + steer.delta(x, pos)
+    torch.testing.assert_close(new.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(torch.atan2(new @ b2, new @ b1), torch.full((2, T), math.radians(40)))
+    again = replace(steer, degrees=400).delta(new, pos)
+    torch.testing.assert_close(again, torch.zeros_like(again), rtol=0, atol=1e-5)
+    opposite = replace(steer, degrees=180, adaptive=True).delta(x, pos)
+    assert torch.equal(opposite.norm(dim=-1) > 0, x @ b1 > 0)
+    control = random_like(steer, 0)
+    assert abs(torch.cosine_similarity(control.other, steer.other, dim=0)) < 0.6
+
+
+def test_angular_takes_the_most_typical_direction_and_the_first_component():
+    directions = [randn(D_MODEL) + 0.3 * (l + 1) * randn(D_MODEL, seed=l + 1) for l in range(4)]
+    steers = [Steer(l, (l + 1) * d) for l, d in enumerate(directions)]
+    unit = np.stack([(d / d.norm()).numpy() for d in directions]).astype(float)
+    made = angular(steers, 90, coeff=0.5, adaptive=True)
+    assert [s.layer for s in made] == [0, 1, 2, 3]
+    best = max(range(4), key=lambda l: sum(unit[l] @ unit[m] for m in range(4)))
+    values, components = np.linalg.eigh(np.cov(unit.T))
+    for s in made:
+        torch.testing.assert_close(s.vector.double().numpy(), unit[best], rtol=1e-4, atol=1e-5)
+        assert abs(components[:, -1] @ s.other.numpy()) == pytest.approx(1, abs=1e-4)
+        assert (s.coeff, s.degrees, s.adaptive) == (0.5, 90, True)
+    with pytest.raises(ValueError, match="two or more Steers; given: 1"):
+        angular(steers[:1], 90)
 
 
 # Ablation in all blocks, and in the weights

@@ -1,12 +1,13 @@
 """Change: a Steer whose addition may depend on the stream x. Along: one that adds along a single direction.
 
-Read first: ../steering.py. Read next: ablation.py, capping.py, angular.py, which are its kinds.
+Read first: ../steering.py. Read next: ablation.py, capping.py and angular.py, its kinds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from ..steering import Steer
@@ -62,6 +63,12 @@ class Along(Change):
         """p (B, T) -> how far x moves along v, (B, T)"""
         raise NotImplementedError
 
+    def reach(self, pos: Tensor) -> Tensor:
+        """coeff at the positions pos (T,), 0 before start -> (T,), or (B, T) with a coeff (B,)"""
+        reached = (pos >= self.start).to(self.vector)
+        is_tensor = isinstance(self.coeff, Tensor)
+        return torch.outer(self.coeff.to(reached), reached) if is_tensor else self.coeff * reached
+
     def change(self, x: Tensor, pos: Tensor) -> Tensor:
         norm = self.vector.norm()
-        return (self.amount(x @ self.vector / norm) / norm)[..., None] * super().change(x, pos)
+        return (self.reach(pos) * self.amount(x @ self.vector / norm) / norm)[..., None] * self.vector

@@ -22,8 +22,9 @@ Texts = Sequence[str | tuple[str, str]]     # a pair (prompt, answer): only the 
 
 
 @torch.no_grad()
-def states(model: LM, tokenizer: Tokenizer, texts: Texts, where: str = "last") -> Tensor:
-    """resid of each text -> (n, n_layer + 1, d_model), float32, from one pass over each.
+def states(model: LM, tokenizer: Tokenizer, texts: Texts, where: str = "last",
+           stop_layer: int | None = None) -> Tensor:
+    """resid[0], …, resid[stop_layer] of each text -> (n, n_layer + 1, d_model), float32, from one pass each.
 
     where: "last", its last token; "mean", the mean over its tokens; "each", each token, a row of its own. BOS
         is left out of the last two: it is the same in all texts, and often a sink (tutorial 03).
@@ -40,7 +41,7 @@ def states(model: LM, tokenizer: Tokenizer, texts: Texts, where: str = "last") -
         if len(ids) == len(head) and where != "last":
             raise ValueError(f"the text {answer!r:.40} has no token to read.")
         first = len(ids) - 1 if where == "last" else len(head)
-        resid = model.residuals(torch.tensor([ids], device=model.device))
+        resid = model.residuals(torch.tensor([ids], device=model.device), stop_layer=stop_layer)
         read = torch.stack([x[0, first:].float() for x in resid], dim=1)
         rows.append(read.mean(dim=0, keepdim=True) if where == "mean" else read)
     return torch.cat(rows)
