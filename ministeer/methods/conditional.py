@@ -96,8 +96,8 @@ def find_condition(model: LM, tokenizer: Tokenizer, candidates: Sequence[Steer],
                    rests: Sequence[str], last: bool = False) -> tuple[Condition, float]:
     """The layer, side and threshold that best tell `fires` from `rests` -> (Condition, its F1 on them).
 
-    Tries every threshold halfway between two neighbouring similarities, so this F1 is of a fitted rule. For an
-    honest one, take prompts that were not used here, `decide` and `f1`.
+    Tries every threshold halfway between two neighbouring similarities, so this F1 is of a fitted rule.
+    For an honest one, take prompts that were not used here, `decide` and `f1`.
     candidates: Steers with a vector (d_model,), such as `many_pairs.vectors(model, tokenizer, fires, rests)`
     """
     fires, rests = check_texts("fires", fires), check_texts("rests", rests)

@@ -115,14 +115,16 @@ class Turned(nn.Module):
         return (turned * y.float().norm(dim=-1, keepdim=True)).to(y)
 
 
-def plain_copy(model: LM) -> LM:
-    """A copy whose weights can be replaced one by one. Vectors of the old model are not meant for it.
-
-    Raises ValueError for a model with packed weights.
-    """
+def check_plain(model: LM) -> None:
+    """Raises ValueError for a model with packed weights."""
     if any(isinstance(part, Packed) for part in model.modules()):
-        raise ValueError("this changes weights, and those of a fast model are packed. "
-                         "Pass the plain model, then call ministeer.fast on the result.")
+        raise ValueError("the weights of this fast model are packed, so they cannot be changed and pass no "
+                         "gradients. Pass the plain model; a model that comes back can be made fast.")
+
+
+def plain_copy(model: LM) -> LM:
+    """A copy whose weights can be replaced one by one. Vectors of the old model are not meant for it."""
+    check_plain(model)
     changed = model.shared_copy()
     changed.fingerprint = ""
     return changed
