@@ -29,7 +29,7 @@ FLOORS = [
     ["evaluation.stats", "evaluation.judges", "evaluation.measure",
      "methods.many_pairs", "methods.inside_blocks", "methods.change", "methods.ablation", "methods.capping",
      "methods.angular", "methods.conditional", "methods.optimised", "methods.pplm",
-     "methods.weight_difference",
+     "methods.weight_difference", "methods.function_vectors",
      "baselines.classifier", "baselines.logits"],
     ["play.engine", "play.server"],
     ["cli"],

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from conftest import TEXT
 
 from ministeer import KVCache, fast, generate
 from ministeer.attention import attend, merge_heads
-from ministeer.methods import inside_blocks, many_pairs
+from ministeer.methods import function_vectors, inside_blocks, many_pairs
 
 PLUS = ["I love you", "the gulls love the town", "you are kind",
         "we love the bride", "the wedding is kind", "love is all"]
@@ -254,3 +255,59 @@ def test_the_direction_of_icv_follows_the_dtype_of_the_model(tiny):
     changed = inside_blocks.icv(*tiny, PLUS, MINUS).to(torch.bfloat16)
     assert changed.blocks[0].mlp.v.dtype == torch.bfloat16
     assert changed(torch.tensor([[0, 5]]))[0].dtype == torch.bfloat16
+
+
+# Function vectors
+
+ANSWERS = [" you", " the", " you"]
+
+
+def effect_by_hook(model, ids, answer, l, h, mean):
+    """p(answer) with head h of block l replaced, in float64, less p(answer)"""
+    out, d_head = inside_blocks.writers(model.blocks[l])[0], len(mean)
+
+    def replace_head(module, args):
+        mixed = args[0].clone()
+        mixed[0, -1, h * d_head:(h + 1) * d_head] = mean
+        return (mixed,)
+    before = model(ids)[0][0, -1].double().softmax(dim=-1)[answer]
+    handle = out.register_forward_pre_hook(replace_head)
+    after = model(ids)[0][0, -1].double().softmax(dim=-1)[answer]
+    handle.remove()
+    return (after - before).item()
+
+
+def test_a_function_vector_sums_what_the_best_heads_write(tiny):
+    model, tokenizer = tiny
+    means = all_head_outputs(model, tokenizer, PLUS).mean(dim=0)
+    effects = torch.zeros(means.shape[:2], dtype=torch.float64)
+    questions = list(zip(MINUS[:3], ANSWERS, strict=True))
+    for (l, h), (text, answer) in itertools.product(np.ndindex(*effects.shape), questions):
+        answer_id = tokenizer.encode(answer, bos=False)[0]
+        effects[l, h] += effect_by_hook(model, encode(tokenizer, text), answer_id, l, h, means[l, h]) / 3
+    given = function_vectors.indirect_effects(model, tokenizer, MINUS[:3], ANSWERS, means)
+    torch.testing.assert_close(given.double(), effects, rtol=1e-2, atol=1e-7)
+    steer = function_vectors.function_vector(model, tokenizer, PLUS, MINUS[:3], ANSWERS, layer=2, heads=3)
+    best = sorted(np.ndindex(*effects.shape), key=lambda place: -effects[place])[:3]
+    assert sorted(map(tuple, steer.note["heads"])) == sorted(best)
+    wanted = torch.zeros(32, dtype=torch.float64)
+    for l, h in best:
+        out, d_head = inside_blocks.writers(model.blocks[l])[0], means.shape[2]
+        weight = out.weight.T if isinstance(out, torch.nn.Linear) else out.weight
+        wanted += means[l, h].double() @ weight[h * d_head:(h + 1) * d_head].double()
+    torch.testing.assert_close(steer.vector.double(), wanted, rtol=1e-4, atol=1e-5)
+    quick = function_vectors.function_vector(fast(model), tokenizer, PLUS, MINUS[:3], ANSWERS, 2, 3)
+    torch.testing.assert_close(quick.vector, steer.vector, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"prompts": []}, "the list of prompts is empty"),
+    ({"shuffled": MINUS}, "6 shuffled prompts do not fit 3 answers"),
+    ({"answers": ["you you", "a", "b"]}, "not one token: .'you you'"),
+    ({"heads": 0}, "heads must be a whole number, 1 or more"),
+    ({"layer": 4}, "layer 4"),
+])
+def test_function_vector_rejects_prompts_without_answers(tiny, given, message):
+    usual = {"prompts": PLUS, "shuffled": MINUS[:3], "answers": ANSWERS, "layer": 1}
+    with pytest.raises(ValueError, match=message):
+        function_vectors.function_vector(*tiny, **{**usual, **given})
