@@ -176,7 +176,7 @@ class Steer:
         try:
             with safe_open(path, "pt") as file:
                 metadata, names = file.metadata() or {}, file.keys()
-                name = next(iter(metadata.keys() & kinds.keys()), "steer")
+                name = min(metadata.keys() & kinds.keys(), default="steer")
                 about, kind = json.loads(metadata[name]), kinds[name]
                 steer = kind(**{f.name: file.get_tensor(f.name) if f.name in names else about[f.name]
                                 for f in fields(kind)})

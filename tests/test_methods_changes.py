@@ -1,6 +1,7 @@
 """Additions that look at the stream: each against a slow float64 re-computation, and in its limit cases."""
 
 import functools
+import json
 import math
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXT
+from safetensors.torch import save_file
 
 from ministeer import KVCache, Steer, fast, generate
 from ministeer.methods.ablation import Ablation, ablation, choose_direction, orthogonalised
@@ -140,6 +142,18 @@ def test_save_and_load_keep_the_kind_and_all_that_belongs_to_it(steer, tmp_path)
     assert (again.note, again.fingerprint) == ({"a": 1}, "f")
     assert again != replace(steer, keep_norm=False)
     assert steer != Steer(2, steer.vector, steer.coeff, steer.start)
+
+
+@pytest.mark.parametrize(("kind", "change", "reason"), [
+    ("cap", {"limit": "3"}, "limit must be"), ("cap", {"limit": 1, "keep_norm": 1}, "keep_norm must be"),
+    ("cap", {}, "'limit'"), ("angular", {"degrees": 3, "adaptive": False}, "'other'"),
+    ("ablate", {}, "'steer'"),
+])
+def test_rejects_files_of_a_kind_with_bad_or_missing_settings(tmp_path, kind, change, reason):
+    about = {"layer": 0, "start": 1, "coeff": 1, "fingerprint": "", "note": {}, "keep_norm": False, **change}
+    save_file({"vector": VECTOR}, tmp_path / "x", {kind: json.dumps(about)})
+    with pytest.raises(ValueError, match=f"not a steering vector that ministeer saved: .*{reason}"):
+        Steer.load(tmp_path / "x")
 
 
 def test_a_random_control_keeps_everything_but_the_direction(steer):
