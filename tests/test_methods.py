@@ -170,6 +170,24 @@ def test_probe_accuracy_of_separable_random_and_reversed_data(width):
     assert inside_blocks.probe_accuracy(x[0] + 3 * sign, x[1] - 3 * sign) < 0.05
 
 
+@pytest.mark.parametrize("change", [inside_blocks.iti, inside_blocks.icv])
+def test_controls_of_iti_and_icv_have_random_directions_of_the_same_norm(tiny, change):
+    def directions(control):
+        model = change(*tiny, PLUS, MINUS, control=control)
+        if change is inside_blocks.icv:
+            return torch.stack([block.mlp.v for block in model.blocks])
+        # Through the heads' weights, norms change; a random direction has the same norm before them.
+        assert model.chosen_heads == change(*tiny, PLUS, MINUS).chosen_heads
+        return torch.stack([output_projection(block).bias for block in model.blocks])
+    real, *controls = (directions(control) for control in (None, 0, 1, 2, 3, 4))
+    for i, control in enumerate(controls):
+        assert 0.2 < control.norm() / real.norm() < 5
+        assert torch.equal(control, directions(i))
+        assert all(not torch.allclose(control, other) for other in [real, *controls[:i]])
+    with pytest.raises(ValueError, match="control must be a whole number"):
+        directions(-1)
+
+
 def test_iti_with_strength_0_changes_nothing(tiny):
     model, tokenizer = tiny
     ids = encode(tokenizer, TEXT[0])

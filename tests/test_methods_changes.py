@@ -344,5 +344,7 @@ def test_choose_direction_follows_the_papers_rule(tiny):
         choose(words, kl_limit=0.9 * numbers[0]["kl"], depth=0.2)
     with pytest.raises(ValueError, match="4 keep KL at 99 or less and 0 bring the words when added"):
         choose(words[:3], kl_limit=99, depth=1)
+    with pytest.raises(ValueError, match="others must be one or more texts"):
+        choose_direction(model, tokenizer, candidates, TEXT[:2], [], words)
     with pytest.raises(ValueError, match="not one token: .'weddings all'."):
         choose(["weddings all"])

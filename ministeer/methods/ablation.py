@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..model import Embedding, Linear
 from ..steering import Steer
+from ..utils import check_texts
 from .change import Along
 from .inside_blocks import plain_copy, writers
 from .many_pairs import token_ids
@@ -52,7 +53,7 @@ def ablation(model: LM, direction: Steer, coeff: float | Tensor = 1.0) -> list[A
 def orthogonalised(model: LM, direction: Steer) -> LM:
     """W - r (r W) for all that writes to the stream: embeddings, output projections, their biases -> a model
 
-    No residual of the new model has a component along r. It is ablation after each half of each block.
+    No residual of the new model has a component along r: r is ablated after each half of each block.
     The head that reads the stream stays as it is, so a tied one becomes a matrix of its own.
     Raises ValueError for a model with packed weights and for a direction that is not this model's.
     """
@@ -93,6 +94,9 @@ def choose_direction(model: LM, tokenizer: Tokenizer, candidates: Sequence[Steer
     -> a candidate with its three numbers in `note`. Raises ValueError if none passes.
     """
     ids, rows = token_ids(tokenizer, words), []
+    for name, texts in (("prompts", prompts), ("others", others)):
+        if not check_texts(name, texts):
+            raise ValueError(f"{name} must be one or more texts.")
 
     def next_logprobs(texts, steer):
         encoded = [torch.tensor([tokenizer.encode(text)], device=model.device) for text in texts]

@@ -34,7 +34,7 @@ def head_outputs(model: LM, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str], heads: int = 48,
-        strength: float = 15.0) -> LM:
+        strength: float = 15.0, control: int | None = None) -> LM:
     """head + strength sigma theta, for the `heads` heads that best tell plus from minus -> a model
 
     Inference-time intervention, Li et al. 2023. theta: the mean output for plus minus that for minus, norm 1.
@@ -42,6 +42,7 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     probes, fitted by least squares on every other pair and tested on the rest. (Theirs are logistic.)
     The change goes into the bias of the output projection, so to all positions. (Theirs starts at the
     last prompt token.)
+    control: a seed; each theta is a random direction, and what is added keeps its norm
     Raises ValueError for a model with packed weights, or fewer than four pairs.
     """
     changed = plain_copy(model)
@@ -52,6 +53,7 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     a, b = outputs                                                              # (n, n_layer, n_head, d_head)
     theta = F.normalize(a.mean(dim=0) - b.mean(dim=0), dim=-1)
     sigma = (torch.cat(outputs) * theta).sum(dim=-1).std(dim=0)                 # (n_layer, n_head)
+    theta = theta if control is None else F.normalize(random_numbers(theta, control), dim=-1)
     accuracy = torch.zeros_like(sigma)
     for l in range(sigma.shape[0]):
         for head in range(sigma.shape[1]):
@@ -81,22 +83,30 @@ def probe_accuracy(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str],
-        strength: float = 0.1) -> LM:
+        strength: float = 0.1, control: int | None = None) -> LM:
     """Every MLP's y -> |y| normalise(y / |y| + strength (1 + max(0, cos(y, -v))) v / |v|) -> a model
 
     In-context vectors, Liu et al. 2024. v: the mean difference at the last token plus the first principal
     component about it, for all layers at once, then split by layer. Norms are kept; positions that point away
     from v turn more.
+    control: a seed; each v is a random direction
     """
     check_number("strength", strength)
     rows = differences(model, tokenizer, plus, minus)[:, 1:].flatten(1)         # what leaves each block
     mean = rows.mean(dim=0)
     vectors = (mean + first_component(rows)).view(model.config.n_layer, -1)
+    vectors = vectors if control is None else random_numbers(vectors, control)
     changed = model.shared_copy()
     for block, v in zip(changed.blocks, vectors, strict=True):
         block.mlp = Turned(block.mlp, v, strength)
     changed.fingerprint = ""
     return changed
+
+
+def random_numbers(like: Tensor, seed: int) -> Tensor:
+    """Normal random numbers of the same shape."""
+    generator = torch.Generator().manual_seed(check_whole("control", seed))
+    return torch.randn(like.shape, generator=generator).to(like)
 
 
 class Turned(nn.Module):

@@ -24,10 +24,11 @@ Texts = Sequence[str | tuple[str, str]]     # a pair (prompt, answer): only the 
 @torch.no_grad()
 def states(model: LM, tokenizer: Tokenizer, texts: Texts, where: str = "last",
            stop_layer: int | None = None) -> Tensor:
-    """resid[0], …, resid[stop_layer] of each text -> (n, n_layer + 1, d_model), float32, from one pass each.
+    """resid of each text -> (n, n_layer + 1, d_model), float32, from one pass over each.
 
     where: "last", its last token; "mean", the mean over its tokens; "each", each token, a row of its own. BOS
         is left out of the last two: it is the same in all texts, and often a sink (tutorial 03).
+    stop_layer: the last resid that is wanted, if not all
     Raises ValueError for no text, or for one in which there is no token to read.
     """
     if where not in ("last", "mean", "each"):
@@ -88,15 +89,16 @@ def token_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[int]:
 
 def vectors(model: LM, tokenizer: Tokenizer, plus: Texts, minus: Texts, how: str = "mean",
             where: str = "last") -> list[Steer]:
-    """A Steer before every block, added at every position, from one pass over each text.
+    """A Steer before each block, added at every position, all from one pass over each text.
 
+    plus, minus: texts, or pairs (prompt, answer), of which only the answer is read
     how: "mean", mean(h+) - mean(h-); "component", the first principal component of the differences h+ - h-
     where: which positions are read; see `states`
 
-    "mean" of pairs is contrastive activation addition (CAA, Rimsky et al. 2024).
-    With `minus` a background of any texts, as many as you like, it is mean-centring (Jorgensen et al. 2023).
-    With where="mean" and pairs (question, answer), answers with a trait and without, it is a persona vector
-    (Chen et al. 2025). "component" is RepE; see `repe`.
+    The mean of pairs is contrastive activation addition (CAA, Rimsky et al. 2024). If `minus` is any texts
+    as a background, as many as you like, it is mean-centring (Jorgensen et al. 2023). If answers in `plus`
+    show a trait, those in `minus` do not, and `where` is "mean", it is a persona vector (Chen et al. 2025).
+    "component" is RepE; see `repe`.
     """
     if how == "component":
         rows = differences(model, tokenizer, plus, minus, where)
@@ -106,7 +108,7 @@ def vectors(model: LM, tokenizer: Tokenizer, plus: Texts, minus: Texts, how: str
         rows = a.mean(dim=0) - b.mean(dim=0)
     else:
         raise ValueError(f"how {how!r:.40}; possible: mean, component.")
-    note = {"method": f"{how} of {where} token", "model": model.name}
+    note = {"method": how, "where": where, "model": model.name}
     return [Steer(l, rows[l], fingerprint=model.fingerprint, note=note) for l in range(model.config.n_layer)]
 
 

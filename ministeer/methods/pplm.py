@@ -29,8 +29,8 @@ def pplm(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], words: S
          **settings: Any) -> list:
     """Before each token, `steps` times: D <- D - rate g / |g|, g = d/dD [-log p(words) + kl KL(p | plain p)]
 
-    p: the next token's distribution with D (T, d_model) added to resid[layer], one row for each position but
-        BOS. The token is drawn from p^fusion (plain p)^(1 - fusion). D grows by a row of zeros and goes on.
+    p: the next token's distribution with D (T, d_model) added to resid[layer]. D has a row for each position;
+        that of BOS stays 0. The token is drawn from p^fusion (plain p)^(1 - fusion), and D keeps its rows.
     Theirs moves the keys and values of all blocks; here it is the stream that block `layer` reads.
     words: the bag, each a single token, such as [" wedding", " bride"]
     rate: how far each step moves the rows of one text together, in the stream's own units
