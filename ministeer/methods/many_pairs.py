@@ -95,9 +95,10 @@ def vectors(model: LM, tokenizer: Tokenizer, plus: Texts, minus: Texts, how: str
     how: "mean", mean(h+) - mean(h-); "component", the first principal component of the differences h+ - h-
     where: which positions are read; see `states`
 
-    The mean of pairs is contrastive activation addition (CAA, Rimsky et al. 2024). If `minus` is any texts
-    as a background, as many as you like, it is mean-centring (Jorgensen et al. 2023). If answers in `plus`
-    show a trait, those in `minus` do not, and `where` is "mean", it is a persona vector (Chen et al. 2025).
+    The mean of pairs is contrastive activation addition (CAA, Rimsky et al. 2024). With a background of any
+    texts in `minus`, as many as you like, it is mean-centring (Jorgensen et al. 2023). With answers that show
+    a trait in `plus`, answers without it in `minus`, and where="mean", it is a persona vector (Chen et al.
+    2025).
     "component" is RepE; see `repe`.
     """
     if how == "component":
