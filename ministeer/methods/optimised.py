@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @torch.enable_grad()
 def for_sentence(model: LM, tokenizer: Tokenizer, sentence: str, layer: int, steps: int = 500,
-                 rate: float = 1.0) -> Steer:
+                 rate: float = 3.0) -> Steer:
     """argmin_z of -mean log p(token | BOS and the tokens before it, z added to resid[layer]) -> a Steer of z
 
     Adam, from z = 0, until the likeliest token is the next one of `sentence` at every position. Then greedy

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def pplm(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], words: Sequence[str], layer: int,
-         n: int = 1, max_new_tokens: int = 40, *, steps: int = 3, rate: float = 1.0, kl: float = 0.01,
+         n: int = 1, max_new_tokens: int = 40, *, steps: int = 3, rate: float = 3.0, kl: float = 0.01,
          fusion: float = 0.9, control: int | None = None, max_batch_tokens: int = 2048,
          **settings: Any) -> list:
     """Before each token, `steps` times: D <- D - rate g / |g|, g = d/dD [-log p(words) + kl KL(p | plain p)]
