@@ -238,6 +238,9 @@ def test_rejects_bad_pairs_layers_and_packed_models(tiny):
         for make in (many_pairs.differences, inside_blocks.iti, inside_blocks.icv):
             with pytest.raises(ValueError, match="must be a list of texts; given: 'ab'"):
                 make(model, tokenizer, plus, minus)
+    for parts in (inside_blocks.writers, inside_blocks.block_parts):
+        with pytest.raises(ValueError, match="knows those of GPT-2 and Llama only; given: torch.nn"):
+            parts(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="Pass the plain model"):
         inside_blocks.iti(fast(model), tokenizer, PLUS, MINUS)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention import attend, merge_heads
 from ..steering import Steer
 from ..utils import check_texts, check_whole
-from .inside_blocks import block_parts, head_outputs, writers
+from .inside_blocks import block_parts, head_outputs, is_llama, writers
 from .many_pairs import token_ids
 
 if TYPE_CHECKING:
@@ -81,6 +81,6 @@ def indirect_effects(model: LM, tokenizer: Tokenizer, shuffled: Sequence[str], a
             mixed = attend(*attention.qkv(norm(resid[l]), rope)).repeat(len(numbers), 1, 1, 1)
             mixed[numbers, numbers, -1] = means[l].to(mixed)            # row h: head h replaced
             x = resid[l] + writers(block)[0](merge_heads(mixed))
-            x = x + block.mlp((block.ln_2 if hasattr(block, "ln_2") else block.post_attention_layernorm)(x))
+            x = x + block.mlp((block.post_attention_layernorm if is_llama(block) else block.ln_2)(x))
             effects[l] += p(model.run(x, pos, first_layer=l + 1)[-1]) - p(resid[-1])
     return effects / len(answer_ids)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import gpt2, llama
 from ..attention import attend
 from ..faster import Packed
 from ..utils import check_number, check_whole
@@ -98,6 +99,7 @@ def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     vectors = vectors if control is None else random_numbers(vectors, control)
     changed = model.shared_copy()
     for block, v in zip(changed.blocks, vectors, strict=True):
+        is_llama(block)
         block.mlp = Turned(block.mlp, v, strength)
     changed.fingerprint = ""
     return changed
@@ -140,14 +142,21 @@ def plain_copy(model: LM) -> LM:
     return changed
 
 
+def is_llama(block: nn.Module) -> bool:
+    """False for a block of GPT-2. Raises ValueError for any other family, whose parts have other names."""
+    if not isinstance(block, gpt2.Block | llama.Block):
+        raise ValueError("this looks inside blocks, and knows those of GPT-2 and Llama only; "
+                         f"given: {type(block).__module__}.")
+    return isinstance(block, llama.Block)
+
+
 def block_parts(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The norm before attention, and attention, in a block of either family."""
-    is_llama = hasattr(block, "self_attn")
-    return (block.input_layernorm, block.self_attn) if is_llama else (block.ln_1, block.attn)
+    return (block.input_layernorm, block.self_attn) if is_llama(block) else (block.ln_1, block.attn)
 
 
 def writers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The projections by which attention and the MLP write to the stream, in a block of either family."""
-    if hasattr(block, "self_attn"):
+    if is_llama(block):
         return block.self_attn.o_proj, block.mlp.down_proj
     return block.attn.c_proj, block.mlp.c_proj
