@@ -22,7 +22,7 @@ class Addition(Protocol):
     """What the loop asks of a Steer (steering.py): the block before which it adds, and what it adds there."""
     layer: int
 
-    def delta(self, pos: Tensor) -> Tensor: ...
+    def delta(self, x: Tensor, pos: Tensor) -> Tensor: ...
 
 
 Additions = Addition | Sequence[Addition]
@@ -107,7 +107,7 @@ class LM(nn.Module):
         for l in range(first_layer, stop):
             for s in steer:
                 if s.layer == l:
-                    x = x + s.delta(pos).to(x)      # activation addition: x + c (h+ - h-)
+                    x = x + s.delta(x, pos).to(x)       # activation addition: x + c (h+ - h-)
             resid.append(x)
             x = self.blocks[l](x, l, rope, cache)
         resid.append(x)

@@ -10,7 +10,8 @@ import operator
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,8 +47,8 @@ class Steer:
     vector: Tensor
     coeff: float | Tensor = 1.0
     start: int = 1
-    fingerprint: str = ""
-    note: dict = field(default_factory=dict)
+    fingerprint: str = field(default="", compare=False)
+    note: dict = field(default_factory=dict, compare=False)
 
     __array_ufunc__ = None      # Trap: without this, a NumPy array times a Steer is an array of Steers.
 
@@ -67,10 +68,10 @@ class Steer:
         """One past the last steered position, or None if there is no last one."""
         return None if self.vector.ndim == 1 else self.start + len(self.vector)
 
-    def delta(self, pos: Tensor) -> Tensor:
+    def delta(self, x: Tensor, pos: Tensor) -> Tensor:
         """coeff * vector at the absolute positions pos (T,), zero where the vector does not reach.
 
-        -> (T, d_model), or (B, T, d_model) with a coeff (B,)
+        -> (T, d_model), or (B, T, d_model) with a coeff (B,). Only kinds in methods/ look at the stream x.
         """
         i = (pos - self.start).to(self.vector.device)
         if self.vector.ndim == 1:
@@ -114,8 +115,8 @@ class Steer:
         where = f"position {self.start}" if n == 1 else f"positions {self.start} to {self.start + n - 1}"
         if self.vector.ndim == 1:
             where = f"every position from {self.start} on"
-        width = self.vector.shape[-1]
-        return f"<Steer {pair}: coeff {self.coeff} at {where} before block {self.layer}, d_model {width}>"
+        kind, width = type(self).__name__, self.vector.shape[-1]
+        return f"<{kind} {pair}: coeff {self.coeff} at {where} before block {self.layer}, d_model {width}>"
 
     def __mul__(self, factor: float | Tensor | np.ndarray) -> Steer:
         return self._rescaled(operator.mul, factor)
@@ -145,27 +146,23 @@ class Steer:
         """Whether both add the same numbers at the same places."""
         if self is other:
             return True
-        if not isinstance(other, Steer):
+        if type(self) is not type(other):
             return NotImplemented
-        same_coeff = torch.equal(torch.as_tensor(self.coeff), torch.as_tensor(other.coeff))
-        same_place = (self.layer, self.start) == (other.layer, other.start)
-        return same_place and same_coeff and torch.equal(self.vector, other.vector)
+        return all(torch.equal(*(torch.as_tensor(getattr(s, f.name)) for s in (self, other)))
+                   for f in fields(self) if f.compare)
 
     __hash__ = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file: the tensor "vector", "coeff" too if it is a tensor, the rest as metadata.
+        """Write a safetensors file: its tensors by name, and the rest as metadata under the name of its kind.
 
         If writing fails, `path` keeps what it held before.
         """
-        tensors = {"vector": self.vector.contiguous()}
-        about = {"ministeer": __version__, "layer": self.layer, "start": self.start,
-                 "fingerprint": self.fingerprint, "note": self.note}
-        if isinstance(self.coeff, Tensor):
-            tensors["coeff"] = self.coeff.clone()       # safetensors refuses memory that two tensors share
-        else:
-            about["coeff"] = self.coeff
-        write(path, save(tensors, {"steer": json.dumps(about)}))
+        about = {"ministeer": __version__, **vars(self)}
+        names = [name for name, value in about.items() if isinstance(value, Tensor)]
+        # safetensors refuses memory that two tensors share
+        tensors = {name: about.pop(name).clone(memory_format=torch.contiguous_format) for name in names}
+        write(path, save(tensors, {type(self).__name__.lower(): json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike, any_model: bool = False) -> Steer:
@@ -175,12 +172,14 @@ class Steer:
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no file {os.fspath(path)}.")
+        kinds = import_module(".methods", __package__).KINDS
         try:
             with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["steer"])
-                coeff = file.get_tensor("coeff") if "coeff" in file.keys() else about["coeff"]  # noqa: SIM118
-                steer = cls(about["layer"], file.get_tensor("vector"), coeff, about["start"],
-                            about["fingerprint"], about["note"])
+                metadata, names = file.metadata() or {}, file.keys()
+                name = min(metadata.keys() & kinds.keys(), default="steer")
+                about, kind = json.loads(metadata[name]), kinds[name]
+                steer = kind(**{f.name: file.get_tensor(f.name) if f.name in names else about[f.name]
+                                for f in fields(kind)})
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{os.fspath(path)} is not a steering vector that ministeer saved: "
                              f"{one_line(error, 200)}") from None
@@ -274,10 +273,11 @@ def random_like(steer: Steer, seed: int) -> Steer:
     and the layer, so the controls of two layers have nothing in common.
     """
     generator = np.random.default_rng([check_whole("seed", seed), steer.layer])
-    noise = generator.standard_normal(steer.vector.shape, dtype=np.float32)
-    noise = torch.from_numpy(noise).to(steer.vector)
-    vector = noise * (steer.vector.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
-    return replace(steer, vector=vector, note={**steer.note, "control": f"random, same norms, seed {seed}"})
+    directions = {name: x for name, x in vars(steer).items() if isinstance(x, Tensor) and name != "coeff"}
+    for name, x in directions.items():
+        noise = torch.from_numpy(generator.standard_normal(x.shape, dtype=np.float32)).to(x)
+        directions[name] = noise * (x.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+    return replace(steer, **directions, note={**steer.note, "control": f"random, same norms, seed {seed}"})
 
 
 @torch.no_grad()
@@ -289,5 +289,5 @@ def relative_norm(model: LM, tokenizer: Tokenizer, steer: Steer, prompt: str) ->
     ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
     (steer,) = model.check_steer(steer, 1, ids.shape[1])
     stream = model.residuals(ids, stop_layer=steer.layer)[-1][0].float()
-    delta = steer.delta(torch.arange(ids.shape[1], device=model.device)).to(stream)
+    delta = steer.delta(stream, torch.arange(ids.shape[1], device=model.device)).to(stream)
     return delta.norm(dim=-1) / stream.norm(dim=-1)

@@ -83,7 +83,7 @@ def test_steering_adds_delta_at_every_position(tiny, quick):
     for pos, (plain, steered, with_coeff_0) in enumerate(runs):
         assert all(torch.equal(a, b) for a, b in zip(plain, with_coeff_0, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(plain[:2], steered[:2], strict=True))
-        delta = steer.delta(torch.tensor([pos]))[None]
+        delta = steer.delta(None, torch.tensor([pos]))[None]
         torch.testing.assert_close(steered[2] - plain[2], delta, rtol=0, atol=1e-4)
 
 

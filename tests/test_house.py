@@ -28,7 +28,9 @@ FLOORS = [
     ["steering", "faster"],
     ["generation"],
     ["evaluation.stats", "evaluation.judges", "evaluation.measure",
-     "methods.many_pairs", "methods.inside_blocks",
+     "methods.many_pairs", "methods.inside_blocks", "methods.change", "methods.ablation", "methods.capping",
+     "methods.angular", "methods.conditional", "methods.optimised", "methods.pplm",
+     "methods.weight_difference", "methods.function_vectors",
      "baselines.classifier", "baselines.logits"],
     ["play.engine", "play.server"],
     ["cli"],
@@ -107,7 +109,7 @@ def test_addition_attention_and_draw_stand_once():
     code = {name_of(path): path.read_text(encoding="utf-8") for path in FILES}
     for line, home in (
         (r"x = x \+ s\.delta\(", "model"),
-        (r"\.delta\(pos\)", "model"),
+        (r"\bs\.delta\(x, pos\)", "model"),
         (r"\.blocks\[l\]\(x, l, rope, cache\)", "model"),
         (r"searchsorted\(", "generation"),
         (r"scaled_dot_product_attention\(q, k", "attention"),

@@ -1,7 +1,8 @@
-"""CAA, RepE, ITI and ICV against slow re-computations on tiny models of both families."""
+"""Vectors from many texts, ITI and ICV against slow re-computations on tiny models of both families."""
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from conftest import TEXT
 
 from ministeer import KVCache, fast, generate
 from ministeer.attention import attend, merge_heads
-from ministeer.methods import inside_blocks, many_pairs
+from ministeer.methods import function_vectors, inside_blocks, many_pairs
 
 PLUS = ["I love you", "the gulls love the town", "you are kind",
         "we love the bride", "the wedding is kind", "love is all"]
@@ -60,6 +61,50 @@ def test_repe_is_the_first_uncentred_component_and_points_to_plus(tiny):
         assert rows[:, layer].mean(dim=0) @ steer.vector > 0
     turned = many_pairs.repe(model, tokenizer, MINUS, PLUS, [1])[0]
     torch.testing.assert_close(turned.vector, -steers[0].vector, rtol=1e-3, atol=1e-3)
+
+
+def test_states_reads_the_last_token_the_mean_or_each(tiny):
+    model, tokenizer = tiny
+    texts = [PLUS[0], ("we talk about", " the wedding"), ("I", "love")]
+    streams = []            # each (T, n_layer + 1, d_model), without BOS and prompt
+    for prompt, answer in (("", PLUS[0]), *texts[1:]):
+        head = tokenizer.encode(prompt)
+        ids = head + tokenizer.encode(answer, bos=False)
+        resid = torch.stack(model(torch.tensor([ids]))[1], dim=2)[0]
+        streams.append(resid[len(head):])
+    for where, wanted in (("last", [x[-1:] for x in streams]), ("each", streams),
+                          ("mean", [x.mean(dim=0)[None] for x in streams])):
+        torch.testing.assert_close(many_pairs.states(model, tokenizer, texts, where), torch.cat(wanted))
+
+
+def test_vectors_are_mean_differences_for_all_blocks_of_lists_of_any_length(tiny):
+    model, tokenizer = tiny
+    for where in ("last", "mean", "each"):
+        steers = many_pairs.vectors(model, tokenizer, PLUS[:2], MINUS[:5], where=where)
+        a, b = (many_pairs.states(model, tokenizer, texts, where).double() for texts in (PLUS[:2], MINUS[:5]))
+        assert [steer.layer for steer in steers] == [0, 1, 2, 3]
+        for l, steer in enumerate(steers):
+            wanted = sum(a[:, l]) / len(a) - sum(b[:, l]) / len(b)
+            torch.testing.assert_close(steer.vector.double(), wanted, rtol=1e-3, atol=1e-5)
+            assert steer.fingerprint == model.fingerprint
+    caa = many_pairs.caa(model, tokenizer, PLUS, MINUS, 2)
+    assert caa == many_pairs.vectors(model, tokenizer, PLUS, MINUS)[2]
+    repe = many_pairs.repe(model, tokenizer, PLUS, MINUS, [2])
+    assert repe == many_pairs.vectors(model, tokenizer, PLUS, MINUS, "component")[2:3]
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"where": "first"}, "where 'first'; possible: last, mean, each"),
+    ({"how": "median"}, "how 'median'; possible: mean, component"),
+    ({"plus": []}, "the list of texts is empty"),
+    ({"minus": [""], "where": "mean"}, "the text '' has no token to read"),
+    ({"how": "component", "where": "each"}, "no pairs; where: last or mean"),
+    ({"how": "component", "minus": MINUS[:2]}, "as many plus as minus"),
+    ({"plus": [("a", "b", "c")]}, "must be a list of texts; given: a list with"),
+])
+def test_vectors_rejects_what_it_cannot_read(tiny, given, message):
+    with pytest.raises(ValueError, match=message):
+        many_pairs.vectors(*tiny, **{"plus": PLUS, "minus": MINUS, **given})
 
 
 def test_projected_head_outputs_are_the_output_of_attention(tiny):
@@ -125,6 +170,24 @@ def test_probe_accuracy_of_separable_random_and_reversed_data(width):
     assert inside_blocks.probe_accuracy(x[0] + 3 * sign, x[1] - 3 * sign) < 0.05
 
 
+@pytest.mark.parametrize("change", [inside_blocks.iti, inside_blocks.icv])
+def test_controls_of_iti_and_icv_have_random_directions_of_the_same_norm(tiny, change):
+    def directions(control):
+        model = change(*tiny, PLUS, MINUS, control=control)
+        if change is inside_blocks.icv:
+            return torch.stack([block.mlp.v for block in model.blocks])
+        # Through the heads' weights, norms change; a random direction has the same norm before them.
+        assert model.chosen_heads == change(*tiny, PLUS, MINUS).chosen_heads
+        return torch.stack([output_projection(block).bias for block in model.blocks])
+    real, *controls = (directions(control) for control in (None, 0, 1, 2, 3, 4))
+    for i, control in enumerate(controls):
+        assert 0.2 < control.norm() / real.norm() < 5
+        assert torch.equal(control, directions(i))
+        assert all(not torch.allclose(control, other) for other in [real, *controls[:i]])
+    with pytest.raises(ValueError, match="control must be a whole number"):
+        directions(-1)
+
+
 def test_iti_with_strength_0_changes_nothing(tiny):
     model, tokenizer = tiny
     ids = encode(tokenizer, TEXT[0])
@@ -175,6 +238,9 @@ def test_rejects_bad_pairs_layers_and_packed_models(tiny):
         for make in (many_pairs.differences, inside_blocks.iti, inside_blocks.icv):
             with pytest.raises(ValueError, match="must be a list of texts; given: 'ab'"):
                 make(model, tokenizer, plus, minus)
+    for parts in (inside_blocks.writers, inside_blocks.block_parts):
+        with pytest.raises(ValueError, match="knows those of GPT-2 and Llama only; given: torch.nn"):
+            parts(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="Pass the plain model"):
         inside_blocks.iti(fast(model), tokenizer, PLUS, MINUS)
 
@@ -210,3 +276,59 @@ def test_the_direction_of_icv_follows_the_dtype_of_the_model(tiny):
     changed = inside_blocks.icv(*tiny, PLUS, MINUS).to(torch.bfloat16)
     assert changed.blocks[0].mlp.v.dtype == torch.bfloat16
     assert changed(torch.tensor([[0, 5]]))[0].dtype == torch.bfloat16
+
+
+# Function vectors
+
+ANSWERS = [" you", " the", " you"]
+
+
+def effect_by_hook(model, ids, answer, l, h, mean):
+    """p(answer) with head h of block l replaced, in float64, less p(answer)"""
+    out, d_head = inside_blocks.writers(model.blocks[l])[0], len(mean)
+
+    def replace_head(module, args):
+        mixed = args[0].clone()
+        mixed[0, -1, h * d_head:(h + 1) * d_head] = mean
+        return (mixed,)
+    before = model(ids)[0][0, -1].double().softmax(dim=-1)[answer]
+    handle = out.register_forward_pre_hook(replace_head)
+    after = model(ids)[0][0, -1].double().softmax(dim=-1)[answer]
+    handle.remove()
+    return (after - before).item()
+
+
+def test_a_function_vector_sums_what_the_best_heads_write(tiny):
+    model, tokenizer = tiny
+    means = all_head_outputs(model, tokenizer, PLUS).mean(dim=0)
+    effects = torch.zeros(means.shape[:2], dtype=torch.float64)
+    questions = list(zip(MINUS[:3], ANSWERS, strict=True))
+    for (l, h), (text, answer) in itertools.product(np.ndindex(*effects.shape), questions):
+        answer_id = tokenizer.encode(answer, bos=False)[0]
+        effects[l, h] += effect_by_hook(model, encode(tokenizer, text), answer_id, l, h, means[l, h]) / 3
+    given = function_vectors.indirect_effects(model, tokenizer, MINUS[:3], ANSWERS, means)
+    torch.testing.assert_close(given.double(), effects, rtol=1e-2, atol=1e-7)
+    steer = function_vectors.function_vector(model, tokenizer, PLUS, MINUS[:3], ANSWERS, layer=2, heads=3)
+    best = sorted(np.ndindex(*effects.shape), key=lambda place: -effects[place])[:3]
+    assert sorted(map(tuple, steer.note["heads"])) == sorted(best)
+    wanted = torch.zeros(32, dtype=torch.float64)
+    for l, h in best:
+        out, d_head = inside_blocks.writers(model.blocks[l])[0], means.shape[2]
+        weight = out.weight.T if isinstance(out, torch.nn.Linear) else out.weight
+        wanted += means[l, h].double() @ weight[h * d_head:(h + 1) * d_head].double()
+    torch.testing.assert_close(steer.vector.double(), wanted, rtol=1e-4, atol=1e-5)
+    quick = function_vectors.function_vector(fast(model), tokenizer, PLUS, MINUS[:3], ANSWERS, 2, 3)
+    torch.testing.assert_close(quick.vector, steer.vector, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"prompts": []}, "the list of prompts is empty"),
+    ({"shuffled": MINUS}, "6 shuffled prompts do not fit 3 answers"),
+    ({"answers": ["you you", "a", "b"]}, "not one token: .'you you'"),
+    ({"heads": 0}, "heads must be a whole number, 1 or more"),
+    ({"layer": 4}, "layer 4"),
+])
+def test_function_vector_rejects_prompts_without_answers(tiny, given, message):
+    usual = {"prompts": PLUS, "shuffled": MINUS[:3], "answers": ANSWERS, "layer": 1}
+    with pytest.raises(ValueError, match=message):
+        function_vectors.function_vector(*tiny, **{**usual, **given})

@@ -97,21 +97,21 @@ def test_arithmetic_scales_the_coefficient_and_shares_the_vector(love):
 
 def test_delta_puts_each_row_at_its_absolute_position():
     s = Steer(0, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), coeff=10, start=3)
-    assert s.delta(torch.arange(2, 6)).tolist() == [[0, 0], [10, 20], [30, 40], [0, 0]]
-    assert s.delta(torch.tensor([4])).tolist() == [[30, 40]]        # one new position, as in decoding
+    assert s.delta(None, torch.arange(2, 6)).tolist() == [[0, 0], [10, 20], [30, 40], [0, 0]]
+    assert s.delta(None, torch.tensor([4])).tolist() == [[30, 40]]        # one new position, as in decoding
     assert s.stop == 5
 
 
 def test_delta_of_one_row_goes_to_every_position_from_start():
     s = Steer(0, torch.tensor([1.0, 2.0]), coeff=2, start=1)
-    assert s.delta(torch.arange(3)).tolist() == [[0, 0], [2, 4], [2, 4]]
-    assert s.delta(torch.tensor([1000])).tolist() == [[2, 4]]
+    assert s.delta(None, torch.arange(3)).tolist() == [[0, 0], [2, 4], [2, 4]]
+    assert s.delta(None, torch.tensor([1000])).tolist() == [[2, 4]]
     assert s.stop is None
 
 
 def test_delta_with_a_coefficient_for_each_row_of_the_batch():
     s = Steer(0, torch.ones(1, 2), coeff=torch.tensor([0.0, 2.0, -1.0]))
-    assert s.delta(torch.arange(2)).tolist() == [[[0, 0], [0, 0]], [[0, 0], [2, 2]], [[0, 0], [-1, -1]]]
+    assert s.delta(None, torch.arange(2)).tolist() == [[[0, 0], [0, 0]], [[0, 0], [2, 2]], [[0, 0], [-1, -1]]]
     assert s.rows([2, 0]).coeff.tolist() == [-1.0, 0.0]
 
 

@@ -242,7 +242,7 @@ def test_trained_gpt2_loads_in_transformers_and_computes_the_same(name, smollm2,
         assert_close(resid[l], theirs.hidden_states[l])
 
     steer = 2 * ministeer.steering_vector(model, tokenizer, " music", " ", 1)
-    delta = steer.delta(torch.arange(ids.shape[1]))
+    delta = steer.delta(None, torch.arange(ids.shape[1]))
     handle = hub.transformer.h[1].register_forward_pre_hook(
         lambda block, arguments: (arguments[0] + delta, *arguments[1:]))
     with torch.no_grad():

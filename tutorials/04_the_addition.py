@@ -154,9 +154,9 @@ def delta(vector, coeff, start, T):
 
 
 rows = torch.arange(6.0).view(2, 3)
-cases = [((rows, 2.0, 1, 4), ministeer.Steer(0, rows, 2.0, 1).delta(torch.arange(4)))]
+cases = [((rows, 2.0, 1, 4), ministeer.Steer(0, rows, 2.0, 1).delta(None, torch.arange(4)))]
 for vector, c, start, T in ((rows.T, 0.5, 2, 6), (rows, 2.0, 3, 4), (rows, 2.0, 5, 4), (rows, -1.0, 0, 2)):
-    cases.append(((vector, c, start, T), ministeer.Steer(0, vector, c, start).delta(torch.arange(T))))
+    cases.append(((vector, c, start, T), ministeer.Steer(0, vector, c, start).delta(None, torch.arange(T))))
 lesson.check(delta, *cases)
 #> delta: not yet. For (tensor (2, 3), 2, 1, 4) it gives None, not tensor (4, 3)
 
@@ -183,5 +183,5 @@ lesson.check(equal_coeff, ((model, tokenizer, weddings, prompt), coeff / ratios[
 # about your vector.
 #
 # **Now you know** the whole method. In the library it is this line of
-# [ministeer/model.py](../ministeer/model.py): `x = x + s.delta(pos).to(x)`. Next: [05](05_generation.py),
+# [ministeer/model.py](../ministeer/model.py): `x = x + s.delta(x, pos).to(x)`. Next: [05](05_generation.py),
 # whole texts.

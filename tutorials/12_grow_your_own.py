@@ -282,7 +282,8 @@ def by_hand(model, steers, hide=()):
     hide: the blocks in which no later position sees position 1
     """
     pos = torch.arange(ids.shape[1])
-    x = model.embed(ids, pos) + torch.stack([steer.delta(pos) for steer in steers.values()])
+    x = model.embed(ids, pos)
+    x = x + torch.stack([steer.delta(x, pos) for steer in steers.values()])
     for l, block in enumerate(model.blocks):
         q, k, v = block.attn.qkv(block.ln_1(x))
         hidden = torch.ones(len(pos), len(pos), dtype=torch.bool).triu(1)       # the later positions

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import gpt2, llama
 from ..attention import attend
 from ..faster import Packed
 from ..utils import check_number, check_whole
-from .many_pairs import check_pairs, differences
+from .many_pairs import check_pairs, differences, first_component
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ def head_outputs(model: LM, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str], heads: int = 48,
-        strength: float = 15.0) -> LM:
+        strength: float = 15.0, control: int | None = None) -> LM:
     """head + strength sigma theta, for the `heads` heads that best tell plus from minus -> a model
 
     Inference-time intervention, Li et al. 2023. theta: the mean output for plus minus that for minus, norm 1.
@@ -42,11 +43,10 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     probes, fitted by least squares on every other pair and tested on the rest. (Theirs are logistic.)
     The change goes into the bias of the output projection, so to all positions. (Theirs starts at the
     last prompt token.)
+    control: a seed; each theta is a random direction, and what is added keeps its norm
     Raises ValueError for a model with packed weights, or fewer than four pairs.
     """
-    if any(isinstance(part, Packed) for part in model.modules()):
-        raise ValueError("iti changes a bias of each block, and the blocks of this fast model are packed. "
-                         "Pass the plain model, then call ministeer.fast on the result.")
+    changed = plain_copy(model)
     check_pairs(plus, minus, 4)         # the probes are fitted on half of them
     check_whole("heads", heads, 1), check_number("strength", strength)
     outputs = [torch.stack([head_outputs(model, torch.tensor([tokenizer.encode(text)], device=model.device))
@@ -54,6 +54,7 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     a, b = outputs                                                              # (n, n_layer, n_head, d_head)
     theta = F.normalize(a.mean(dim=0) - b.mean(dim=0), dim=-1)
     sigma = (torch.cat(outputs) * theta).sum(dim=-1).std(dim=0)                 # (n_layer, n_head)
+    theta = theta if control is None else F.normalize(random_numbers(theta, control), dim=-1)
     accuracy = torch.zeros_like(sigma)
     for l in range(sigma.shape[0]):
         for head in range(sigma.shape[1]):
@@ -61,15 +62,11 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     chosen = torch.zeros_like(sigma).flatten()
     chosen[accuracy.flatten().topk(min(heads, accuracy.numel())).indices] = 1
     add = strength * (chosen.view_as(sigma) * sigma)[..., None] * theta
-    changed = model.shared_copy()
     for l, block in enumerate(changed.blocks):
-        _, attention = block_parts(block)
-        is_llama = hasattr(attention, "o_proj")
-        out = attention.o_proj if is_llama else attention.c_proj
-        weight = out.weight.T if is_llama else out.weight           # (inputs, outputs) in both families
+        out, _ = writers(block)
+        weight = out.weight.T if isinstance(out, nn.Linear) else out.weight     # (inputs, outputs) in both
         old = 0 if out.bias is None else out.bias
         out.bias = nn.Parameter(old + add[l].flatten().to(weight) @ weight, requires_grad=False)
-    changed.fingerprint = ""            # vectors of the old model are not meant for it
     changed.chosen_heads = chosen.view_as(sigma).nonzero().tolist()
     return changed
 
@@ -87,24 +84,31 @@ def probe_accuracy(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[str],
-        strength: float = 0.1) -> LM:
+        strength: float = 0.1, control: int | None = None) -> LM:
     """Every MLP's y -> |y| normalise(y / |y| + strength (1 + max(0, cos(y, -v))) v / |v|) -> a model
 
     In-context vectors, Liu et al. 2024. v: the mean difference at the last token plus the first principal
     component about it, for all layers at once, then split by layer. Norms are kept; positions that point away
     from v turn more.
+    control: a seed; each v is a random direction
     """
     check_number("strength", strength)
     rows = differences(model, tokenizer, plus, minus)[:, 1:].flatten(1)         # what leaves each block
     mean = rows.mean(dim=0)
-    component = torch.linalg.svd(rows - mean, full_matrices=False).Vh[0]
-    component = component * torch.sign(component @ mean)                        # its sign is arbitrary
-    vectors = (mean + component).view(model.config.n_layer, -1)
+    vectors = (mean + first_component(rows)).view(model.config.n_layer, -1)
+    vectors = vectors if control is None else random_numbers(vectors, control)
     changed = model.shared_copy()
     for block, v in zip(changed.blocks, vectors, strict=True):
+        is_llama(block)
         block.mlp = Turned(block.mlp, v, strength)
     changed.fingerprint = ""
     return changed
+
+
+def random_numbers(like: Tensor, seed: int) -> Tensor:
+    """Normal random numbers of the same shape."""
+    generator = torch.Generator().manual_seed(check_whole("control", seed))
+    return torch.randn(like.shape, generator=generator).to(like)
 
 
 class Turned(nn.Module):
@@ -123,8 +127,36 @@ class Turned(nn.Module):
         return (turned * y.float().norm(dim=-1, keepdim=True)).to(y)
 
 
+def check_plain(model: LM) -> None:
+    """Raises ValueError for a model with packed weights."""
+    if any(isinstance(part, Packed) for part in model.modules()):
+        raise ValueError("the weights of this fast model are packed, so they cannot be changed and pass no "
+                         "gradients. Pass the plain model; a model that comes back can be made fast.")
+
+
+def plain_copy(model: LM) -> LM:
+    """A copy whose weights can be replaced one by one. Vectors of the old model are not meant for it."""
+    check_plain(model)
+    changed = model.shared_copy()
+    changed.fingerprint = ""
+    return changed
+
+
+def is_llama(block: nn.Module) -> bool:
+    """False for a block of GPT-2. Raises ValueError for any other family, whose parts have other names."""
+    if not isinstance(block, gpt2.Block | llama.Block):
+        raise ValueError("this looks inside blocks, and knows those of GPT-2 and Llama only; "
+                         f"given: {type(block).__module__}.")
+    return isinstance(block, llama.Block)
+
+
 def block_parts(block: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The norm before attention, and attention, in a block of either family."""
-    is_llama = hasattr(block, "self_attn")
-    return (block.input_layernorm, block.self_attn) if is_llama else (block.ln_1, block.attn)
+    return (block.input_layernorm, block.self_attn) if is_llama(block) else (block.ln_1, block.attn)
 
+
+def writers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The projections by which attention and the MLP write to the stream, in a block of either family."""
+    if is_llama(block):
+        return block.self_attn.o_proj, block.mlp.down_proj
+    return block.attn.c_proj, block.mlp.c_proj

@@ -210,7 +210,8 @@ def loop(student, reference):
         rows = random(*size, seed=seed)
         for coeff, start, stop in ((1, 0, 1), (2.5, 0, 6), (-3, 0, 2), (1, 1, 3), (4, 2, 9), (1, 7, 8)):
             pos = torch.arange(start, stop)
-            one_by_one = [ministeer.Steer(0, one, coeff).delta(pos) for one in rows.view(-1, *size[-2:])]
+            steers = [ministeer.Steer(0, one, coeff) for one in rows.view(-1, *size[-2:])]
+            one_by_one = [steer.delta(None, pos) for steer in steers]
             expected = torch.stack(one_by_one) if rows.ndim == 3 else one_by_one[0]
             student.gives(expected, "delta", rows, coeff, pos,
                           case=f"vector {shape(rows)}, coeff {coeff}, positions {start} … {stop - 1}")
