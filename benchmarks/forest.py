@@ -24,9 +24,10 @@ TOXICITY = "toxicity of a text, from 0 to 1"
 
 
 def difference(steered, unsteered, controls, scale=1.0):
-    """-> mean of steered - unsteered over pairs, its 95 % interval, and the means of the controls, scaled
+    """-> mean of steered - unsteered over pairs, its 95 % interval, the means of the controls (scaled), and n
 
-    A control with fewer completions has the first draws of the unsteered model, and is compared with those.
+    A control with fewer completions has the random numbers of the first unsteered ones, and is compared with
+    those.
     """
     mean, interval, _ = paired(steered, unsteered, times=1)
     others = [statistics.mean(row) - statistics.mean(unsteered[:len(row)]) for row in controls]
@@ -97,7 +98,7 @@ def tuned(result):
 
 
 def searched(result):
-    """search.py: the winner of some 18,000 cells, by each judge."""
+    """search.py: the winner of some 18,000 cells, as each judge scores it."""
     task, test = result["setting"]["task"], result["test"]
     sign = -1 if task == "pos-to-neg" else 1
     judges = [name for name in test["unsteered"] if isinstance(test["unsteered"][name], list)
@@ -114,7 +115,7 @@ READERS = {"layer-sweep": layer_sweep, "topics": topics, "knowledge": knowledge,
 
 
 def claims(folder):
-    """-> (panel, claim, effect, (low, high) or None, effects of five random vectors, n or None) of each"""
+    """-> (panel, claim, effect, (low, high) or None, effects of five random vectors, n or None) for each"""
     found = []
     for name, reader in READERS.items():
         path = folder / f"{name}.json"
@@ -127,7 +128,7 @@ def claims(folder):
 
 
 def draw(found):
-    """-> a PNG: a panel for each unit, in each a line for each claim"""
+    """-> a PNG with a panel for each unit, in which each claim has a line"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

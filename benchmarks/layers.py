@@ -1,4 +1,4 @@
-"""Why some layers can be steered and others not: the sink inside the vector, and the heads that read it.
+"""Why some layers can be steered and others not: attention sinks in the vector, and heads that read it.
 
 Read first: lab.py; paper.py runs both experiments. Tutorial 12 does the second on a model of five blocks.
 """
@@ -37,7 +37,7 @@ PROMPTS = (PROMPT, "The weather was fine, so we decided to", "My neighbour knock
            "She looked out of the window and thought", "After the meeting everybody wanted to know",
            "The book that I am reading is about", "Yesterday my brother called and asked me",
            "There is one thing that I always wanted")
-# The same wish in four vectors: the minus prompt, and how many of the largest dimensions are set to 0.
+# Four vectors for one topic: the minus prompt, and how many of the largest dimensions are set to 0.
 VECTORS = {'" weddings" - " "': (" ", 0), 'without its 4 largest dimensions': (" ", 4),
            '" weddings" - " the"': (" the", 0), '" weddings" - " things"': (" things", 0)}
 SINK_LAYERS = (*range(13), 16, 18, 20, 22, 24)
@@ -51,7 +51,7 @@ def without(steer, k):
 
 
 def sink(lab):
-    """Does the hole of layers 3 to 11 close if the vector has no attention sink? Rates as in layer-sweep."""
+    """Does the vector work before layers 3 to 11 if it has no attention sink? Rates as in layer-sweep."""
     args, n = lab.args, lab.n or 100
     _, coeff = lab.where(0, 1.0)
     layers = [l for l in SINK_LAYERS if l < lab.model.config.n_layer]
@@ -93,14 +93,14 @@ def sink(lab):
 
 @torch.no_grad()
 def propensity(model, x, ids):
-    """log p(one of `ids`) of the next token, mean over positions from 2 on: x (B, T, d_model) -> (B,)"""
+    """log p that the next token is one of `ids`, mean over positions from 2 on: x (B, T, d_model) -> (B,)"""
     logp = model.unembed(x[:, 2:]).float().log_softmax(dim=-1)
     return logp[..., ids].logsumexp(dim=-1).mean(dim=-1)
 
 
 @torch.no_grad()
 def patched(model, x, plain, l):
-    """One row for each head of block l, which sees position 1 there as it is without steering.
+    """One row for each head of block l: in row h, head h sees position 1 as it is without steering.
 
     x, plain (1, T, d_model): resid[l] under steering and without -> resid[n_layer] (n_head, T, d_model)
     """
@@ -127,7 +127,7 @@ def patched(model, x, plain, l):
 
 
 def readers(lab):
-    """Which heads read the vector at position 1, and how much each layer's vector does to the next token."""
+    """Which heads read the vector at position 1, and how much each layer's vector changes the next token."""
     model, tokenizer = lab.model, lab.tokenizer
     layer, coeff = lab.where(16, 1.0)
     n_layer, prompts = model.config.n_layer, PROMPTS[:lab.n or len(PROMPTS)]
@@ -149,7 +149,7 @@ def readers(lab):
         return shifts
 
     def drops(l, kind):
-        """For each prompt and head of block l: how much of that shift its patch takes away."""
+        """For each prompt and head of block l: how much of the shift is lost if that head is patched."""
         steer, rows = steer_at(layer, kind), []
         for prompt in prompts:
             batch = torch.tensor([tokenizer.encode(prompt)], device=model.device)

@@ -1,4 +1,4 @@
-"""A second judge of sentiment, which shares nothing with VADER: a linear model of a review's words and pairs.
+"""A second judge of sentiment, independent of VADER: a linear model of words and pairs of words.
 
 Read first: ministeer/evaluation/judges.py. search.py uses it. It needs scikit-learn (extra judges).
 """
@@ -53,7 +53,7 @@ def windows(text):
 
 
 def accuracy(judge, rows):
-    """The share of texts that the judge puts on the side of their label: (whole reviews, windows of them)."""
+    """The share of texts whose score has the sign of their label: (of whole reviews, of their windows)."""
     def share(texts):
         scores = judge([text for text, _ in texts])
         right = [(score > 0) == (label == "pos") for score, (_, label) in zip(scores, texts, strict=True)]

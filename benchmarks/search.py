@@ -1,19 +1,26 @@
-"""Does any vector change the mood of a text, or its insults? A search that has to beat itself.
+"""Does any vector change the mood of a text, or its insults? A large search, beside searches by chance.
 
     python -m benchmarks.search neg-to-pos --data FOLDER        # or pos-to-neg, toxicity
 
-It has some 18,000 cells. A cell is a pair of texts (search_pairs.py), a place (the front, as in Algorithm 1,
-or every position, with the difference at the pairs' last tokens), a layer, and a strength with a sign: a
-fraction of the mean norm of the stream that the block reads. Successive halving on the tuning prompts: three
-rounds of next-token log-odds of kind against unkind words, in which each place and strength keeps as many
-cells, because strong additions move log-odds without a reason; then two rounds of completions. The winner has
-the best score among cells with disfluency at most 1.5 times the unsteered model's.
-The best of many is good by chance. So the same search, with as many cells, runs on random vectors of the same
-norms and on shuffled pairs (plus with plus, minus with minus), --controls times each: their best are the bar.
-The winners meet the test prompts once, beside five random vectors of the winner's norm, and with --rivals the
-methods of rivals.py at the strengths that were chosen there. Two judges of sentiment, the second unseen in
-the search; paired tests, corrected together. Writes OUT/search-TASK.json, .md, .png, and the winner as
-OUT/search-TASK.safetensors, which `rivals --steer` reads. An interrupted run continues where it was.
+A search has some 18,000 cells. A cell is a pair of texts (search_pairs.py), a place, a layer, and a strength
+with a sign. The place is the front, as in Algorithm 1, or every position, with the difference at the pair's
+last tokens. The strength is a fraction of the mean norm of the stream that the block reads.
+
+Each round on the tuning prompts keeps fewer cells (successive halving). Three rounds compare log-odds of the
+next token, wanted words against unwanted ones. Strong additions can move these without changing texts as
+wanted, so the cells to keep are taken in turn from each place and strength. Two rounds of completions follow.
+The winner has the best score among cells with disfluency at most 1.5 times the unsteered model's.
+
+The best of many cells is good by chance alone. So the same search, with as many cells, also runs on random
+vectors of the same norms and on shuffled pairs (plus with plus, minus with minus), --controls times each. The
+winner of the pairs should do better than their winners.
+
+All winners complete the test prompts once, beside five random vectors of the winner's norm and, with
+--rivals, the methods of rivals.py at the strengths that were chosen there. Sentiment has a second judge,
+which the search does not use. Tests are paired, and their p-values are corrected together.
+
+Writes OUT/search-TASK.json, .md, .png, and the winner as OUT/search-TASK.safetensors, which `rivals --steer`
+reads. An interrupted run continues where it stopped.
 """
 
 import argparse
@@ -41,7 +48,7 @@ from .search_pairs import CHATS, CUES, PAIRS, WORDS
 FRONT, EVERY = "front", "every position"
 STRENGTHS = {FRONT: (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), EVERY: (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)}
 READ = 6                                # tokens of a tuning prompt before the cue, in the rounds of log-odds
-ROUNDS = ((1, 1530), (4, 192), (16, 32))        # of log-odds: (tuning prompts, cells that go on)
+ROUNDS = ((1, 1530), (4, 192), (16, 32))        # of log-odds: (tuning prompts, cells kept)
 FINALS = ((16, 8), (50, 1))                     # of completions: the same
 SHORT = 40                              # tokens of these completions, at most
 ROWS = 120                              # texts in one batch
@@ -52,7 +59,7 @@ TRAINING = 2000                         # reviews that the second judge learns f
 class Direction:
     """A vector before every block, with coeff 1 scaled to the mean norm of the stream there.
 
-    name: the texts it is from. place: FRONT or EVERY. steers: one for each layer
+    name: the texts that it comes from. place: FRONT or EVERY. steers: one for each layer
     """
     name: str
     place: str
@@ -73,7 +80,7 @@ def stream_norms(lab, prompts):
 
 
 def shuffled(pairs, seed):
-    """As many pairs of plus with plus and minus with minus: texts of the same kind, without the contrast."""
+    """Equally many pairs, each of two plus texts or of two minus texts, so without the contrast."""
     order = random.Random(seed).sample(pairs, len(pairs))
     return [(a[side], b[side]) for side in (0, 1) for a, b in zip(order[::2], order[1::2], strict=True)]
 
@@ -110,7 +117,7 @@ def directions(lab, task, kind, norms):
 def all_cells(found):
     """-> [number of the Direction, layer, strength] of every cell, added and subtracted.
 
-    Texts that end alike do not differ at their last token before block 0, so there is no cell there.
+    If two texts end with the same token, their difference there is 0 before block 0, which gives no cell.
     """
     return [[i, steer.layer, sign * strength]
             for i, direction in enumerate(found) for steer in direction.steers if steer.coeff
@@ -166,7 +173,7 @@ def keep(cells, scores, groups, n):
 
 
 class Search:
-    """A task's search: what all kinds of it share."""
+    """What the searches of one task share, whatever vectors they try."""
 
     def __init__(self, lab, task):
         self.lab, self.task = lab, task
@@ -309,7 +316,7 @@ def main():
 def run(args, rank):
     """Search, test once; the first process writes the results."""
     lab = Lab(args, rank)
-    # These add work to a search and change none of it, so they are no part of its folder's name.
+    # These do not change what a search finds, so the name of its folder does not depend on them.
     for name in ("n", "repeats", "controls", "rivals", "classifier"):
         del lab.about[name]
     check_target(lab.out / f"{args.experiment}.safetensors")
@@ -350,7 +357,7 @@ WINNER, FIVE = "best of the pairs", "five random vectors"
 
 
 def second_judge(lab):
-    """-> the linear judge, trained on reviews. Sets lab.accuracy: how often each of both judges is right."""
+    """-> the linear judge, trained on reviews. Sets lab.accuracy: how often each of the two is right."""
     reviews = lab.rows("imdb.jsonl", text=str, label=str, split=str)
     random.Random(lab.args.seed).shuffle(reviews)
     parts = {name: [row for row in reviews if row["split"] == name][:TRAINING] for name in ("train", "test")}
@@ -381,8 +388,9 @@ def rivals_by_name(lab, args):
 def compare(results, judges, methods, best, sign, seed):
     """Paired tests over prompts, corrected together -> {(judge, a, b): (mean of a - b, 95 %, p)}
 
-    Everything with the unsteered model; the winner with the five random vectors, and with the best of all
-    random searches and of all shuffled ones, as the tuning prompts rank them; every rival with the winner.
+    Every condition is compared with the unsteered model, and every rival with the winner. The winner is
+    compared with the five random vectors, and with the best of the random searches and the best of the
+    shuffled ones, as the tuning prompts rank them.
     """
     pairs = [(name, "unsteered") for name in results if name != "unsteered"]
     pairs.append((WINNER, FIVE))

@@ -24,7 +24,7 @@ _MANNERS = [
     ("They were friendly and calm", "They were hostile and rude"),
     ("What a lovely thing", "What an awful thing"),
 ]
-# What a user asks a chat model, and says in its template. These are long, so they go to every position only.
+# Requests to a chat model, put into its template. They are long, so they are added at every position only.
 _REVIEW_CHATS = [("Write a very positive movie review.", "Write a very negative movie review."),
                  ("You love this film. Tell me about it.", "You hate this film. Tell me about it.")]
 _MANNERS_CHATS = [("Answer in a kind and polite way.", "Answer in a rude and insulting way."),
@@ -35,7 +35,7 @@ CHATS = {"toxicity": _MANNERS_CHATS, "neg-to-pos": _REVIEW_CHATS,
          "pos-to-neg": [(minus, plus) for plus, minus in _REVIEW_CHATS]}
 PAIRS = {"toxicity": MANNERS, "neg-to-pos": REVIEWS, "pos-to-neg": [(minus, plus) for plus, minus in REVIEWS]}
 
-# The next word after such an end shows the mood. A word that is more than one token does not count.
+# A cue ends each prompt, so that the next word shows the mood. Words of more than one token do not count.
 CUES = {"toxicity": " You are a", "neg-to-pos": " The movie was", "pos-to-neg": " The movie was"}
 _GOOD = """great good wonderful excellent amazing fantastic brilliant beautiful superb enjoyable fun perfect
     delightful fascinating charming impressive moving entertaining awesome lovely"""

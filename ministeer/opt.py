@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class PostNormBlock(Block):
-    """Each norm is of a sum, not of what a half of the block reads.
+    """Each norm follows a half of the block: it is applied to x plus what that half writes.
 
     resid[l] is still what block l reads: resid[0] the embedding, and from resid[1] on the output of a norm.
     So attention reads an addition as it is, and the norm after attention scales the sum.
@@ -103,7 +103,7 @@ class Attention(nn.Module):
     def qkv(self, x: Tensor, rope: None = None) -> tuple[Tensor, ...]:
         """x (B, T, d_model) -> queries, keys and values, each (B, H, T, D).
 
-        `attend` divides q k^T by sqrt(D). OPT was trained with q divided instead, which is the same number.
+        `attend` divides q k^T by sqrt(D). OPT was trained with q divided, which gives the same numbers.
         """
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         return tuple(split_heads(part, self.n_head) for part in (q, k, v))

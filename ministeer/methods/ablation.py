@@ -40,8 +40,9 @@ class Ablation(Along):
 def ablation(model: LM, direction: Steer, coeff: float | Tensor = 1.0) -> list[Ablation]:
     """An Ablation before every block, at every position.
 
-    Arditi et al. also ablate what attention and the MLP write, before the other reads it: `orthogonalised`.
-    Its control is ablation(model, random_like(direction, seed)): one random direction for all blocks.
+    Arditi et al. also ablate what attention writes before the MLP reads it, and what the last block writes;
+    `orthogonalised` does both.
+    The control is ablation(model, random_like(direction, seed)): one random direction for all blocks.
     direction: a Steer with a vector (d_model,); its layer and coeff do not matter
     """
     note = {**direction.note, "method": "ablation"}
@@ -54,7 +55,7 @@ def orthogonalised(model: LM, direction: Steer) -> LM:
     """W - r (r W) for all that writes to the stream: embeddings, output projections, their biases -> a model
 
     No residual of the new model has a component along r: r is ablated after each half of each block.
-    The head that reads the stream stays as it is, so a tied one becomes a matrix of its own.
+    The head that reads the stream stays as it is: if it was tied to the embedding, it gets its own matrix.
     Raises ValueError for a model with packed weights and for a direction that is not this model's.
     """
     (first, *_) = model.check_steer(ablation(model, direction), 1)
@@ -84,7 +85,7 @@ def choose_direction(model: LM, tokenizer: Tokenizer, candidates: Sequence[Steer
                      depth: float = 0.8) -> Steer:
     """The candidate whose ablation most lowers the log-odds of `words` as the next token after `prompts`.
 
-    Arditi et al.'s rule. Only candidates count that
+    Arditi et al.'s rule. Only those candidates count that
       - were made before layer depth * n_layer,
       - change the next token after `others` little when ablated: mean KL(plain | ablated) <= kl_limit nats,
       - bring the behaviour when added after `others`: mean log-odds of 0 or more.

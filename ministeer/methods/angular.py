@@ -24,7 +24,7 @@ class Angular(Along):
     """x' = x + coeff (|P x| (cos a b1 + sin a b2) - P x), P x being the part of x in the plane of b1 and b2.
 
     b1 = vector / |vector|; b2 is `other` made orthogonal to b1, norm 1. At coeff 1, P x' lies at the angle a
-    from b1, 0 being all along b1, and |x'| = |x|.
+    from b1 (0 is along b1), and |x'| = |x|.
     degrees: a
     adaptive: turn only positions with x b1 > 0
     """
@@ -61,11 +61,11 @@ class Angular(Along):
 
 def angular(steers: Sequence[Steer], degrees: float, coeff: float | Tensor = 1.0,
             adaptive: bool = False) -> list[Angular]:
-    """The same turn before the block of each Steer, in one plane that their directions d span.
+    """The same turn before the block of each Steer, all in one plane made from their directions d.
 
     b1: the d with the highest mean cosine with all of them; b2: the first principal component of the d, each
     taken with norm 1. (The authors steer before the MLP too, and subtract means of streams of norm 1.)
-    Its control is angular([random_like(s, seed) for s in steers], degrees).
+    The control is angular([random_like(s, seed) for s in steers], degrees).
     steers: one for each block, such as `many_pairs.vectors` gives
     """
     if len(steers) < 2:

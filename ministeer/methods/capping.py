@@ -25,7 +25,7 @@ class Cap(Along):
     """x' = x - coeff max(x v - limit, 0) v, with v = vector / |vector|. At coeff 1, x' v is at most `limit`.
 
     Activation capping, as along the Assistant Axis (Lu et al. 2026). To keep x v above a limit t, cap -vector
-    at -t. `projections` shows what is usual.
+    at -t. `projections` shows which values are usual.
     """
     limit: float = 0.0
 

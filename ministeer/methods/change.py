@@ -1,6 +1,6 @@
 """Change: a Steer whose addition may depend on the stream x. Along: one that adds along a single direction.
 
-Read first: ../steering.py. Read next: ablation.py, capping.py and angular.py, its kinds.
+Read first: ../steering.py. Read next: ablation.py, capping.py and angular.py, which are kinds of it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Change(Steer):
         return new * (x.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp(min=1e-30)) - x
 
     def change(self, x: Tensor, pos: Tensor) -> Tensor:
-        """What is added before the norm is put right. Kinds replace this."""
+        """What is added, before keep_norm restores the norm. Kinds replace this."""
         return super().delta(x, pos)
 
     def __repr__(self):

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Condition(Along):
     """cos(h, tanh(c (c h) / (c c))) > threshold, with h of a prompt before block `layer` and c = vector.
 
-    It adds nothing itself: see `decide`. But it is saved, loaded and given random controls as Steers are.
-    above: False for < in place of >. Trap: the authors' code calls this "larger" (the threshold is).
+    It adds nothing itself: see `decide`. It is saved, loaded and given random controls as a Steer is.
+    above: False for < in place of >. Trap: the authors' code calls this "larger": the threshold is larger.
     last: h at the prompt's last token; if False, its mean over the prompt's tokens. (Theirs includes BOS.)
     """
     threshold: float = 0.0
@@ -87,7 +87,7 @@ def generate_if(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], n
 
 
 def f1(decided: Tensor, wanted: Tensor) -> float:
-    """2 hits / (decided + wanted): 1 if the two lists of 0 and 1 agree, 0 if no hit is among them."""
+    """2 hits / (decided + wanted): 1 if the two lists of 0 and 1 agree, 0 without a hit."""
     total = float(decided.sum() + wanted.sum())
     return 2 * float((decided * wanted).sum()) / total if total else 0.0
 
@@ -96,8 +96,8 @@ def find_condition(model: LM, tokenizer: Tokenizer, candidates: Sequence[Steer],
                    rests: Sequence[str], last: bool = False) -> tuple[Condition, float]:
     """The layer, side and threshold that best tell `fires` from `rests` -> (Condition, its F1 on them).
 
-    Tries every threshold halfway between two neighbouring similarities, so this F1 is of a fitted rule.
-    For an honest one, take prompts that were not used here, `decide` and `f1`.
+    Tries every threshold halfway between two neighbouring similarities, so its F1 on them is flattering.
+    To measure the rule fairly, use `decide` and `f1` on prompts that were not used here.
     candidates: Steers with a vector (d_model,), such as `many_pairs.vectors(model, tokenizer, fires, rests)`
     """
     fires, rests = check_texts("fires", fires), check_texts("rests", rests)

@@ -1,4 +1,4 @@
-"""A function vector: what the heads that carry a task write at the end of prompts that show it by examples.
+"""A function vector: what a task's most important heads write after prompts that show the task by examples.
 
 Read first: inside_blocks.py. Todd et al. 2024.
 """
@@ -27,8 +27,8 @@ def function_vector(model: LM, tokenizer: Tokenizer, prompts: Sequence[str], shu
                     answers: Sequence[str], layer: int, heads: int = 10) -> Steer:
     """sum of W_O a over the `heads` heads that matter most, a being a head's mean output after `prompts`
 
-    What a head matters: see `indirect_effects`. Todd et al. add the vector at the last token alone, after a
-    block about a third of the way up: replace(steer, vector=steer.vector[None], start=n_tokens - 1).
+    `indirect_effects` measures how much a head matters. Todd et al. add the vector at the last token alone,
+    after a block about a third of the way up: replace(steer, vector=steer.vector[None], start=n_tokens - 1).
     prompts: each with examples of a task and a last question, such as "hot: cold\\nbig: small\\nwet:"
     shuffled, answers: prompts whose examples have the wrong answers, and the right answer to the last
         question, one token each

@@ -38,7 +38,7 @@ def iti(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
         strength: float = 15.0, control: int | None = None) -> LM:
     """head + strength sigma theta, for the `heads` heads that best tell plus from minus -> a model
 
-    Inference-time intervention, Li et al. 2023. theta: the mean output for plus minus that for minus, norm 1.
+    Inference-time intervention, Li et al. 2023. theta: mean(plus) - mean(minus) of the head's output, norm 1.
     sigma: the standard deviation of all outputs along theta. The best heads have the most accurate linear
     probes, fitted by least squares on every other pair and tested on the rest. (Theirs are logistic.)
     The change goes into the bias of the output projection, so to all positions. (Theirs starts at the
@@ -88,7 +88,7 @@ def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     """Every MLP's y -> |y| normalise(y / |y| + strength (1 + max(0, cos(y, -v))) v / |v|) -> a model
 
     In-context vectors, Liu et al. 2024. v: the mean difference at the last token plus the first principal
-    component about it, for all layers at once, then split by layer. Norms are kept; positions that point away
+    component about it, for all layers at once, then split by layer. Norms are kept; outputs that point away
     from v turn more.
     control: a seed; each v is a random direction
     """

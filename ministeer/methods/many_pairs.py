@@ -62,7 +62,7 @@ def differences(model: LM, tokenizer: Tokenizer, plus: Texts, minus: Texts, wher
 
 
 def check_pairs(plus: Texts, minus: Texts, least: int) -> None:
-    """Raises ValueError unless these are two lists of equally many texts, at least so many."""
+    """Raises ValueError unless plus and minus hold equally many texts, `least` or more each."""
     plus, minus = _split("plus", plus), _split("minus", minus)
     if len(plus) != len(minus) or len(plus) < least:
         raise ValueError(f"this needs {least} or more pairs of texts, as many plus as minus; "
@@ -95,10 +95,9 @@ def vectors(model: LM, tokenizer: Tokenizer, plus: Texts, minus: Texts, how: str
     how: "mean", mean(h+) - mean(h-); "component", the first principal component of the differences h+ - h-
     where: which positions are read; see `states`
 
-    The mean of pairs is contrastive activation addition (CAA, Rimsky et al. 2024). With a background of any
-    texts in `minus`, as many as you like, it is mean-centring (Jorgensen et al. 2023). With answers that show
-    a trait in `plus`, answers without it in `minus`, and where="mean", it is a persona vector (Chen et al.
-    2025).
+    The mean of pairs is contrastive activation addition (CAA, Rimsky et al. 2024). With any number of
+    background texts in `minus`, it is mean-centring (Jorgensen et al. 2023). With answers that show a trait
+    in `plus`, answers without it in `minus`, and where="mean", it is a persona vector (Chen et al. 2025).
     "component" is RepE; see `repe`.
     """
     if how == "component":
@@ -139,8 +138,9 @@ def repe(model: LM, tokenizer: Tokenizer, plus: Texts, minus: Texts, layers: Seq
     """The first principal component of the differences at each of `layers`, added at every position (RepE).
 
     Zou et al. 2023. Each vector has norm 1, so a coeff does less in late layers, where the stream is larger.
-    Trap: the sign of a component is arbitrary; here it is that of the mean difference. And do not centre: it
-    would remove what all differences have in common, which we want. (RepE shuffles each pair to that end.)
+    Trap: the sign of a component is arbitrary; here it is that of the mean difference.
+    Trap: centring would remove what all differences have in common, which we want. (RepE's authors shuffle
+    each pair, to keep it when they centre.)
     """
     layers = check_list("layers", layers)
     for layer in layers:

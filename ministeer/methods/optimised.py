@@ -1,4 +1,4 @@
-"""A vector found by gradient descent, so that the model says one sentence: what ActAdd's two passes save.
+"""A vector found by gradient descent that makes the model say one sentence. ActAdd needs two passes instead.
 
 Read first: ../steering.py. Subramani et al. 2022.
 """
@@ -26,7 +26,7 @@ def for_sentence(model: LM, tokenizer: Tokenizer, sentence: str, layer: int, ste
 
     Adam, from z = 0, until the likeliest token is the next one of `sentence` at every position. Then greedy
     decoding from BOS gives the sentence: generate(model, tokenizer, "", 1, n, steer, temperature=0).
-    steps: the most steps; each is a pass forward and one back. rate: Adam's
+    steps: at most this many; each is a pass forward and one back. rate: Adam's learning rate
     The Steer acts at every position, BOS included. Its note says how many `steps` were taken, the last `loss`
     in nats a token, and whether the sentence is `exact`.
     Raises ValueError for a sentence without tokens and for packed weights.

@@ -30,14 +30,14 @@ def pplm(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], words: S
     """Before each token, `steps` times: D <- D - rate g / |g|, g = d/dD [-log p(words) + kl KL(p | plain p)]
 
     p: the next token's distribution with D (T, d_model) added to resid[layer]. D has a row for each position;
-        that of BOS stays 0. The token is drawn from p^fusion (plain p)^(1 - fusion), and D keeps its rows.
-    Theirs moves the keys and values of all blocks; here it is the stream that block `layer` reads.
+        that of BOS stays 0. The token is drawn from p^fusion (plain p)^(1 - fusion). The next starts from this D.
+    Dathathri et al. move the keys and values of all blocks; here the stream that block `layer` reads moves.
     words: the bag, each a single token, such as [" wedding", " bride"]
-    rate: how far each step moves the rows of one text together, in the stream's own units
+    rate: the norm of each step over all rows of one text, in the stream's own units
     control: a seed for random directions in place of gradients, with steps of the same length
     settings: those of `generate` for drawing tokens, and `stop`
-    -> as `generate` gives them, drawn with the same random numbers. There is no cache, so a token costs steps
-        passes back and steps + 3 forward over the whole text.
+    -> as `generate` gives them, drawn with the same random numbers. There is no cache, so a token costs
+        `steps` passes back and `steps` + 3 forward over the whole text.
     """
     check_plain(model), model.check_layer(layer)
     check_whole("steps", steps), check_number("rate", rate, 0)

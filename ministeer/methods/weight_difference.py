@@ -26,7 +26,7 @@ def weights_plus(model: LM, tuned: LM, base: LM, coeff: float = 1.0, control: in
     """model + coeff (tuned - base), weight by weight -> a new model
 
     With base = model, coeff 1 gives the weights of `tuned`, and coeff -1 leads away from what it has learned.
-    control: a seed; random numbers stand for each tensor of the difference, with its norm
+    control: a seed; random numbers of the same norm replace each tensor of the difference
     Raises ValueError for models of different shapes or with packed weights.
     """
     check_number("coeff", coeff), check_plain(tuned), check_plain(base)
