@@ -30,7 +30,8 @@ def pplm(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], words: S
     """Before each token, `steps` times: D <- D - rate g / |g|, g = d/dD [-log p(words) + kl KL(p | plain p)]
 
     p: the next token's distribution with D (T, d_model) added to resid[layer]. D has a row for each position;
-        that of BOS stays 0. The token is drawn from p^fusion (plain p)^(1 - fusion). The next starts from this D.
+        that of BOS stays 0. The token is drawn from p^fusion (plain p)^(1 - fusion); D is kept for the
+        next token.
     Dathathri et al. move the keys and values of all blocks; here the stream that block `layer` reads moves.
     words: the bag, each a single token, such as [" wedding", " bride"]
     rate: the norm of each step over all rows of one text, in the stream's own units
