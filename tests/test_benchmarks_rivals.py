@@ -184,6 +184,7 @@ def test_the_comparison_runs_and_goes_on_where_it_was(trained, tiny_llama, data,
     assert {path: path.stat().st_mtime_ns for path in out.glob(".units/*/*.json")} == stamps
 
 
+@pytest.mark.long
 def test_some_methods_with_a_vector_from_a_file_need_no_classifier(tiny_llama, data, tmp_path, monkeypatch,
                                                                    capsys):
     model, tokenizer = ministeer.load(tiny_llama)

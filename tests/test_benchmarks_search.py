@@ -148,7 +148,8 @@ def test_the_second_judge_learns_what_the_labels_say():
 
 # The whole
 
-@pytest.mark.parametrize("task", ["neg-to-pos", pytest.param("toxicity", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("task", ["neg-to-pos", "toxicity"])
 def test_a_search_runs_once_and_its_winner_can_be_loaded(task, tiny_llama, data, small, tmp_path,
                                                          monkeypatch, capsys):
     command = [task, "--data", data, "--model", tiny_llama, "--out", tmp_path, "-n", "4", "--repeats", "2",
