@@ -233,7 +233,8 @@ def run_steer(args: argparse.Namespace) -> None:
     from .checkpoints.fetch import DEFAULT
     from .checkpoints.loading import load
     from .generation import generate
-    from .steering import Steer, steering_vector
+    from .methods import Steer  # which knows all kinds that a file can hold
+    from .steering import steering_vector
     if (args.plus is None) == (args.vector is None):
         raise ValueError("give either --plus (with --layer) or --vector, to have one vector.")
     if args.vector is not None and (args.minus is not None or args.layer is not None):

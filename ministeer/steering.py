@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -168,25 +167,26 @@ class Steer:
     def load(cls, path: str | os.PathLike, any_model: bool = False) -> Steer:
         """Read what `save` wrote, to use with the model it was made with, or with any if any_model=True.
 
-        Raises FileNotFoundError, or ValueError if the file is not a Steer.
+        Raises FileNotFoundError, or ValueError if the file is not a Steer. To read a kind that is defined in
+        methods/, import ministeer.methods first.
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no file {os.fspath(path)}.")
-        kinds = import_module(".methods", __package__).KINDS
         try:
             with safe_open(path, "pt") as file:
                 metadata, names = file.metadata() or {}, file.keys()
-                name = min(metadata.keys() & kinds.keys(), default="steer")
-                about, kind = json.loads(metadata[name]), kinds[name]
+                name = min(metadata.keys() & KINDS.keys(), default="steer")
+                about, kind = json.loads(metadata[name]), KINDS[name]
                 steer = kind(**{f.name: file.get_tensor(f.name) if f.name in names else about[f.name]
                                 for f in fields(kind)})
         except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a steering vector that ministeer saved: "
-                             f"{one_line(error, 200)}") from None
+            raise ValueError(f"{os.fspath(path)} is not a steering vector that ministeer saved, or its kind "
+                             f"needs `import ministeer.methods`: {one_line(error, 200)}") from None
         return replace(steer, fingerprint="") if any_model else steer
 
 
 Steers = Steer | Sequence[Steer]
+KINDS = {"steer": Steer}        # for Steer.load, by the name that a file gives them; methods/ adds its own
 
 
 def _fault(x, dimensions):

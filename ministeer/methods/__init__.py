@@ -3,12 +3,12 @@
 Read first: many_pairs.py.
 """
 
-from ..steering import Steer
+from ..steering import KINDS, Steer
 from .ablation import Ablation
 from .angular import Angular
 from .capping import Cap, Fixed
 from .change import Change
 from .conditional import Condition
 
-# For Steer.load, by the name that a file gives them.
-KINDS = {kind.__name__.lower(): kind for kind in (Steer, Change, Ablation, Angular, Cap, Condition, Fixed)}
+__all__ = ["Steer"]       # whose `load` reads all of these kinds
+KINDS.update({kind.__name__.lower(): kind for kind in (Change, Ablation, Angular, Cap, Condition, Fixed)})
