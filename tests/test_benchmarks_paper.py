@@ -91,6 +91,7 @@ def test_an_experiment_writes_its_results(experiment, tiny_llama, data, tmp_path
     assert not list(tmp_path.glob(".*part*"))
 
 
+@pytest.mark.long
 def test_the_command_of_the_docstring_runs(tiny_llama, data, tmp_path):
     done = run_process(["benchmarks.paper", *arguments("token-shifts", tiny_llama, data, tmp_path)])
     assert (tmp_path / "token-shifts.md").read_text(encoding="utf-8") in done.stdout

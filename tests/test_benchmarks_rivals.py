@@ -42,6 +42,7 @@ def trained(tiny_llama, data, tmp_path_factory):
     return out, run_process(command).stdout
 
 
+@pytest.mark.long
 def test_a_classifier_learns_and_comes_back_from_disk(trained, tiny_llama):
     out, printed = trained
     assert "sentiment: 192 texts; of 48 held out, pairs ranked rightly" in printed
