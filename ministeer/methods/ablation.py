@@ -33,8 +33,8 @@ class Ablation(Along):
     """
     start: int = 0
 
-    def amount(self, p: Tensor) -> Tensor:
-        return -p
+    def change(self, x: Tensor, pos: Tensor) -> Tensor:
+        return self.along(-self.projection(x), pos)
 
 
 def ablation(model: LM, direction: Steer, coeff: float | Tensor = 1.0) -> list[Ablation]:

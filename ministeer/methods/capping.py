@@ -33,8 +33,8 @@ class Cap(Along):
         super().__post_init__()
         object.__setattr__(self, "limit", check_number("limit", self.limit))
 
-    def amount(self, p: Tensor) -> Tensor:
-        return -(p - self.limit).relu()
+    def change(self, x: Tensor, pos: Tensor) -> Tensor:
+        return self.along(-(self.projection(x) - self.limit).relu(), pos)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,8 +49,8 @@ class Fixed(Along):
         super().__post_init__()
         object.__setattr__(self, "value", check_number("value", self.value))
 
-    def amount(self, p: Tensor) -> Tensor:
-        return self.value - p
+    def change(self, x: Tensor, pos: Tensor) -> Tensor:
+        return self.along(self.value - self.projection(x), pos)
 
 
 @torch.no_grad()

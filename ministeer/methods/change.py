@@ -1,4 +1,4 @@
-"""Change: a Steer whose addition may depend on the stream x. Along: one that adds along a single direction.
+"""Change: a Steer whose addition may depend on the stream x. Along: one by a single direction.
 
 Read first: ../steering.py. Read next: ablation.py, capping.py and angular.py, which are kinds of it.
 """
@@ -48,7 +48,7 @@ class Change(Steer):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Along(Change):
-    """x' = x + coeff * amount(p) v, with v = vector / |vector| and p = x v, how far x reaches along v.
+    """A Change by one direction v = vector / |vector|. Kinds say in `change` how far x moves along v.
 
     vector (d_model,): of any norm but 0
     """
@@ -59,9 +59,9 @@ class Along(Change):
             raise ValueError(f"{type(self).__name__} takes one direction (d_model,), not zero; given: "
                              f"{tuple(self.vector.shape)}, norm {self.vector.norm():g}.")
 
-    def amount(self, p: Tensor) -> Tensor:
-        """p (B, T) -> how far x moves along v, (B, T)"""
-        raise NotImplementedError
+    def projection(self, x: Tensor) -> Tensor:
+        """x v, how far x (B, T, d_model) reaches along v -> (B, T)"""
+        return x @ self.vector / self.vector.norm()
 
     def reach(self, pos: Tensor) -> Tensor:
         """coeff at the positions pos (T,), 0 before start -> (T,), or (B, T) with a coeff (B,)"""
@@ -69,6 +69,6 @@ class Along(Change):
         is_tensor = isinstance(self.coeff, Tensor)
         return torch.outer(self.coeff.to(reached), reached) if is_tensor else self.coeff * reached
 
-    def change(self, x: Tensor, pos: Tensor) -> Tensor:
-        norm = self.vector.norm()
-        return (self.reach(pos) * self.amount(x @ self.vector / norm) / norm)[..., None] * self.vector
+    def along(self, amount: Tensor, pos: Tensor) -> Tensor:
+        """coeff * amount * v: amount (B, T) at the positions pos (T,) -> (B, T, d_model)"""
+        return (self.reach(pos) * amount / self.vector.norm())[..., None] * self.vector
