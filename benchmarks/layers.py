@@ -11,11 +11,12 @@ import torch
 from ministeer.attention import attend, merge_heads
 from ministeer.evaluation.judges import WEDDING_WORDS, count_words
 from ministeer.evaluation.stats import bootstrap
-from ministeer.methods.inside_blocks import block_parts
-from ministeer.steering import sink_share
+from ministeer.methods.inside_blocks import block_parts, writers
+from ministeer.steering import sink_share, steering_vectors
 
 from .lab import (
     BLUE,
+    CONTROLS,
     ORANGE,
     PROMPT,
     RANDOM,
@@ -110,22 +111,21 @@ def patched(model, x, plain, l):
     q, *kv = attention.qkv(norm(x), rope)
     heads = q.shape[1]
     _, *plain_kv = attention.qkv(norm(plain), rope)
-    every = range(heads)
     seen = []
     for steered, unsteered in zip(kv, plain_kv, strict=True):
         steered, unsteered = (part.repeat_interleave(heads // part.shape[1], dim=1)
                               for part in (steered, unsteered))
         rows = steered.repeat(heads, 1, 1, 1)
-        for head in every:
+        for head in range(heads):
             rows[head, head, 1] = unsteered[0, head, 1]
         seen.append(rows)
     mixed = merge_heads(attend(q.expand(heads, -1, -1, -1), *seen))
-    out = attention.o_proj if hasattr(attention, "o_proj") else attention.c_proj
-    after = block.post_attention_layernorm if hasattr(attention, "o_proj") else block.ln_2
-    y = x + out(mixed)
+    after = block.post_attention_layernorm if hasattr(block, "self_attn") else block.ln_2
+    y = x + writers(block)[0](mixed)
     return model.run(y + block.mlp(after(y)), pos, first_layer=l + 1)[-1]
 
 
+@torch.no_grad()
 def readers(lab):
     """Which heads read the vector at position 1, and how much each layer's vector changes the next token."""
     model, tokenizer = lab.model, lab.tokenizer
@@ -136,41 +136,42 @@ def readers(lab):
     if not ids:
         raise ValueError("no word about weddings is a single token of this model's tokenizer.")
 
-    def steer_at(l, kind):
-        return lab.conditions(lab.steer(" weddings", " ", l, coeff))[kind]
+    vectors = steering_vectors(model, tokenizer, " weddings", " ", range(n_layer))
+    batches = [torch.tensor([tokenizer.encode(prompt)], device=model.device) for prompt in prompts]
+    streams = [model.residuals(batch) for batch in batches]
 
-    def shift(l, kind):
+    def steered(plain, l, kind):
+        """resid[l] … resid[n_layer] under the vector made before block l, from the recorded `plain`"""
+        pos = torch.arange(plain[l].shape[1], device=model.device)
+        return model.run(plain[l], pos, [lab.conditions(coeff * vectors[l])[kind]], first_layer=l)
+
+    def shift(_, kind, l):
         """Steered minus unsteered log p(a wedding word), for each prompt."""
-        steer, shifts = steer_at(l, kind), []
-        for prompt in prompts:
-            batch = torch.tensor([tokenizer.encode(prompt)], device=model.device)
-            plain, steered = (model.residuals(batch, s)[-1] for s in ((), steer))
-            shifts.append(float(propensity(model, steered, ids) - propensity(model, plain, ids)))
-        return shifts
+        return [float(propensity(model, steered(plain, l, kind)[-1], ids) - propensity(model, plain[-1], ids))
+                for plain in streams]
 
-    def drops(l, kind):
-        """For each prompt and head of block l: how much of the shift is lost if that head is patched."""
-        steer, rows = steer_at(layer, kind), []
-        for prompt in prompts:
-            batch = torch.tensor([tokenizer.encode(prompt)], device=model.device)
-            plain, steered = model.residuals(batch), model.residuals(batch, steer)
-            whole = propensity(model, steered[-1], ids)
-            rows.append((whole - propensity(model, patched(model, steered[l], plain[l], l), ids)).tolist())
+    def drops(_, kind):
+        """For each prompt, block and head: how much of the shift is lost if that head is patched."""
+        rows = []
+        for plain in streams:
+            resid = steered(plain, layer, kind)
+            whole = propensity(model, resid[-1], ids)
+            rows.append([(whole - propensity(model, patched(model, x, plain[layer + i], layer + i), ids)
+                          ).tolist() for i, x in enumerate(resid[:-1])])
         return rows
 
-    shifts = lab.run([["shift", l, kind] for l in range(n_layer) for kind in ("steered", *RANDOM)],
-                     lambda _, l, kind: shift(l, kind))
-    found = lab.run([["drops", l, kind] for l in range(layer, n_layer) for kind in ("steered", *RANDOM)],
-                    lambda _, l, kind: drops(l, kind))
+    shifts = lab.run([["shift", kind, l] for kind in CONTROLS[1:] for l in range(n_layer)], shift)
+    found = lab.run([["drops", kind] for kind in CONTROLS[1:]], drops)
+    shifts = {(l, kind): row for (_, kind, l), row in shifts.items()}
+    heads = model.config.n_head
+    effect = {(l, head, kind): [row[l - layer][head] for row in rows] for (_, kind), rows in found.items()
+              for l in range(layer, n_layer) for head in range(heads)}
     means = {key: statistics.mean(row) for key, row in shifts.items()}
-    effect = {(l, head, kind): [row[head] for row in rows] for (_, l, kind), rows in found.items()
-              for head in range(len(rows[0]))}
     size = {key: statistics.mean(row) for key, row in effect.items()}
-    heads = 1 + max(head for _, head, _ in size)
     with figure(lab, "readers", 2, 11, 3.8) as (fig, (left, right)):
-        left.plot(range(n_layer), [means["shift", l, "steered"] for l in range(n_layer)], "o-", color=BLUE,
+        left.plot(range(n_layer), [means[l, "steered"] for l in range(n_layer)], "o-", color=BLUE,
                   markersize=4, label="steered")
-        spread(left, range(n_layer), [[means["shift", l, kind] for kind in RANDOM] for l in range(n_layer)])
+        spread(left, range(n_layer), [[means[l, kind] for kind in RANDOM] for l in range(n_layer)])
         left.axhline(0, color="black", linewidth=0.8)
         left.set_xlabel("layer of the vector")
         left.set_ylabel("change of log p(a wedding word), nats")
@@ -197,14 +198,14 @@ def readers(lab):
     text = (f"\" weddings\" - \" \", coeff {coeff:g}; change of log p(a wedding word) of the next token, "
             f"nats, with {len(ids)} words, mean over positions 2 on of {len(prompts)} prompts "
             "(95 % over prompts; five random vectors, mean, lowest to highest). "
-            f"Before layer {layer} the vector adds {means['shift', layer, 'steered']:+.3f}. Largest losses "
+            f"Before layer {layer} the vector adds {means[layer, 'steered']:+.3f}. Largest losses "
             "where one head of a later block sees position 1 as it is without the vector:\n\n")
     text += table(["", "lost (95 %)", "random"], lines)
     everything = sum(size[l, head, "steered"] for l, head, kind in size if kind == "steered")
     text += (f"\nSum over all heads: {everything:+.3f}, random "
              f"{over_vectors(list(total.values()), '+.3f')}.\n\n")
     text += table(["layer of the vector", "steered (95 %)", "random"],
-                  [line(l, ("shift", l), shifts, means) for l in range(n_layer)])
+                  [line(l, (l,), shifts, means) for l in range(n_layer)])
     return {"layer": layer, "coeff": coeff, "prompts": list(prompts),
             "shifts": [[*key, row] for key, row in shifts.items()],
-            "drops": [[*key, row] for key, row in found.items()]}, text
+            "drops": [[*key, row] for key, row in effect.items()]}, text
