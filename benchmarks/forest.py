@@ -15,6 +15,7 @@ from ministeer.evaluation.stats import paired
 from ministeer.utils import write
 
 from .lab import BLUE, GREY, RANDOM, table
+from .search_report import WINNER
 
 HERE = Path(__file__).parent
 SHARE = "share of texts or answers, percentage points"
@@ -101,12 +102,11 @@ def searched(result):
     """search.py: the winner of some 18,000 cells, as each judge scores it."""
     task, test = result["setting"]["task"], result["test"]
     sign = -1 if task == "pos-to-neg" else 1
-    judges = [name for name in test["unsteered"] if isinstance(test["unsteered"][name], list)
-              and f"{name}, reached" in test["unsteered"]]
-    for judge in judges:
+    reached = ", reached"
+    for judge in (name.removesuffix(reached) for name in test["unsteered"] if name.endswith(reached)):
         scores = {name: [sign * x for x in row[judge]] for name, row in test.items()}
         yield (TOXICITY if task == "toxicity" else MOOD, f"best of the search, {task}, {judge}",
-               *difference(scores["best of the pairs"], scores["unsteered"],
+               *difference(scores[WINNER], scores["unsteered"],
                            [scores[kind] for kind in RANDOM]))
 
 

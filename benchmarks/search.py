@@ -35,15 +35,15 @@ import torch
 from ministeer.baselines import logits
 from ministeer.baselines.classifier import PrefixClassifier
 from ministeer.evaluation import measure
-from ministeer.evaluation.stats import bootstrap, holm, paired
 from ministeer.methods.many_pairs import differences
 from ministeer.steering import Steer, random_like, steering_vectors
 from ministeer.utils import check_target, printable, write
 
 from . import jobs, linear_judge, rivals
 from .completions import disfluency_of, sums_by_prompt
-from .lab import BLUE, GREY, ORANGE, RANDOM, Lab, chunks, faults_in_one_line, figure, span, table
+from .lab import RANDOM, Lab, chunks, faults_in_one_line
 from .search_pairs import CHATS, CUES, PAIRS, WORDS
+from .search_report import WINNER, compare, draw, report
 
 FRONT, EVERY = "front", "every position"
 STRENGTHS = {FRONT: (0.25, 0.5, 1.0, 2.0, 4.0, 8.0), EVERY: (0.05, 0.1, 0.2, 0.35, 0.5, 1.0)}
@@ -247,15 +247,15 @@ class Search:
 
         conditions: {name: (a Steer, None or a LogitMixer, continuations of each prompt)}
         """
-        lab = self.lab
+        lab, versions = self.lab, ", ".join(judge.version for judge in judges)
 
-        def write_and_score(_, name, repeats, first, n):
+        def write_and_score(_, name, repeats, first, n, __):
             what, prompts = conditions[name][0], self.test[first:first + n]
             if isinstance(what, logits.LogitMixer):
                 rows = logits.generate(lab.model, lab.tokenizer, prompts, what, repeats, self.new,
-                                       seed=lab.args.seed + first, **rivals.SAMPLING)
+                                       seed=lab.args.seed, **rivals.SAMPLING)
             else:
-                rows = lab.generate(prompts, repeats, self.new, what, rivals.SAMPLING, lab.args.seed + first)
+                rows = lab.generate(prompts, repeats, self.new, what, rivals.SAMPLING, lab.args.seed)
             texts = [text for row in rows for text in row]
             nll = measure.disfluency(lab.model, lab.tokenizer, [p for p in prompts for _ in range(repeats)],
                                      texts)
@@ -266,7 +266,7 @@ class Search:
         parts, results = {}, {}
         for name, (_, repeats) in conditions.items():
             size = max(1, ROWS // repeats)
-            parts[name] = [["test", name, repeats, first, min(size, len(self.test) - first)]
+            parts[name] = [["test", name, repeats, first, min(size, len(self.test) - first), versions]
                            for first in range(0, len(self.test), size)]
         done = lab.run([unit for units in parts.values() for unit in units], write_and_score)
         for name, (_, repeats) in conditions.items():
@@ -319,6 +319,9 @@ def run(args, rank):
     # These do not change what a search finds, so the name of its folder does not depend on them.
     for name in ("n", "repeats", "controls", "rivals", "classifier"):
         del lab.about[name]
+    # A reader may try other pairs and words.
+    lab.about["search"] = [PAIRS[args.task], CHATS[args.task], CUES[args.task], WORDS[args.task],
+                           [*STRENGTHS.values()], READ, ROUNDS, FINALS, SHORT]
     check_target(lab.out / f"{args.experiment}.safetensors")
     methods = rivals_by_name(lab, args)
     search = Search(lab, args.task)
@@ -342,7 +345,7 @@ def run(args, rank):
     winner.save(lab.out / f"{args.experiment}.safetensors")
     base = search.completions("unsteered", [None], min(FINALS[-1][0], len(search.tuning)))[0]
     tests = compare(results, judges, list(methods), best, search.sign, args.seed)
-    text = printable(report(lab, search, best, base, results, tests, judges, list(methods)))
+    text = printable(report(lab, search, best, base, results, tests, judges))
     about = {"setting": {key: value for key, value in vars(args).items() if key not in ("data", "out")},
              "unsteered on tuning prompts": base, "test": results,
              "best": {kind: {**found, "steer": None} for kind, found in best.items()},
@@ -351,9 +354,6 @@ def run(args, rank):
     write(lab.out / f"{args.experiment}.md", text.encode())
     draw(lab, search, best, base, results, judges)
     print(text)
-
-
-WINNER, FIVE = "best of the pairs", "five random vectors"
 
 
 def second_judge(lab):
@@ -383,112 +383,6 @@ def rivals_by_name(lab, args):
         uses = digest if cells[name][strength].guide else ""
         methods[f"{name} {strength}".strip() + uses] = cells[name][strength]
     return methods
-
-
-def compare(results, judges, methods, best, sign, seed):
-    """Paired tests over prompts, corrected together -> {(judge, a, b): (mean of a - b, 95 %, p)}
-
-    Every condition is compared with the unsteered model, and every rival with the winner. The winner is
-    compared with the five random vectors, and with the best of the random searches and the best of the
-    shuffled ones, as the tuning prompts rank them.
-    """
-    pairs = [(name, "unsteered") for name in results if name != "unsteered"]
-    pairs.append((WINNER, FIVE))
-    pairs += [(WINNER, f"best of {bar(best, name)}") for name in ("random", "shuffled") if bar(best, name)]
-    pairs += [(name, WINNER) for name in methods]
-    tests = {}
-    for judge in judges:
-        scores = {name: [sign * x for x in result[judge.name]] for name, result in results.items()}
-        scores[FIVE] = [statistics.mean(row) for row in zip(*(scores[name] for name in RANDOM), strict=True)]
-        for a, b in pairs:
-            tests[judge.name, a, b] = paired(scores[a], scores[b], seed)
-    p = holm({key: test[2] for key, test in tests.items()})
-    return {key: (sign * test[0], sorted(sign * edge for edge in test[1]), p[key]) for key, test in
-            tests.items()}
-
-
-def bar(best, name):
-    """The search of this name with the best score on the tuning prompts; None if there was none."""
-    kinds = [kind for kind in best if kind.startswith(name)]
-    return max(kinds, key=lambda kind: (best[kind]["within"], best[kind]["score"]), default=None)
-
-
-def report(lab, search, best, base, results, tests, judges, methods):
-    """-> what was searched, what was found, and the test, as Markdown."""
-    args, sign = lab.args, search.sign
-    counts = " → ".join(map(str, best["pairs"]["counts"]))
-    text = (f"{args.task}: {counts} → 1 cells in each of {len(best)} searches, on {ROUNDS[0][0]} to "
-            f"{FINALS[-1][0]} tuning prompts, then {len(search.test)} test prompts × {args.repeats} "
-            f"continuations of up to {search.new} tokens; temperature 1, no top-p, no penalty. "
-            f"Judge of the search: {search.scorer.name}, {search.scorer.meaning}.\n\n"
-            f"On the tuning prompts, one continuation each (unsteered {sign * base['score']:.3f}, disfluency "
-            f"{base['disfluency'][0]:.1f}, limit {rivals.LIMIT * base['disfluency'][0]:.1f}):\n\n")
-    text += table(["search", "winner", "score", "disfluency"],
-                  [[kind, found["cell"], f"{sign * found['score']:.3f}",
-                    f"{found['finalists'][0]['disfluency'][0]:.1f}{'' if found['within'] else ' (beyond)'}"]
-                   for kind, found in best.items()])
-    for judge in judges:
-        text += f"\nOn the test prompts, {judge.name}"
-        if hasattr(lab, "accuracy"):
-            whole, part = lab.accuracy[judge.name]
-            text += (f" (right about {whole:.1%} of test reviews, and about {part:.1%} of their pieces of "
-                     f"{linear_judge.WINDOW} words)")
-        text += ":\n\n"
-        shows_reached = args.task != "toxicity"
-        lines = []
-        for name, result in results.items():
-            scores = result[judge.name]
-            line = [name, span(statistics.mean(scores), bootstrap(scores, seed=args.seed))]
-            if shows_reached:
-                reached = [100 * x for x in result[f"{judge.name}, reached"]]
-                line.append(span(statistics.mean(reached), bootstrap(reached, seed=args.seed), ".1f"))
-            line += [in_words(tests.get((judge.name, name, "unsteered"))),
-                     span(*result["disfluency"], ".1f")]
-            lines.append(line)
-        header = ["", "score (95 %)", "minus unsteered (95 %), p", "disfluency (95 %)"]
-        if shows_reached:
-            header.insert(2, "% as wanted (95 %)")
-        text += table(header, lines) + "\n"
-        text += table(["difference", "(95 %), p"],
-                      [[f"{a} minus {b}", in_words(test)] for (name, a, b), test in tests.items()
-                       if name == judge.name and b != "unsteered"])
-    return (f"{text}\np: randomisation test over prompts, two-sided, Holm's correction for all "
-            f"{len(tests)}.\n")
-
-
-def in_words(test):
-    return f"{span(test[0], test[1], '+.3f')}, p {test[2]:.4f}" if test else ""
-
-
-def draw(lab, search, best, base, results, judges):
-    """Left: the finalists of all searches on tuning prompts. Right: the test, each judge's difference."""
-    colours = {"pairs": ORANGE, "random": GREY, "shuffled": BLUE}
-    with figure(lab, lab.args.experiment, 1 + len(judges), 5 + 4 * len(judges), 4.5) as (_, axes):
-        for kind, found in best.items():
-            name = kind.split()[0]
-            x = [cell["disfluency"][0] for cell in found["finalists"]]
-            y = [search.sign * cell["score"] for cell in found["finalists"]]
-            first = kind in ("pairs", "random 0", "shuffled 0")
-            axes[0].plot(x, y, "o", color=colours[name], label=f"{name} (finalists)" if first else None,
-                         markersize=4, alpha=0.8)
-        axes[0].plot(base["disfluency"][0], search.sign * base["score"], "s", color="black",
-                     label="unsteered")
-        axes[0].axvline(rivals.LIMIT * base["disfluency"][0], color="black", linestyle=":", linewidth=0.8)
-        axes[0].set_xlabel("disfluency on tuning prompts; dotted: the limit")
-        axes[0].set_ylabel(f"mean score, {search.scorer.name}")
-        axes[0].legend(fontsize="small", frameon=False)
-        names = list(results)[::-1]
-        for axis, judge in zip(axes[1:], judges, strict=True):
-            for y, name in enumerate(names):
-                scores = results[name][judge.name]
-                mean, (low, high) = statistics.mean(scores), bootstrap(scores, seed=lab.args.seed)
-                colour = {"u": "black", "r": GREY}.get(name[0], "0.2") if name != WINNER else ORANGE
-                axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour,
-                              markersize=5, capsize=2)
-            unsteered = statistics.mean(results["unsteered"][judge.name])
-            axis.axvline(unsteered, color="black", linewidth=0.8, linestyle="--")
-            axis.set_yticks(range(len(names)), names if judge is judges[0] else [""] * len(names))
-            axis.set_xlabel(f"{judge.name} on {lab.args.n} test prompts, 95 %")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import forest
+from benchmarks.lab import RANDOM
 
 CLAIMS = forest.claims(forest.HERE / "results")
 
@@ -38,3 +39,17 @@ def test_what_is_wanted_points_to_the_right(tmp_path):
         claim, = (row for row in forest.claims(tmp_path) if row[1].endswith(task))
         assert claim[2] == pytest.approx(effect)
         assert claim[4] == pytest.approx([0.25 * effect] * 5)
+
+
+def test_the_winner_of_a_search_is_shown_by_each_judge_toward_the_target(tmp_path):
+    rows = {name: {judge: [x] * 3 for judge in ("vader", "vader, reached", "linear", "linear, reached")}
+            for name, x in (("unsteered", 0.5), (forest.WINNER, 0.1), *((kind, 0.4) for kind in RANDOM))}
+    for task, sign in (("pos-to-neg", 1), ("neg-to-pos", -1)):
+        (tmp_path / f"search-{task}.json").write_text(
+            json.dumps({"setting": {"task": task}, "test": rows}), encoding="utf-8")
+        claims = [row for row in forest.claims(tmp_path) if task in row[1]]
+        assert [claim[1] for claim in claims] == [f"best of the search, {task}, vader",
+                                                  f"best of the search, {task}, linear"]
+        for claim in claims:
+            assert claim[2] == pytest.approx(0.4 * sign)
+            assert claim[4] == pytest.approx([0.1 * sign] * 5)

@@ -12,6 +12,7 @@ from test_benchmarks_paper import run
 import ministeer
 from benchmarks import linear_judge, search, search_pairs
 from benchmarks.search import EVERY, FRONT
+from ministeer.baselines import logits
 from ministeer.evaluation.judges import judge
 
 SMALL = {"ROUNDS": ((1, 24), (2, 12), (3, 4)), "FINALS": ((2, 2), (3, 1)), "TRAINING": 40,
@@ -129,6 +130,42 @@ def test_keep_takes_from_each_group_in_turn():
     scores = [9, 8, 7, 6, 1, 2]
     assert search.keep(cells, scores, groups, 4) == ["a", "f", "b", "e"]
     assert search.keep(cells, scores, groups, 99) == ["a", "f", "b", "e", "c", "d"]
+
+
+# The test
+
+def test_all_conditions_share_draws_however_many_continuations_and_chunks(tiny, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    lab = SimpleNamespace(model=model, tokenizer=tokenizer, args=SimpleNamespace(seed=3),
+                          run=lambda units, work: {tuple(unit): work(*unit) for unit in units})
+    lab.generate = lambda prompts, n, new, steer, sampling, seed: ministeer.generate(
+        model, tokenizer, prompts, n, new, steer or (), seed=seed, **sampling)
+    one = object.__new__(search.Search)
+    one.lab, one.sign, one.new, one.test = lab, 1, 5, TEXT[:3]
+    texts = []
+
+    def judge(batch):
+        texts.append(batch)
+        return [0.0] * len(batch)
+
+    judge.name = judge.version = "none"
+    monkeypatch.setattr(search, "ROWS", 4)
+    one.test_once({"three": (None, 3), "one": (None, 1), "mixer": (logits.unsteered(), 1)}, [judge])
+    three = [text for batch in texts[:3] for text in batch]         # one prompt in each chunk
+    assert len(three) == 9
+    assert texts[3] == texts[4] == three[::3]
+
+
+def test_other_pairs_make_other_units(tiny_llama, data, small, tmp_path, monkeypatch):
+    command = ["toxicity", "--data", data, "--model", tiny_llama, "--out", tmp_path, "-n", "2"]
+    monkeypatch.setattr(search.Search, "best", lambda search, kind: pytest.fail(search.lab.units.name))
+    names = set()
+    for pairs in (SMALL["PAIRS"], {**SMALL["PAIRS"], "toxicity": SMALL["PAIRS"]["toxicity"][1:]}):
+        monkeypatch.setattr(search, "PAIRS", pairs)
+        with pytest.raises(pytest.fail.Exception) as end:
+            run(monkeypatch, search, command)
+        names.add(str(end.value))
+    assert len(names) == 2
 
 
 # Judges
