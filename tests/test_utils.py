@@ -1,4 +1,4 @@
-"""Files are written whole or not at all; checks of arguments answer every value with a sentence."""
+"""A file that cannot be written keeps its content; a bad argument gets an error that says what is possible."""
 
 import os
 import subprocess

@@ -67,7 +67,7 @@ print(f"{'random':10}", "".join(f"{min(ks):5} to {max(ks)}" for ks in zip(*contr
 # of our words.
 #
 # ## Does love - hate make a text kinder?
-# This is the paper's own example. Read before you measure: five of these ten texts were written with
+# This is the paper's own example. Read the texts first and measure later. Five of these ten were written with
 # love - hate, the others with one random vector each, of the same norm. Write down which five you think are
 # steered. The answer is further below.
 
