@@ -1,4 +1,4 @@
-"""A file that cannot be written keeps its content; a bad argument gets an error that says what is possible."""
+"""A file that cannot be written keeps its content; an error about an argument says what is possible."""
 
 import os
 import subprocess
