@@ -329,5 +329,5 @@ def test_the_study_of_layers_runs(experiment, tiny_llama, tmp_path, monkeypatch)
     if experiment == "sink":
         assert len(found["counts"]) == 4 * 4 * 6
     else:
-        assert len(found["drops"]) == 3 * 6
+        assert len(found["drops"]) == 3 * 4 * 6     # three blocks of four heads each, six vectors
         assert len(found["shifts"]) == 4 * 6
