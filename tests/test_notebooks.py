@@ -49,6 +49,7 @@ def test_first_cell_installs_what_is_missing_and_writes_lesson(tmp_path, monkeyp
     assert not (tmp_path / "lesson.py").exists()
 
 
+@pytest.mark.long
 def test_notebook_in_an_empty_folder_prints_what_the_page_says(smollm2, tmp_path, monkeypatch):
     monkeypatch.setenv("MINISTEER_WEIGHTS", str(smollm2.parent))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

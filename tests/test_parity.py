@@ -207,6 +207,7 @@ def test_true_shapes_of_gpt2_124m():
                             bos_token_id=50256, eos_token_id=50256))
 
 
+@pytest.mark.long
 def test_true_shapes_of_smollm2_135m():
     check_config(hub_config("llama", num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
                             hidden_size=576, intermediate_size=1536, vocab_size=49152, rms_norm_eps=1e-5,

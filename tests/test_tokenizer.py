@@ -379,11 +379,11 @@ REFUSALS = [
     ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ("{{ raise_exception('\x1b[31m\n\nall is well') }}", r"·\[31m all is well"),
     ("{{ raise_exception('a' * 1000) }}", "a{150}"),
-    (LOOP * 2 + "{% endfor %}" * 2, "did not end within 2 seconds"),
-    ("{% macro f() %}" + LOOP + "{% endfor %}{{ f() }}{% endmacro %}{{ f() }}", "2 seconds|recursion"),
-    *((GROW + text, "MemoryError|2 seconds") for text in (
+    (LOOP * 2 + "{% endfor %}" * 2, "did not end within 1 second"),
+    ("{% macro f() %}" + LOOP + "{% endfor %}{{ f() }}{% endmacro %}{{ f() }}", "1 second|recursion"),
+    *((GROW + text, "MemoryError|1 second") for text in (
         "n.x + n.x %}{% endfor %}", "[n.x] * 9 %}{% endfor %}{{ n.x }}")),
-    *((f"{{{{ {text} }}}}", "MemoryError|2 seconds|characters") for text in (
+    *((f"{{{{ {text} }}}}", "MemoryError|1 second|characters") for text in (
         "'a' * 10**9", "'a' * 10**12", "'a'.zfill(10**10)", "'%1000000000d' % 5", "'a' | center(10**10)",
         "'{:>10000000000}'.format(1)", "9 ** (9 ** 9)", "range(99999) | join('a' * 99999)",
         "lipsum(10**9)", "messages | tojson(indent=10**10)", "'a' * (10**6 + 1)")),
@@ -397,7 +397,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("template", "says"), REFUSALS, ids=lambda x: ascii(x[:40]))
 def test_says_why_a_template_refuses(template, says, monkeypatch):
     # The time counts the start of a process, which takes seconds on a busy machine.
-    monkeypatch.setattr(limits, "SECONDS", 2 if "2 seconds" in says else 60)
+    monkeypatch.setattr(limits, "SECONDS", 1 if "1 second" in says else 60)
     with pytest.raises(ValueError, match=f"the chat template refuses these messages: .*({says})") as error:
         with_template(template).chat(CHATS[0])
     assert str(error.value).isprintable() and len(str(error.value)) < 300

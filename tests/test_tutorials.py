@@ -135,7 +135,8 @@ def test_printed_lines_are_true_on_the_default_model(name, checked):
         assert f"#> {exercise}: ok" not in page(name)
 
 
-@pytest.mark.parametrize("name", TUTORIALS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.long] * (name[:2] in ("08", "12"))) for name in TUTORIALS])
 def test_runs_as_a_script_without_the_default_model(name, fork, tmp_path):
     printed = fork(FOLDER / f"{name}.py", ["--tiny", "--solutions"], tmp_path)
     assert len(printed.splitlines()) > 10

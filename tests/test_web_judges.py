@@ -371,7 +371,7 @@ def test_a_try_ends_at_its_deadline_whatever_the_server_does(web, monkeypatch, s
         monkeypatch.setattr(web, "finish_request", lambda connection, _: drip(connection.sendall))
     if sent == "DNS":
         monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **more: web.released.wait(30))
-    monkeypatch.setattr(web_judges, "TIMEOUT", 0.4)
+    monkeypatch.setattr(web_judges, "TIMEOUT", 0.25)
     monkeypatch.setattr(web_judges, "TRIES", 2)
     start = time.monotonic()
     assert "gave no answer (tries: 2; " in fault_of(JudgeError, ask, PERSPECTIVE, "x")

@@ -503,6 +503,7 @@ def test_settings_that_are_left_out_are_what_transformers_assumes(copy, left_out
 
 # The real model, and the check from the command line
 
+@pytest.mark.long
 def test_memory_of_loading(smollm2):
     """At its peak, loading in float32 holds the model and one tensor more, not the file of 257 MiB."""
     if not Path("/proc/self/status").exists():
