@@ -21,6 +21,7 @@ from ministeer import load, steering_vector
 from ministeer.baselines.classifier import PrefixClassifier
 from ministeer.checkpoints import weights
 from ministeer.checkpoints.config import read_config
+from ministeer.checkpoints.fetch import KNOWN
 from ministeer.checkpoints.loading import find
 from ministeer.checkpoints.weights import load_model
 from ministeer.utils import one_line
@@ -229,8 +230,10 @@ def test_looks_for_a_known_name_in_the_weights_folders_and_for_others_here_first
     for place in places:
         assert find(name) == place
         (place / "config.json").unlink()        # a folder without it does not hide one that has it
-    says = (f"in {' or '.join(map(str, places))}. To get it, run `ministeer fetch {name}` in a shell, "
-            f"or load('{name}', fetch=True) in Python.")
+    says = f"in {' or '.join(map(str, places))}. "
+    says += {"gpt2": "To get it, run `ministeer fetch gpt2` in a shell, or load('gpt2', fetch=True) in "
+                     "Python.",
+             "own": f"Known names: {', '.join(KNOWN)}; others have the form owner/repo."}[name]
     with refused(re.escape(says), FileNotFoundError):
         find(name)
     (tmp_path / "weights" / name / "config.json").write_text("{}")

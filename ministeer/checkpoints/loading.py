@@ -11,7 +11,7 @@ import torch
 from ..model import LM
 from ..utils import one_line
 from .config import read_config
-from .fetch import KNOWN, roots
+from .fetch import HUB_NAME, KNOWN, roots
 from .fetch import fetch as fetch_checkpoint
 from .tokenizer import Tokenizer
 from .weights import load_model
@@ -49,7 +49,8 @@ def find(name_or_folder: str | Path, fetch: bool = False) -> Path:
             return folder
     if fetch:
         return fetch_checkpoint(name)
-    name, where = one_line(name), " or ".join(map(one_line, places))
-    raise FileNotFoundError(
-        f"no model {name!r} here: there is no config.json in {where}. To get it, run "
-        f"`ministeer fetch {name}` in a shell, or load({name!r}, fetch=True) in Python.")
+    name, where = one_line(name), " or ".join(dict.fromkeys(map(one_line, places)))
+    how = f"Known names: {', '.join(KNOWN)}; others have the form owner/repo."
+    if name in KNOWN or HUB_NAME.fullmatch(name):
+        how = f"To get it, run `ministeer fetch {name}` in a shell, or load({name!r}, fetch=True) in Python."
+    raise FileNotFoundError(f"no model {name!r} here: there is no config.json in {where}. {how}")
