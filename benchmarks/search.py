@@ -20,13 +20,14 @@ All winners complete the test prompts once, beside five random vectors of the wi
 which the search does not use. Tests are paired, and their p-values are corrected together.
 
 Writes OUT/search-TASK.json, .md, .png, and the winner as OUT/search-TASK.safetensors, which `rivals --steer`
-reads. An interrupted run continues where it stopped.
+reads. An interrupted run continues where it stopped. --estimate says how many hours the command takes here.
 """
 
 import argparse
 import json
 import random
 import statistics
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -172,6 +173,14 @@ def keep(cells, scores, groups, n):
     return [cells[i] for i in sorted(ranked, key=lambda i: (place[i], -scores[i]))[:n]]
 
 
+def seconds(work):
+    """How long work() takes. The first call, which is not timed, warms up."""
+    work()
+    start = time.monotonic()
+    work()
+    return time.monotonic() - start
+
+
 class Search:
     """What the searches of one task share, whatever vectors they try."""
 
@@ -180,6 +189,7 @@ class Search:
         self.scorer = lab.judge("profanity" if task == "toxicity" else "vader")
         self.sign = 1 if task == "neg-to-pos" else -1       # times the judge's score: the higher, the better
         self.tuning, self.test, self.new = rivals.texts(lab, task)
+        self.short = min(self.new, SHORT)
         heads = [lab.tokenizer.decode(lab.tokenizer.encode(text)[1:1 + READ]) for text in self.tuning]
         self.cued = [head + CUES[task] for head in heads]
         self.words = [word_ids(lab.tokenizer, words.split()) for words in WORDS[task]]
@@ -226,21 +236,42 @@ class Search:
 
     def completions(self, kind, steers, n_prompts):
         """-> for each of `steers`, rivals.summary of one continuation of the first tuning prompts"""
-        lab, prompts, new = self.lab, self.tuning[:n_prompts], min(self.new, SHORT)
-        size = max(1, ROWS // n_prompts)
+        size, prompts = max(1, ROWS // n_prompts), self.tuning[:n_prompts]
 
-        def write_and_score(_, __, first):
-            here = steers[first:first + size]
-            results = []
-            for rows in lab.generate_all(prompts, here, 1, new, rivals.SAMPLING, lab.args.seed):
-                continuations = [text for row in rows for text in row]
-                nll = measure.disfluency(lab.model, lab.tokenizer, prompts, continuations)
-                scores = self.scorer([text.strip() for text in continuations])
-                results.append(rivals.summary(scores, nll, 1, self.sign, lab.args.seed))
-            return results
+        def work(_, __, first):
+            return self.write_and_score(steers[first:first + size], prompts)
 
-        units = [[kind, f"{n_prompts} × {new} tokens", first] for first in range(0, len(steers), size)]
-        return [result for row in lab.run(units, write_and_score).values() for result in row]
+        units = [[kind, f"{n_prompts} × {self.short} tokens", first] for first in range(0, len(steers), size)]
+        return [result for row in self.lab.run(units, work).values() for result in row]
+
+    def write_and_score(self, steers, prompts):
+        lab, results = self.lab, []
+        for rows in lab.generate_all(prompts, steers, 1, self.short, rivals.SAMPLING, lab.args.seed):
+            continuations = [text for row in rows for text in row]
+            nll = measure.disfluency(lab.model, lab.tokenizer, prompts, continuations)
+            scores = self.scorer([text.strip() for text in continuations])
+            results.append(rivals.summary(scores, nll, 1, self.sign, lab.args.seed))
+        return results
+
+    def hours(self):
+        """About how long the command takes on this machine, from the time of one batch of each kind of work.
+
+        Methods of --rivals are counted like ActAdd.
+        """
+        lab, args, layer = self.lab, self.lab.args, self.lab.model.config.n_layer // 2
+        found = directions(lab, self.task, "pairs", self.norms)
+        cells, odds, texts = len(all_cells(found)), 0, 0
+        for n_prompts, kept in ROUNDS:
+            odds, cells = odds + n_prompts * cells, kept
+        for n_prompts, kept in FINALS:
+            texts, cells = texts + n_prompts * cells, kept
+        steers = [found[i % len(found)].at(layer, 1.0) for i in range(ROWS)]
+        prompts = (self.tuning * ROWS)[:ROWS]
+        odds *= seconds(lambda: log_odds(lab.model, lab.tokenizer, self.cued[:1], steers, *self.words)) / ROWS
+        text = seconds(lambda: self.write_and_score(steers[:1], prompts)) / ROWS
+        searches = 1 + 2 * args.controls
+        tests = len(self.test) * ((1 + searches + len(args.rivals)) * args.repeats + len(RANDOM))
+        return (searches * (odds + texts * text) + tests * text * self.new / self.short) / 3600
 
     def test_once(self, conditions, judges):
         """-> {condition: {judge's name: scores by prompt, "JUDGE, reached", "disfluency", "example"}}
@@ -300,6 +331,7 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="results")
+    parser.add_argument("--estimate", action="store_true", help="only say how many hours this will take here")
     args = parser.parse_args()
     args.layer, args.coeff, args.protocol, args.tuning = None, None, "paper", FINALS[-1][0]
     args.experiment = f"search-{args.task}"
@@ -317,7 +349,7 @@ def run(args, rank):
     """Search, test once; the first process writes the results."""
     lab = Lab(args, rank)
     # These do not change what a search finds, so the name of its folder does not depend on them.
-    for name in ("n", "repeats", "controls", "rivals", "classifier"):
+    for name in ("n", "repeats", "controls", "rivals", "classifier", "estimate"):
         del lab.about[name]
     # A reader may try other pairs and words.
     lab.about["search"] = [PAIRS[args.task], CHATS[args.task], CUES[args.task], WORDS[args.task],
@@ -325,6 +357,9 @@ def run(args, rank):
     check_target(lab.out / f"{args.experiment}.safetensors")
     methods = rivals_by_name(lab, args)
     search = Search(lab, args.task)
+    if args.estimate:
+        print(f"about {search.hours():.1f} hours, by one process on {args.device} in {args.dtype}.")
+        return
     judges = [search.scorer]
     if args.task != "toxicity":
         judges.append(second_judge(lab))

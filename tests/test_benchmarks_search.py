@@ -156,6 +156,22 @@ def test_all_conditions_share_draws_however_many_continuations_and_chunks(tiny, 
     assert texts[3] == texts[4] == three[::3]
 
 
+def test_the_estimate_counts_every_cell_and_text(tiny_llama, data, small, tmp_path, monkeypatch, capsys):
+    def an_hour_each(work):
+        work()
+        return 3600 * search.ROWS
+
+    monkeypatch.setattr(search, "seconds", an_hour_each)
+    run(monkeypatch, search, ["neg-to-pos", "--data", data, "--model", tiny_llama, "--out", tmp_path,
+                              "-n", "2", "--controls", "1", "--estimate"])
+    # Vectors, layers, strengths, signs. One vector before layer 0 is zero: both texts end with " you".
+    cells = ((4 + 5) * 4 - 1) * 6 * 2
+    searches = 3 * (cells + 2 * 24 + 3 * 12 + 2 * 4 + 3 * 2)    # the rest of SMALL's rounds
+    texts = 2 * ((1 + 3) * 3 + 5) * 64 / 40
+    assert f"about {searches + texts:.1f} hours" in capsys.readouterr().out
+    assert not (tmp_path / "search-neg-to-pos.json").exists()
+
+
 def test_other_pairs_make_other_units(tiny_llama, data, small, tmp_path, monkeypatch):
     command = ["toxicity", "--data", data, "--model", tiny_llama, "--out", tmp_path, "-n", "2"]
     monkeypatch.setattr(search.Search, "best", lambda search, kind: pytest.fail(search.lab.units.name))
