@@ -99,13 +99,14 @@ def tuned(result):
 
 
 def searched(result):
-    """search.py: the winner of some 18,000 cells, as each judge scores it."""
+    """search.py: the winner of thousands of cells, as each judge scores it."""
     task, test = result["setting"]["task"], result["test"]
+    where = f"{task} at the front" if result["setting"].get("front") else task
     sign = -1 if task == "pos-to-neg" else 1
     reached = ", reached"
     for judge in (name.removesuffix(reached) for name in test["unsteered"] if name.endswith(reached)):
         scores = {name: [sign * x for x in row[judge]] for name, row in test.items()}
-        yield (TOXICITY if task == "toxicity" else MOOD, f"best of the search, {task}, {judge}",
+        yield (TOXICITY if task == "toxicity" else MOOD, f"best of the search, {where}, {judge}",
                *difference(scores[WINNER], scores["unsteered"],
                            [scores[kind] for kind in RANDOM]))
 

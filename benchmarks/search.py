@@ -20,7 +20,8 @@ All winners complete the test prompts once, beside five random vectors of the wi
 which the search does not use. Tests are paired, and their p-values are corrected together.
 
 Writes OUT/search-TASK.json, .md, .png, and the winner as OUT/search-TASK.safetensors, which `rivals --steer`
-reads. An interrupted run continues where it stopped. --estimate says how many hours the command takes here.
+reads. --front makes the same search at the front alone and writes OUT/search-TASK-front. An interrupted run
+continues where it stopped. --estimate only says how many hours the command takes here.
 """
 
 import argparse
@@ -109,6 +110,8 @@ def directions(lab, task, kind, norms):
     made += [everywhere(f"{plus!r} - {minus!r}", row) for (plus, minus), row in zip(pairs + chats, states,
                                                                                    strict=True)]
     made.append(everywhere(f"mean of {len(pairs)} pairs", states[:len(pairs)].mean(dim=0)))
+    if lab.args.front:
+        made = [direction for direction in made if direction[1] == FRONT]
     if name == "random":
         made = [(pair, place, [random_like(s, 1000 * (1 + int(seed)) + i) for s in steers])
                 for i, (pair, place, steers) in enumerate(made)]
@@ -323,6 +326,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="continuations of each (default 3)")
     parser.add_argument("--controls", type=int, default=5,
                         help="searches of random vectors, and of shuffled pairs (default 5 each)")
+    parser.add_argument("--front", action="store_true", help="search only at the front, as in Algorithm 1")
     parser.add_argument("--rivals", nargs="*", default=[], metavar="METHOD=STRENGTH",
                         help="methods of rivals.py for the test, such as LMA=24; Prompted needs no strength")
     parser.add_argument("--classifier", help="default OUT/toxicity.safetensors or OUT/sentiment.safetensors")
@@ -331,10 +335,11 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="results")
-    parser.add_argument("--estimate", action="store_true", help="only say how many hours this will take here")
+    parser.add_argument("--estimate", action="store_true",
+                        help="only say how many hours the command takes here")
     args = parser.parse_args()
     args.layer, args.coeff, args.protocol, args.tuning = None, None, "paper", FINALS[-1][0]
-    args.experiment = f"search-{args.task}"
+    args.experiment = f"search-{args.task}" + "-front" * args.front
     with faults_in_one_line("search.py"), jobs.workers(args.device) as rank:
         for name in ("n", "repeats"):
             if getattr(args, name) < 1:
@@ -348,8 +353,8 @@ def main():
 def run(args, rank):
     """Search, test once; the first process writes the results."""
     lab = Lab(args, rank)
-    # These do not change what a search finds, so the name of its folder does not depend on them.
-    for name in ("n", "repeats", "controls", "rivals", "classifier", "estimate"):
+    # These do not change what a search finds, or args.experiment tells them apart.
+    for name in ("n", "repeats", "controls", "front", "rivals", "classifier", "estimate"):
         del lab.about[name]
     # A reader may try other pairs and words.
     lab.about["search"] = [PAIRS[args.task], CHATS[args.task], CUES[args.task], WORDS[args.task],

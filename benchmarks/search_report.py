@@ -46,9 +46,10 @@ def report(lab, search, best, base, results, tests, judges):
     """-> what was searched, what was found, and the test, as Markdown."""
     args, sign = lab.args, search.sign
     counts = " → ".join(map(str, best["pairs"]["counts"]))
-    text = (f"{args.task}: {counts} → 1 cells in each of {len(best)} searches on up to "
-            f"{len(search.tuning)} tuning prompts, then {len(search.test)} test prompts × {args.repeats} "
-            f"continuations of up to {search.new} tokens; temperature 1, no top-p, no penalty. "
+    text = (f"{args.task}{', at the front' * args.front}: {counts} → 1 cells in each of {len(best)} searches "
+            f"on up to {len(search.tuning)} tuning prompts, then {len(search.test)} test prompts × "
+            f"{args.repeats} continuations of up to {search.new} tokens; temperature 1, no top-p, no "
+            "penalty. "
             f"Judge of the search: {search.scorer.name}, {search.scorer.meaning}.\n\n"
             f"On the tuning prompts, one continuation each (unsteered {sign * base['score']:.3f}, disfluency "
             f"{base['disfluency'][0]:.1f}, limit {LIMIT * base['disfluency'][0]:.1f}):\n\n")

@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def lab(tiny):
     model, tokenizer = tiny
-    return SimpleNamespace(model=model, tokenizer=tokenizer)
+    return SimpleNamespace(model=model, tokenizer=tokenizer, args=SimpleNamespace(front=False))
 
 
 @pytest.fixture
@@ -83,6 +83,9 @@ def test_strength_1_is_the_mean_norm_of_the_stream(lab, small):
             steer = direction.at(1, 0.5)
             assert float((steer.coeff * steer.vector).norm(dim=-1).mean()) == pytest.approx(
                 0.5 * float(norms[1]), rel=1e-4)
+    lab.args.front = True
+    for direction, other in zip(search.directions(lab, "toxicity", kind, norms), found[:4], strict=True):
+        assert direction.place == FRONT and torch.equal(direction.steers[1].vector, other.steers[1].vector)
 
 
 def test_a_random_search_has_the_shapes_of_the_real_one_and_other_vectors(lab, small):
@@ -202,13 +205,12 @@ def test_the_second_judge_learns_what_the_labels_say():
 # The whole
 
 @pytest.mark.long
-@pytest.mark.parametrize("task", ["neg-to-pos", "toxicity"])
+@pytest.mark.parametrize("task", ["neg-to-pos", "toxicity-front"])
 def test_a_search_runs_once_and_its_winner_can_be_loaded(task, tiny_llama, data, small, tmp_path,
                                                          monkeypatch, capsys):
-    command = [task, "--data", data, "--model", tiny_llama, "--out", tmp_path, "-n", "4", "--repeats", "2",
-               "--controls", "1"]
-    if task == "neg-to-pos":
-        command += ["--rivals", "Prompted", "LMA=1"]
+    command = [task.removesuffix("-front"), "--data", data, "--model", tiny_llama, "--out", tmp_path,
+               "-n", "4", "--repeats", "2", "--controls", "1"]
+    command += ["--rivals", "Prompted", "LMA=1"] if task == "neg-to-pos" else ["--front"]
     run(monkeypatch, search, command)
     first = capsys.readouterr().out
     found = json.loads((tmp_path / f"search-{task}.json").read_text(encoding="utf-8"))
@@ -219,7 +221,7 @@ def test_a_search_runs_once_and_its_winner_can_be_loaded(task, tiny_llama, data,
     names += ["Prompted", "LMA 1"] if task == "neg-to-pos" else []
     assert [*found["test"]] == names
     counts = found["best"]["pairs"]["counts"]
-    assert counts[0] >= 8 * 12 and counts[1:] == [24, 12, 4, 2]
+    assert counts[0] >= (8 if task == "neg-to-pos" else 4) * 12 and counts[1:] == [24, 12, 4, 2]
     steer = ministeer.Steer.load(tmp_path / f"search-{task}.safetensors")
     assert steer.note["cell"] == found["best"]["pairs"]["cell"] in first
     judges = ["vader", "linear"] if task == "neg-to-pos" else ["profanity"]
