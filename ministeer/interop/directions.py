@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_plain(steer: Steer, program: str) -> Steer:
-    """`steer`, if it adds one direction at every position. Raises ValueError for what `program` cannot add."""
+    """`steer`, if it adds one direction at every position. Raises ValueError if `program` cannot add it."""
     if not isinstance(steer, Steer):
         raise ValueError(f"steers must be Steers; given: {short(steer)}.")
     fault = None
@@ -73,8 +73,8 @@ def steers(found: Mapping[int, Any], note: dict, layers: Sequence[int] | None = 
     made = []
     for layer in sorted(found if layers is None else layers):
         if model and layer == model.config.n_layer:
-            raise ValueError(f"one direction is added after block {layer - 1}, the last, and before the final "
-                             "norm, where no Steer adds. Choose others with `layers`.")
+            raise ValueError(f"one direction is added after block {layer - 1}, the last, and before the "
+                             "final norm, where no Steer adds. Choose others with `layers`.")
         # Trap: an array may be a view of a file that changes later.
         made.append(Steer(layer, torch.as_tensor(found[layer]).detach().clone(), start=0, note=note))
     return list(model.check_steer(made, 1)) if model else made

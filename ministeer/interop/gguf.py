@@ -51,7 +51,8 @@ def save(path: str | os.PathLike, steer: Steers, model_hint: str = "") -> None:
         write(path, (Path(folder) / "vector.gguf").read_bytes())
 
 
-def load(path: str | os.PathLike, layers: Sequence[int] | None = None, model: LM | None = None) -> list[Steer]:
+def load(path: str | os.PathLike, layers: Sequence[int] | None = None,
+         model: LM | None = None) -> list[Steer]:
     """A Steer before block N + 1, start 0, for each direction.N of the file, or for those of `layers` only.
 
     layers: blocks that read the changed stream, N + 1. Files often hold a direction after the last block,
@@ -92,6 +93,6 @@ def _number(tensor):
         raise ValueError(f"it has a tensor {one_line(tensor.name, 60)!r}, and directions are named "
                          "direction.N, with N 1 or more.")
     if tensor.tensor_type != gguf.GGMLQuantizationType.F32 or len(tensor.shape) != 1:
-        raise ValueError(f"{tensor.name} is {tensor.tensor_type.name} with {len(tensor.shape)} dimensions, and "
-                         "must be F32 with one.")
+        raise ValueError(f"{tensor.name} is {tensor.tensor_type.name} with {len(tensor.shape)} dimensions, "
+                         "and must be F32 with one.")
     return int(number[1])

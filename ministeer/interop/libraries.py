@@ -1,6 +1,6 @@
-"""Objects of the libraries repeng and steering-vectors, from and to Steers. Both add after block N = layer - 1.
+"""Objects of the libraries repeng and steering-vectors, from and to Steers.
 
-Read first: directions.py. Steers of layer 0 would be added before the first block, where neither adds.
+Read first: directions.py. Both add after block N, so N is layer - 1, and neither adds before block 0.
 """
 
 from __future__ import annotations

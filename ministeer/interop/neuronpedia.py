@@ -41,8 +41,8 @@ def save(path: str | os.PathLike, steer: Steer, model_id: str, label: str) -> No
 def load(path: str | os.PathLike) -> Steer:
     """A vector that was sent to Neuronpedia, or that its API returned -> a Steer, start 0
 
-    coeff is the default strength, 1 if there is none. Raises FileNotFoundError, and ValueError for what is not
-    such a vector, or not one of hook_resid_pre.
+    coeff is the default strength, 1 if there is none. Raises FileNotFoundError, and ValueError for what is
+    not such a vector, or not one of hook_resid_pre.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {os.fspath(path)}.")
@@ -59,7 +59,7 @@ def load(path: str | os.PathLike) -> Steer:
         hook = about.get("hookName", f"blocks.{about.get('layerNumber')}.{about.get('hookType')}")
         layer = re.fullmatch(r"blocks\.(\d{1,9})\.hook_resid_pre", str(hook), re.ASCII)
         if not layer:
-            raise ValueError(f"its hook is {hook!r:.60}, and only blocks.N.hook_resid_pre is a Steer's place.")
+            raise ValueError(f"its hook is {hook!r:.60}; a Steer adds at blocks.N.hook_resid_pre.")
         values = about.get("vector", about.get("values"))
         if not isinstance(values, list) or not values or not all(type(v) in (int, float) for v in values):
             raise ValueError("its vector is not a list of numbers.")

@@ -26,11 +26,11 @@ def attach(hf_model: nn.Module, steers: Steers, blocks: str = "") -> Iterator[No
     hf_model: a decoder of the transformers library; its forward and generate add the same numbers as `LM`
     blocks: the dotted name of its list of blocks, if it is none of BLOCKS
     Position 0 is the first token of a row that its attention_mask does not hide, so padding on the left moves
-    nothing. Without a mask, position_ids count, or else the length of the KV cache. Leave the block with the
-    cache: a cache that was filled under steering belongs to it.
+    nothing. Without a mask, position_ids count, or else the length of the KV cache.
+    Which model the Steers were made with is not checked. A cache that was filled here is of no use outside.
     Raises ValueError for blocks that are not found, and for Steers of other layers, widths or batches.
     """
-    steers = [steers] if isinstance(steers, Steer) else check_list("steers", steers, "a Steer or a list of them")
+    steers = [steers] if isinstance(steers, Steer) else check_list("steers", steers, "a list of Steers")
     path = blocks or next((path for path in BLOCKS if _find(hf_model, path)), "")
     found = _find(hf_model, path)
     if not found:
@@ -41,14 +41,14 @@ def attach(hf_model: nn.Module, steers: Steers, blocks: str = "") -> Iterator[No
         if not isinstance(s, Steer) or s.layer >= len(found) or s.vector.shape[-1] != width:
             raise ValueError(f"{short(s)} does not fit: this model has blocks 0 … {len(found) - 1}, "
                              f"and a residual stream {width} wide.")
-    # The module that loops over the blocks sees ids, mask and cache: before a block runs, its cache is longer.
+    # Trap: each block makes the cache longer, so positions are found where the loop over blocks begins.
     body = hf_model.get_submodule(path.rpartition(".")[0])
     arguments, pos = inspect.signature(body.forward), None
 
     def look(body, args, kwargs):
         nonlocal pos
-        pos = positions(**{name: value for name, value in arguments.bind_partial(*args, **kwargs).arguments
-                           .items() if name in READ})
+        given = arguments.bind_partial(*args, **kwargs).arguments
+        pos = positions(**{name: given.get(name) for name in READ})
 
     def adding(layer):
         here = [s for s in steers if s.layer == layer]
