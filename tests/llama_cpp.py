@@ -86,8 +86,9 @@ class LlamaCpp:
         if vector:
             info, loaded = LoadInfo(1.0, str(vector).encode()), Loaded()
             begin, end = ctypes.addressof(info), ctypes.addressof(info) + ctypes.sizeof(info)
+            files = Vector(begin, end, end)
             call(self.lib, LOADER, None, (c_void_p, ctypes.addressof(loaded)),
-                 (c_void_p, ctypes.addressof(Vector(begin, end, end))))
+                 (c_void_p, ctypes.addressof(files)))
             assert loaded.n_embd > 0, "llama.cpp does not read the control vector"
             fault = call(self.lib, "llama_set_adapter_cvec", c_int, (c_void_p, context),
                          (c_void_p, loaded.data.begin),

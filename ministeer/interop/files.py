@@ -40,20 +40,20 @@ def import_one(source: str, target: str, layer: int | None, model_name: str | No
     layer: which one, as the block that reads the changed stream; None if the file holds one
     model_name: the model to check it with, or None
     """
-    module = _format(source)
+    module, model = _format(source), None
     _check_new(target)
+    if model_name:
+        from ..checkpoints.loading import load
+        model, _ = load(model_name)
     if module.__name__.endswith("gguf"):
-        layers = None if layer is None else [layer]
-        found = module.load(source, layers)
+        found = module.load(source, None if layer is None else [layer], model)
     else:
         found = [module.load(source)]
     if len(found) != 1 or layer not in (None, found[0].layer):
         raise ValueError(f"{source} holds vectors for layers {', '.join(str(s.layer) for s in found)}. "
                          "Choose one with --layer.")
-    if model_name:
-        from ..checkpoints.loading import load
-        model, _ = load(model_name)
-        model.check_steer(found[0], 1)
+    if model:
+        model.check_steer(found, 1)
     found[0].save(target)
     return found[0]
 
