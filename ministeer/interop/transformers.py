@@ -21,9 +21,9 @@ BLOCKS = ("model.layers", "transformer.h", "model.decoder.layers", "gpt_neox.lay
 
 @contextlib.contextmanager
 def attach(hf_model: nn.Module, steers: Steers, blocks: str = "") -> Iterator[None]:
-    """Within the block, hf_model adds s.delta(x, pos) to what block s.layer reads, for each s of `steers`.
+    """Within the `with`, hf_model adds what `LM` adds: for each s of `steers`, to what block s.layer reads.
 
-    hf_model: a decoder of the transformers library; its forward and generate add the same numbers as `LM`
+    hf_model: a decoder of the transformers library. Its forward and generate are steered, cached or not.
     blocks: the dotted name of its list of blocks, if it is none of BLOCKS
     Position 0 is the first token of a row that its attention_mask does not hide, so padding on the left moves
     nothing. Without a mask, position_ids count, or else the length of the KV cache.
