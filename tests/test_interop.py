@@ -365,6 +365,8 @@ def test_objects_of_repeng_and_steering_vectors_come_from_and_become_steers(monk
         libraries.from_steering_vectors(SteeringVector({}, "mlp"))
     with refused("has no directions"):
         libraries.from_repeng("x")
+    with refused(r"must be \(d_model,\); given for layer 3: \(1, 32\)"):
+        libraries.from_steering_vectors(SteeringVector({2: V[None]}))
     with refused("layer must be a whole number"):
         libraries.from_repeng(ControlVector("llama", {-1: V.numpy()}))
 

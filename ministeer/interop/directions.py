@@ -75,6 +75,8 @@ def steers(found: Mapping[int, Any], note: dict, layers: Sequence[int] | None = 
         if model and layer == model.config.n_layer:
             raise ValueError(f"one direction is added after block {layer - 1}, the last, and before the "
                              "final norm, where no Steer adds. Choose others with `layers`.")
-        # Trap: an array may be a view of a file that changes later.
-        made.append(Steer(layer, torch.as_tensor(found[layer]).detach().clone(), start=0, note=note))
+        vector = torch.as_tensor(found[layer]).detach().clone()     # an array may be a view of a file
+        if vector.ndim != 1:
+            raise ValueError(f"a direction must be (d_model,); given for layer {layer}: {tuple(vector.shape)}.")
+        made.append(Steer(layer, vector, start=0, note=note))
     return list(model.check_steer(made, 1)) if model else made

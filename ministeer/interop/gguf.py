@@ -76,14 +76,14 @@ def load(path: str | os.PathLike, layers: Sequence[int] | None = None,
         found = {_number(tensor) + 1: np.array(tensor.data) for tensor in reader.tensors}
         if len({len(v) for v in found.values()}) != 1 or len(found) != len(reader.tensors):
             raise ValueError("it holds no directions, one of them twice, or directions of different widths.")
-        made = steers(found, note)              # which refuses NaN
+        found = {s.layer: s.vector for s in steers(found, note)}        # no NaN
         count = reader.fields.get(f"{kind}.layer_count")
     # cvector-generator alone writes a signed number. It reads l_out-0, after block 0, into direction.1.
     if count is not None and count.types == [gguf.GGUFValueType.INT32]:
         warnings.warn(f"{name} seems to be of llama.cpp's cvector-generator, which calls what it read after "
                       "block N - 1 direction.N. Each is imported where llama.cpp adds it, after block N, one "
                       "block later than it was read.", stacklevel=2)
-    return steers({s.layer: s.vector for s in made}, note, layers, model)
+    return steers(found, note, layers, model)
 
 
 def _number(tensor):
