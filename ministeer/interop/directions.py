@@ -71,12 +71,13 @@ def steers(found: Mapping[int, Any], note: dict, layers: Sequence[int] | None = 
         if check_whole("layer", layer) not in found:
             raise ValueError(f"no direction for layer {layer}; there are: {short(sorted(found))}.")
     made = []
-    for layer in sorted(found if layers is None else layers):
+    for layer in sorted(found if layers is None else set(layers)):
         if model and layer == model.config.n_layer:
             raise ValueError(f"one direction is added after block {layer - 1}, the last, and before the "
                              "final norm, where no Steer adds. Choose others with `layers`.")
         vector = torch.as_tensor(found[layer]).detach().clone()     # an array may be a view of a file
         if vector.ndim != 1:
-            raise ValueError(f"a direction must be (d_model,); given for layer {layer}: {tuple(vector.shape)}.")
+            raise ValueError("a direction must be (d_model,); "
+                             f"given for layer {layer}: {tuple(vector.shape)}.")
         made.append(Steer(layer, vector, start=0, note=note))
     return list(model.check_steer(made, 1)) if model else made
