@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 play = ["starlette", "uvicorn"]
 weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
+interop = ["gguf", "tqdm", "xllamacpp"]     # xllamacpp, which is llama.cpp, is for a test only
 tutorials = ["matplotlib", "tqdm", "vaderSentiment"]
 notebooks = ["jupytext", "nbformat", "nbclient", "ipykernel", *weights, *tutorials]
 judges = ["vaderSentiment", "alt-profanity-check", "scikit-learn", "transformers"]
@@ -26,6 +27,7 @@ setup(
     extras_require={
         "weights": weights,
         "play": play,
+        "interop": interop,
         "tutorials": tutorials,
         "notebooks": notebooks,
         "judges": judges,

@@ -1,4 +1,4 @@
-"""The command line: ministeer steer | demo | play | fetch | models.
+"""The command line: ministeer steer | demo | play | fetch | models | export | import.
 
 Every error is one line on stderr, with exit code 2. Ctrl-C exits with 130.
 """
@@ -172,6 +172,17 @@ def parser() -> argparse.ArgumentParser:
     fetch.add_argument("name", metavar="NAME",
                        help="a known name (`ministeer models`), or owner/repo on the Hugging Face Hub")
     command("models", run_models, "list the known checkpoints and which are here")
+
+    export = command("export", run_export, "write vectors for llama.cpp (.gguf) or Neuronpedia (.json)")
+    export.add_argument("vectors", nargs="+", metavar="VECTOR", help="a file that Steer.save wrote")
+    export.add_argument("--to", required=True, metavar="FILE", help="a name that ends in .gguf or .json")
+    export.add_argument("--model-name", metavar="M", help="what FILE calls the model: its architecture, such "
+                        "as llama (.gguf), or Neuronpedia's name of it (.json)")
+    read = command("import", run_import, "read a vector of llama.cpp, repeng, dialz or Neuronpedia")
+    read.add_argument("file", metavar="FILE", help="a file that ends in .gguf or .json")
+    read.add_argument("--to", required=True, metavar="VECTOR", help="the safetensors file to write")
+    read.add_argument("--layer", type=int, metavar="L", help="which vector: the block that reads the change")
+    read.add_argument("--model", help="name or folder of a model to check the vector with")
     return top
 
 
@@ -285,6 +296,18 @@ def run_steer(args: argparse.Namespace) -> None:
 def run_fetch(args: argparse.Namespace) -> None:
     from .checkpoints.fetch import fetch
     print(printable(fetch(args.name)))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    import_torch()
+    from .interop.files import export
+    export(args.vectors, args.to, args.model_name)
+
+
+def run_import(args: argparse.Namespace) -> None:
+    import_torch()
+    from .interop.files import import_one
+    print(printable(import_one(args.file, args.to, args.layer, args.model)))
 
 
 def run_models(args: argparse.Namespace) -> None:

@@ -126,6 +126,11 @@ class Bench:
         self.steer = steering_vector(self.model, self.tokenizer, " weddings", " ", 1)
         self.kept = {}
 
+    def everywhere(self, layer):
+        """A Steer that adds one row at every position."""
+        from ministeer import Steer
+        return Steer(layer, self.steer.vector[0], start=0)
+
     def file(self, name):
         """The bytes of a file of the whole checkpoint."""
         if name not in self.kept:
@@ -241,6 +246,26 @@ def vector(bench, draw):
     steer = Steer.load(path, any_model=draw.random() < 0.5)
     bench.model(ids, steer)
     repr(steer)
+
+
+def control_vector(bench, draw):
+    from ministeer.interop import gguf as interop
+    path = bench.folder / "vector.gguf"
+    if "control_vector" not in bench.kept:
+        interop.save(path, [bench.everywhere(2), bench.everywhere(3)], "llama")
+        bench.kept["control_vector"] = path.read_bytes()
+    path.write_bytes(mutated_bytes(draw, bench.kept["control_vector"], draw.choice([40, 500])))
+    bench.model(bench.torch.tensor([[0, 40, 50]]), interop.load(path))
+
+
+def neuronpedia(bench, draw):
+    from ministeer.interop import neuronpedia as interop
+    path = bench.folder / "vector.json"
+    if "neuronpedia" not in bench.kept:
+        interop.save(path, bench.everywhere(2), "gpt2-small", "x")
+        bench.kept["neuronpedia"] = json.loads(path.read_bytes())
+    path.write_bytes(mutated_text(draw, bench.kept["neuronpedia"]))
+    bench.model(bench.torch.tensor([[0, 40, 50]]), interop.load(path))
 
 
 def classifier(bench, draw):
@@ -381,7 +406,8 @@ def command(bench, draw):
 
 
 KINDS = {kind.__name__: kind for kind in (config, weights, index, tokenizer, chat_template, gguf, vector,
-                                          classifier, manifest, scores, unit, rows, arguments, command)}
+                                          control_vector, neuronpedia, classifier, manifest, scores,
+                                          unit, rows, arguments, command)}
 
 
 def check_text(text, most=2_000):

@@ -31,7 +31,10 @@ FLOORS = [
      "methods.many_pairs", "methods.inside_blocks", "methods.change", "methods.ablation", "methods.capping",
      "methods.angular", "methods.conditional", "methods.optimised", "methods.pplm",
      "methods.weight_difference", "methods.function_vectors",
-     "baselines.classifier", "baselines.logits"],
+     "baselines.classifier", "baselines.logits",
+     "interop.directions", "interop.gguf", "interop.neuronpedia", "interop.libraries",
+     "interop.transformers"],
+    ["interop.files"],
     ["play.engine", "play.server"],
     ["cli"],
     ["__main__"],
@@ -65,13 +68,13 @@ def imports_of(path):
                     break
 
 
-def test_the_top_folder_holds_the_core_and_five_folders():
+def test_the_top_folder_holds_the_core_and_six_folders():
     top = {path.stem for path in PACKAGE.glob("*.py")}
     assert top >= {"__init__", "attention", "gpt2", "llama", "opt", "gptj", "model", "steering", "generation",
                    "faster", "utils", "cli"}
     assert len(top) <= 13
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == {"checkpoints", "evaluation", "methods", "baselines", "play"}
+    assert folders == {"checkpoints", "evaluation", "methods", "baselines", "interop", "play"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem != "__init__"], ids=name_of)
@@ -97,7 +100,8 @@ def test_the_package_imports_no_tests_tutorials_or_benchmarks():
         assert not outside.search(path.read_text(encoding="utf-8")), path
 
 
-@pytest.mark.parametrize("folder", ["checkpoints", "evaluation", "methods", "baselines", "play"])
+@pytest.mark.parametrize("folder", ["checkpoints", "evaluation", "methods", "baselines", "interop",
+                                    "play"])
 def test_each_folder_says_what_to_read_first(folder):
     text = importlib.import_module(f"ministeer.{folder}").__doc__
     assert len(text.strip().splitlines()) <= 3
