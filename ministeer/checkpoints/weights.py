@@ -34,29 +34,41 @@ COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
-               device: torch.device | str = "cpu", config: Config | None = None) -> LM:
+               device: torch.device | str = "cpu", config: Config | None = None, parallel: bool = False) -> LM:
     """As loading.load, without the tokenizer. config: the folder's own, if it was read already."""
-    folder = Path(folder)
+    folder, mesh = Path(folder), None
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r}; possible: {', '.join(DTYPES)}.")
+    if parallel:                    # imported here, because it takes a second
+        from .parallel import as_parameter, connect, cut, own_part, said_by_first
+        mesh, device = connect(device)
     try:
         torch.zeros(1, device=device).item()            # "meta" has no numbers to give back
     except Exception as error:      # torch raises another type for each kind of device
         raise ValueError(f"device {device!r} cannot be used: {error}") from None
     c = config or read_config(folder / "config.json")
     model, places = match_tensors(folder, c)
-    weights, digest = {}, hashlib.sha256(repr(c).encode())
+    if mesh:
+        cut(model, mesh)
+    weights, digest, first = {}, hashlib.sha256(repr(c).encode()), mesh is None or mesh.get_rank() == 0
     with ThreadPoolExecutor(1) as hasher:       # hashing and converting take equally long, so do both at once
         for name, (path, full_name) in places.items():
             stored = _read(path, full_name)
             digest.update(f"{name} {stored.dtype}".encode())
-            hashed = hasher.submit(digest.update, stored.flatten().view(torch.uint8).numpy())
-            weights[name] = _converted(stored, dtype, full_name, path).to(device)
+            numbers = stored.flatten().view(torch.uint8).numpy()
+            hashed = hasher.submit(digest.update, numbers if first else b"")    # the others need not read all
+            part = own_part(stored, name, model.get_parameter(name), mesh) if mesh else stored
+            part = _converted(part, dtype, full_name, path).to(device)
+            weights[name] = as_parameter(part, model.get_parameter(name), mesh) if mesh else part
             hashed.result()
+    if mesh and c.tied:
+        weights["lm_head.weight"] = weights[model.embedding_name]
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
     model.fingerprint = digest.hexdigest()[:32]
+    if mesh:
+        model.fingerprint = said_by_first(model.fingerprint)
     model.name = folder.resolve().name
     return model
 
