@@ -73,6 +73,9 @@ def cut(model: LM, mesh: DeviceMesh) -> None:
     parallelize_module(model, mesh, PLANS[c.family] | {
         embedding: RowwiseParallel(input_layouts=Replicate()),
         "lm_head": ColwiseParallel(output_layouts=Replicate())})
+    for part in (model.get_submodule(embedding), model.lm_head):
+        # Trap: what torch hands out here is still arriving. A copy of it is a plain tensor that has arrived.
+        part.register_forward_hook(lambda part, inputs, x: x.clone())
     for part in model.modules():
         for name in {"n_head", "n_kv_head"} & vars(part).keys():
             setattr(part, name, getattr(part, name) // n)
