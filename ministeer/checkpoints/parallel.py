@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -57,7 +57,7 @@ def cut(model: LM, mesh: DeviceMesh) -> None:
     """
     c, n = model.config, mesh.size()
     if c.family not in PLANS:
-        raise ValueError(f"there is no plan to cut the family {c.family} in PLANS of checkpoints/parallel.py.")
+        raise ValueError(f"PLANS in checkpoints/parallel.py has no plan that says how to cut a {c.family}.")
     if c.n_kv_head % n or c.d_mlp % n:
         possible = [str(k) for k in range(1, c.n_kv_head + 1) if not c.n_kv_head % k and not c.d_mlp % k]
         raise ValueError(f"{c.n_kv_head} key/value heads and an MLP of width {c.d_mlp} cannot be divided "

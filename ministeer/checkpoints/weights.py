@@ -34,7 +34,8 @@ COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
-               device: torch.device | str = "cpu", config: Config | None = None, parallel: bool = False) -> LM:
+               device: torch.device | str = "cpu", config: Config | None = None,
+               parallel: bool = False) -> LM:
     """As loading.load, without the tokenizer. config: the folder's own, if it was read already."""
     folder, mesh = Path(folder), None
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype

@@ -138,8 +138,8 @@ def check_plain(model: LM) -> None:
 def check_whole_model(model: LM) -> None:
     """Raises ValueError for a model that several processes share."""
     if model.processes > 1:
-        raise ValueError(f"this looks at single heads and matrices, and {model.processes} processes share those "
-                         "of this model. Load it without parallel=True.")
+        raise ValueError(f"this looks at single heads or matrices, and {model.processes} processes share "
+                         "those of this model. Load it without parallel=True.")
 
 
 def plain_copy(model: LM) -> LM:

@@ -1,0 +1,243 @@
+"""One model in several processes: each of them computes what one process would, and keeps its part alone.
+
+torchrun runs this file, too: what `results` returns is computed there, and here in one process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EVERY_FAMILY, N_VOCAB, UNTRACED, hub_config, hub_model, save_checkpoint
+from safetensors.torch import save_file
+
+from ministeer import KVCache, Steer, fast, generate, load, steering_vector
+from ministeer.cli import main
+from ministeer.methods import ablation, function_vectors, inside_blocks, optimised, pplm, weight_difference
+
+FAMILIES = EVERY_FAMILY
+PROCESSES = [2, pytest.param(4, marks=pytest.mark.long)]
+# Grouped queries that 4 processes can share, and a vocabulary that neither 2 nor 4 divide.
+SETTINGS = {"llama": {"num_attention_heads": 8, "num_key_value_heads": 4}}
+UNEVEN = N_VOCAB - 3
+PLUS, MINUS = ["I love you", "You are kind", "so kind", "a bride"], ["I hate you", "so mean", "a gull", "day"]
+
+
+def results(folder, parallel):
+    """Everything that is compared, by name: tensors to 1e-4, the rest exactly."""
+    model, tokenizer = load(folder, parallel=parallel)
+    ids = torch.tensor([tokenizer.encode("I hate you"), tokenizer.encode("I love you")])
+    steer = [3 * steering_vector(model, tokenizer, "Love", "Hate", layer=1)]
+    logits, resid = model(ids, steer)
+    cache = KVCache(ids.shape[1] + 1, 2)
+    chunks = [model(ids[:, a:b], steer, cache)[0] for a, b in ((0, 2), (2, 5), (5, ids.shape[1]))]
+    x = resid[1].clone().requires_grad_()
+    last = model.run(x, torch.arange(ids.shape[1]), first_layer=1)[-1]
+    (gradient,) = torch.autograd.grad(model.unembed(last).log_softmax(dim=-1)[..., 7].sum(), x)
+    texts, drawn = generate(model, tokenizer, ["I hate you because", "The bride"], n=2, max_new_tokens=8,
+                            steer=steer, top_p=0.9, freq_penalty=1.0, seed=3, return_ids=True)
+    return model, tokenizer, {
+        "vector": steer[0].vector, "logits": logits, "chunks": torch.cat(chunks, dim=1),
+        "resid": torch.stack(resid), "stopped": model.residuals(ids, stop_layer=0)[0], "gradient": gradient,
+        "bfloat16": load(folder, dtype="bfloat16", parallel=parallel)[0](ids)[0].float(),
+        "ids": drawn, "texts": texts, "fingerprint": model.fingerprint,
+        "kinds": {type(x) for x in (logits, *resid)},
+    }, cache
+
+
+def methods(model, tokenizer):
+    """Of methods that look at the stream, or pass gradients to it."""
+    found = optimised.for_sentence(model, tokenizer, "gulls", layer=1, steps=2, rate=0.1)
+    direction = Steer(0, found.vector)
+    turned = inside_blocks.icv(model, tokenizer, PLUS, MINUS)
+    return {"optimised": found.vector, "icv": turned(torch.tensor([[0, 7, 8]]))[0],
+            "ablation": model(torch.tensor([[0, 7, 8]]), ablation.ablation(model, direction))[0],
+            "pplm": pplm.pplm(model, tokenizer, "I", [" b"], layer=1, max_new_tokens=2, steps=1)}
+
+
+def refusals(model, tokenizer):
+    """What the methods say that look at single heads or matrices, and `fast`."""
+    direction, said = Steer(0, torch.ones(model.config.d_model)), []
+    for call in (lambda: inside_blocks.iti(model, tokenizer, PLUS, MINUS),
+                 lambda: ablation.orthogonalised(model, direction),
+                 lambda: weight_difference.fine_tuned(model, tokenizer, PLUS, 1),
+                 lambda: weight_difference.weights_plus(model, model, model),
+                 lambda: function_vectors.function_vector(model, tokenizer, PLUS, MINUS, [" b"] * 4, 1),
+                 lambda: function_vectors.indirect_effects(model, tokenizer, MINUS, [" b"] * 4,
+                                                           torch.ones(4, 4, 8))):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    with warnings.catch_warnings(record=True) as caught:
+        unchanged = fast(model, compile=True) is model
+    return said, unchanged, [str(warning.message) for warning in caught]
+
+
+def work(out, *folders):
+    """In one of torchrun's processes."""
+    for folder in map(Path, folders):
+        model, tokenizer, values, cache = results(folder, parallel=True)
+        parts = {p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()}
+        values |= {"heads": cache.layers[0][0].shape[1], "processes": model.processes,
+                   "numbers": sum({x.data_ptr(): x.numel() for x in parts}.values())}
+        if folder.name in ("gpt2", "llama"):
+            values |= methods(model, tokenizer)
+        if folder.name == "llama":
+            values["refusals"] = refusals(model, tokenizer)
+        torch.save(values, f"{out}/{folder.name}-{os.environ['RANK']}.pt")
+
+
+def torchrun(processes, *arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               str(processes), *map(str, arguments)]
+    return subprocess.run(command, env={**UNTRACED, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300,
+                          encoding="utf-8", **options)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("weights")
+    return {family: save_checkpoint(root / family, hub_model(hub_config(
+        family, vocab_size=UNEVEN, **SETTINGS.get(family, {})))) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def computed(checkpoints, tmp_path_factory):
+    """The results of each process, by number of processes and family; each number is started once."""
+    done = {}
+
+    def of(processes, family):
+        if processes not in done:
+            out = tmp_path_factory.mktemp("out")
+            run = torchrun(processes, __file__, out, *checkpoints.values())
+            assert run.returncode == 0, run.stderr
+            assert "unwaited" not in run.stderr         # torch's word for a sum that nobody took
+            done[processes] = out
+        return [torch.load(done[processes] / f"{family}-{rank}.pt", weights_only=False)
+                for rank in range(processes)]
+    return of
+
+
+def close(a, b, tolerance=1e-4):
+    return (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_every_process_computes_what_one_would(checkpoints, computed, processes, family):
+    model, tokenizer, expected, cache = results(checkpoints[family], parallel=False)
+    if family in ("gpt2", "llama"):
+        expected |= methods(model, tokenizer)
+    for values in computed(processes, family):
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                assert close(values[name], value, 0.05 if name == "bfloat16" else 1e-4), name
+            else:
+                assert values[name] == value, name
+        assert values["heads"] == cache.layers[0][0].shape[1] / processes
+        assert values["processes"] == processes
+    first, *others = computed(processes, family)
+    for values in others:               # bit for bit, so that the same tokens are drawn
+        assert torch.equal(values["logits"], first["logits"])
+
+
+@pytest.mark.parametrize("processes", PROCESSES)
+def test_a_process_keeps_its_part_of_every_matrix_and_whole_norms(checkpoints, computed, processes, family):
+    model, _ = load(checkpoints[family])
+    whole = ("norm", "ln_", "wpe", "embed_positions", "project_", "proj.bias", "fc2.bias", "fc_out.bias")
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    kept = sum(n for name, n in counts.items() if any(part in name for part in whole))
+    rows = -(-UNEVEN // processes)
+    vocabulary = {name: n for name, n in counts.items() if n % UNEVEN == 0}
+    cut = sum(counts.values()) - kept - sum(vocabulary.values())
+    most = kept + cut // processes + sum(n // UNEVEN * rows for n in vocabulary.values())
+    numbers = [values["numbers"] for values in computed(processes, family)]
+    assert max(numbers) == numbers[0] == most
+    assert sum(numbers) == sum(counts.values()) + (processes - 1) * kept
+
+
+def test_what_looks_at_single_heads_or_matrices_is_refused(computed):
+    for values in computed(2, "llama"):
+        said, unchanged, warned = values["refusals"]
+        assert len(said) == 6
+        assert all("2 processes share those of this model. Load it without parallel=True" in s for s in said)
+        assert unchanged
+        assert "2 processes share its weights" in warned[0]
+
+
+def test_one_process_alone_is_told_to_start_torchrun(checkpoints, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun did not start this one. Run .*torchrun --nproc-per-node"):
+        load(checkpoints["llama"], parallel=True)
+
+
+@pytest.mark.long
+def test_the_command_line_prints_once_what_one_process_prints(checkpoints, tmp_path, capsys):
+    command = ["steer", "I hate you", "--model", str(checkpoints["llama"]), "--plus", " love", "--layer", "1",
+               "--json", "--save"]
+    main([*command, str(tmp_path / "one")])
+    one = json.loads(capsys.readouterr().out)
+    done = torchrun(2, "-m", "ministeer", *command, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == one
+    a, b = (Steer.load(tmp_path / name) for name in ("one", "two"))
+    assert close(a.vector, b.vector)
+    assert a.fingerprint == b.fingerprint
+
+
+@pytest.mark.long
+def test_heads_that_cannot_be_divided_evenly_are_refused(checkpoints):
+    done = torchrun(3, "-m", "ministeer", "steer", "I", "--model", checkpoints["llama"], "--plus", " love",
+                    "--layer", "1")
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "4 key/value heads and an MLP of width 48 cannot be divided evenly among 3 processes. " \
+           "Possible numbers: 1, 2, 4." in done.stderr
+
+
+PEAK = """
+import os, sys
+from ministeer.checkpoints.weights import load_model
+from ministeer.checkpoints import parallel      # imported before the measurement
+
+def memory(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines[name].split()[0]) / 1024
+
+before = memory("VmRSS")
+load_model(sys.argv[1], parallel=len(sys.argv) > 2)
+print("peak", round(memory("VmHWM") - before))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_loading_takes_the_memory_of_a_part_and_one_tensor(tmp_path):
+    config = hub_config("llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+                        num_attention_heads=16, num_key_value_heads=8, vocab_size=8192)
+    folder = tmp_path / "large"
+    config.save_pretrained(folder)
+    from ministeer.checkpoints.config import read_config
+    from ministeer.llama import Llama
+    with torch.device("meta"):
+        model = Llama(read_config(folder / "config.json"))
+    weights = {f"model.{name}".replace("model.lm_head", "lm_head"): torch.zeros(p.shape, dtype=torch.float16)
+               for name, p in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors")
+    (tmp_path / "peak.py").write_text(PEAK, encoding="utf-8")
+    total = sum(x.numel() for x in weights.values()) * 4 / 2 ** 20              # MB in float32
+    tensor = max(x.numel() for x in weights.values()) * 4 / 2 ** 20
+    for processes in (1, 2, 4):
+        done = torchrun(processes, tmp_path / "peak.py", folder, *["parallel"] * (processes > 1))
+        assert done.returncode == 0, done.stderr
+        peaks = [int(words[1]) for words in map(str.split, done.stdout.splitlines()) if words]
+        assert len(peaks) == processes
+        assert total / processes <= max(peaks) <= total / processes + 2 * tensor
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])
