@@ -19,26 +19,25 @@ from ministeer import KVCache, Steer, fast, generate, load, steering_vector
 from ministeer.cli import main
 from ministeer.methods import ablation, function_vectors, inside_blocks, optimised, pplm, weight_difference
 
-FAMILIES = EVERY_FAMILY
-PROCESSES = [2, pytest.param(4, marks=pytest.mark.long)]
 # Grouped queries that 4 processes can share, and a vocabulary that neither 2 nor 4 divide.
 SETTINGS = {"llama": {"num_attention_heads": 8, "num_key_value_heads": 4}}
 UNEVEN = N_VOCAB - 3
+LLAMA = EVERY_FAMILY.index("llama")
 PLUS, MINUS = ["I love you", "You are kind", "so kind", "a bride"], ["I hate you", "so mean", "a gull", "day"]
 
 
 def results(folder, parallel):
     """Everything that is compared, by name: tensors to 1e-4, the rest exactly."""
     model, tokenizer = load(folder, parallel=parallel)
-    ids = torch.tensor([tokenizer.encode("I hate you"), tokenizer.encode("I love you")])
+    ids = torch.tensor([tokenizer.encode(text)[:7] for text in ("Xerxes the Great", "Quizzes and jokes")])
     steer = [3 * steering_vector(model, tokenizer, "Love", "Hate", layer=1)]
     logits, resid = model(ids, steer)
-    cache = KVCache(ids.shape[1] + 1, 2)
-    chunks = [model(ids[:, a:b], steer, cache)[0] for a, b in ((0, 2), (2, 5), (5, ids.shape[1]))]
+    cache = KVCache(7, 2)
+    chunks = [model(ids[:, a:b], steer, cache)[0] for a, b in ((0, 2), (2, 6), (6, 7))]
     x = resid[1].clone().requires_grad_()
-    last = model.run(x, torch.arange(ids.shape[1]), first_layer=1)[-1]
+    last = model.run(x, torch.arange(7), first_layer=1)[-1]
     (gradient,) = torch.autograd.grad(model.unembed(last).log_softmax(dim=-1)[..., 7].sum(), x)
-    texts, drawn = generate(model, tokenizer, ["I hate you because", "The bride"], n=2, max_new_tokens=8,
+    texts, drawn = generate(model, tokenizer, ["I hate you because", "Quiz the bride"], n=2, max_new_tokens=8,
                             steer=steer, top_p=0.9, freq_penalty=1.0, seed=3, return_ids=True)
     return model, tokenizer, {
         "vector": steer[0].vector, "logits": logits, "chunks": torch.cat(chunks, dim=1),
@@ -102,82 +101,73 @@ def torchrun(processes, *arguments, **options):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
-    return {family: save_checkpoint(root / family, hub_model(hub_config(
-        family, vocab_size=UNEVEN, **SETTINGS.get(family, {})))) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def computed(checkpoints, tmp_path_factory):
-    """The results of each process, by number of processes and family; each number is started once."""
-    done = {}
-
-    def of(processes, family):
-        if processes not in done:
-            out = tmp_path_factory.mktemp("out")
-            run = torchrun(processes, __file__, out, *checkpoints.values())
-            assert run.returncode == 0, run.stderr
-            assert "unwaited" not in run.stderr         # torch's word for a sum that nobody took
-            done[processes] = out
-        return [torch.load(done[processes] / f"{family}-{rank}.pt", weights_only=False)
-                for rank in range(processes)]
-    return of
+    return [save_checkpoint(root / family, hub_model(hub_config(
+        family, vocab_size=UNEVEN, **SETTINGS.get(family, {})))) for family in EVERY_FAMILY]
 
 
 def close(a, b, tolerance=1e-4):
     return (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-@pytest.mark.parametrize("processes", PROCESSES)
-def test_every_process_computes_what_one_would(checkpoints, computed, processes, family):
-    model, tokenizer, expected, cache = results(checkpoints[family], parallel=False)
-    if family in ("gpt2", "llama"):
-        expected |= methods(model, tokenizer)
-    for values in computed(processes, family):
-        for name, value in expected.items():
-            if isinstance(value, torch.Tensor):
-                assert close(values[name], value, 0.05 if name == "bfloat16" else 1e-4), name
-            else:
-                assert values[name] == value, name
-        assert values["heads"] == cache.layers[0][0].shape[1] / processes
-        assert values["processes"] == processes
-    first, *others = computed(processes, family)
-    for values in others:               # bit for bit, so that the same tokens are drawn
-        assert torch.equal(values["logits"], first["logits"])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_every_process_computes_what_one_would_and_keeps_its_part(checkpoints, processes, tmp_path):
+    done = torchrun(processes, __file__, tmp_path, *checkpoints)
+    assert done.returncode == 0, done.stderr
+    assert "unwaited" not in done.stderr            # torch's word for a sum that nobody took
+    for folder in checkpoints:
+        model, tokenizer, expected, cache = results(folder, parallel=False)
+        if folder.name in ("gpt2", "llama"):
+            expected |= methods(model, tokenizer)
+        every = [torch.load(tmp_path / f"{folder.name}-{rank}.pt", weights_only=False)
+                 for rank in range(processes)]
+        for values in every:
+            for name, value in expected.items():
+                if isinstance(value, torch.Tensor):
+                    tolerance = 0.05 if name == "bfloat16" else 1e-4
+                    assert close(values[name], value, tolerance), (folder.name, name)
+                else:
+                    assert values[name] == value, (folder.name, name)
+            assert values["heads"] == cache.layers[0][0].shape[1] / processes
+            assert values["processes"] == processes
+            # bit for bit, so that the same tokens are drawn
+            assert torch.equal(values["logits"], every[0]["logits"])
+        check_parts(model, [values["numbers"] for values in every])
+        if folder.name == "llama":
+            check_refusals(processes, every[0]["refusals"])
 
 
-@pytest.mark.parametrize("processes", PROCESSES)
-def test_a_process_keeps_its_part_of_every_matrix_and_whole_norms(checkpoints, computed, processes, family):
-    model, _ = load(checkpoints[family])
+def check_parts(model, numbers):
+    """numbers: how many numbers each process keeps. Norms and what is as small are whole in each."""
     whole = ("norm", "ln_", "wpe", "embed_positions", "project_", "proj.bias", "fc2.bias", "fc_out.bias")
     counts = {name: p.numel() for name, p in model.named_parameters()}
-    kept = sum(n for name, n in counts.items() if any(part in name for part in whole))
-    rows = -(-UNEVEN // processes)
-    vocabulary = {name: n for name, n in counts.items() if n % UNEVEN == 0}
-    cut = sum(counts.values()) - kept - sum(vocabulary.values())
-    most = kept + cut // processes + sum(n // UNEVEN * rows for n in vocabulary.values())
-    numbers = [values["numbers"] for values in computed(processes, family)]
-    assert max(numbers) == numbers[0] == most
-    assert sum(numbers) == sum(counts.values()) + (processes - 1) * kept
+    reads = ("q_proj", "k_proj", "v_proj")
+    kept = sum(n for name, n in counts.items() if any(part in name for part in whole)
+               and not any(part in name for part in reads))
+    vocabulary = sum(n for n in counts.values() if n % UNEVEN == 0)
+    rows = -(-UNEVEN // len(numbers))           # the last process has fewer
+    cut = sum(counts.values()) - kept - vocabulary
+    assert max(numbers) == numbers[0] == kept + cut // len(numbers) + vocabulary // UNEVEN * rows
+    assert sum(numbers) == sum(counts.values()) + (len(numbers) - 1) * kept
 
 
-def test_what_looks_at_single_heads_or_matrices_is_refused(computed):
-    for values in computed(2, "llama"):
-        said, unchanged, warned = values["refusals"]
-        assert len(said) == 6
-        assert all("2 processes share those of this model. Load it without parallel=True" in s for s in said)
-        assert unchanged
-        assert "2 processes share its weights" in warned[0]
+def check_refusals(processes, refusals):
+    said, unchanged, warned = refusals
+    assert len(said) == 6
+    assert all(f"{processes} processes share those of this model. Load it without parallel=True" in sentence
+               for sentence in said)
+    assert unchanged
+    assert f"{processes} processes share its weights" in warned[0]
 
 
 def test_one_process_alone_is_told_to_start_torchrun(checkpoints, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(ValueError, match="torchrun did not start this one. Run .*torchrun --nproc-per-node"):
-        load(checkpoints["llama"], parallel=True)
+        load(checkpoints[LLAMA], parallel=True)
 
 
 @pytest.mark.long
 def test_the_command_line_prints_once_what_one_process_prints(checkpoints, tmp_path, capsys):
-    command = ["steer", "I hate you", "--model", str(checkpoints["llama"]), "--plus", " love", "--layer", "1",
+    command = ["steer", "I hate you", "--model", str(checkpoints[LLAMA]), "--plus", " love", "--layer", "1",
                "--json", "--save"]
     main([*command, str(tmp_path / "one")])
     one = json.loads(capsys.readouterr().out)
@@ -191,7 +181,7 @@ def test_the_command_line_prints_once_what_one_process_prints(checkpoints, tmp_p
 
 @pytest.mark.long
 def test_heads_that_cannot_be_divided_evenly_are_refused(checkpoints):
-    done = torchrun(3, "-m", "ministeer", "steer", "I", "--model", checkpoints["llama"], "--plus", " love",
+    done = torchrun(3, "-m", "ministeer", "steer", "I", "--model", checkpoints[LLAMA], "--plus", " love",
                     "--layer", "1")
     assert done.returncode != 0
     assert done.stdout == ""
