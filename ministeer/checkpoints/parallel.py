@@ -94,13 +94,15 @@ def own_part(stored: Tensor, name: str, p: Tensor, mesh: DeviceMesh) -> Tensor:
     thirds = x.chunk(3, place.dim) if layer == "c_attn" else [x]
     # Torch, too, cuts as `chunk` does, so that the vocabulary need not divide.
     own = [third.chunk(mesh.size(), place.dim)[mesh.get_rank()] for third in thirds]
-    return torch.cat(own, place.dim)            # a copy, which lets go of the file
+    return torch.cat(own, place.dim) if len(own) > 1 else own[0]
 
 
 def as_parameter(part: Tensor, p: Tensor, mesh: DeviceMesh) -> Tensor:
     """The part as torch's tensor parallelism wants it: with the shape of the whole, and its place there."""
     if not isinstance(p, DTensor):
         return part
+    if not part.is_contiguous() or part.untyped_storage().nbytes() > part.nbytes:
+        part = part.clone(memory_format=torch.contiguous_format)    # which lets go of the file
     return DTensor.from_local(part, mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
