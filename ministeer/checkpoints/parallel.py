@@ -32,22 +32,22 @@ PLANS = {
 }
 
 
-def connect(device: torch.device | str) -> tuple[DeviceMesh, str]:
-    """Meet the other processes that torchrun started -> all of them, and this one's device.
-
-    gloo connects CPUs, nccl GPUs: "cuda" stands for the GPU of each process's LOCAL_RANK.
-    Raises ValueError if torchrun did not start this process.
-    """
+def own_device(device: torch.device | str) -> torch.device | str:
+    """For "cuda", the GPU of this process's LOCAL_RANK. Raises ValueError if torchrun did not start it."""
     if not dist.is_available() or "LOCAL_RANK" not in os.environ:
         raise ValueError("parallel=True needs several processes, and torchrun did not start this one. "
                          "Run your script with `torchrun --nproc-per-node N script.py`.")
-    kind, backend = "cpu", "gloo"
-    if str(device).partition(":")[0] == "cuda":
-        kind, backend, device = "cuda", "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if str(device).startswith("cuda") else device
+
+
+def connect(device: torch.device | str) -> DeviceMesh:
+    """Meet the other processes, through nccl on GPUs and gloo on CPUs -> all of them"""
+    kind = torch.device(device).type
+    if kind == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():       # they wait while process 0 reads all weights, for the fingerprint
-        dist.init_process_group(backend, timeout=timedelta(days=1))
-    return init_device_mesh(kind, (dist.get_world_size(),)), device
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(days=1))
+    return init_device_mesh(kind, (dist.get_world_size(),))
 
 
 def cut(model: LM, mesh: DeviceMesh) -> None:

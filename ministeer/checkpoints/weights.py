@@ -42,15 +42,16 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r}; possible: {', '.join(DTYPES)}.")
     if parallel:                    # imported here, because it takes a second
-        from .parallel import as_parameter, connect, cut, own_part, said_by_first
-        mesh, device = connect(device)
+        from .parallel import as_parameter, connect, cut, own_device, own_part, said_by_first
+        device = own_device(device)
     try:
         torch.zeros(1, device=device).item()            # "meta" has no numbers to give back
     except Exception as error:      # torch raises another type for each kind of device
         raise ValueError(f"device {device!r} cannot be used: {error}") from None
     c = config or read_config(folder / "config.json")
     model, places = match_tensors(folder, c)
-    if mesh:
+    if parallel:
+        mesh = connect(device)
         cut(model, mesh)
     weights, digest, first = {}, hashlib.sha256(repr(c).encode()), mesh is None or mesh.get_rank() == 0
     with ThreadPoolExecutor(1) as hasher:       # hashing and converting take equally long, so do both at once
