@@ -84,7 +84,7 @@ def work(out, *folders):
     """In one of torchrun's processes."""
     for folder in map(Path, folders):
         model, tokenizer, values, cache = results(folder, parallel=True)
-        parts = {p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()}
+        parts = list(model.parameters())
         values |= {"heads": cache.layers[0][0].shape[1], "processes": model.processes,
                    "numbers": sum({x.data_ptr(): x.numel() for x in parts}.values())}
         if folder.name in ("gpt2", "llama"):
