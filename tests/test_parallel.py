@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from ministeer import KVCache, Steer, fast, generate, load, steering_vector
 from ministeer.checkpoints.config import read_config
+from ministeer.checkpoints.parallel import cut
 from ministeer.cli import main
 from ministeer.llama import Llama
 from ministeer.methods import ablation, function_vectors, inside_blocks, optimised, pplm, weight_difference
@@ -182,14 +184,19 @@ def test_the_command_line_prints_once_what_one_process_prints(checkpoints, tmp_p
     assert a.fingerprint == b.fingerprint
 
 
-@pytest.mark.long
-def test_heads_that_cannot_be_divided_evenly_are_refused(checkpoints):
-    done = torchrun(3, "-m", "ministeer", "steer", "I", "--model", checkpoints[LLAMA], "--plus", " love",
-                    "--layer", "1")
-    assert done.returncode != 0
-    assert done.stdout == ""
-    assert "4 key/value heads and an MLP of width 48 cannot be divided evenly among 3 processes. " \
-           "Possible numbers: 1, 2, 4." in done.stderr
+@pytest.mark.parametrize(("processes", "settings", "says"), [
+    (3, {}, "4 key/value heads and an MLP of width 48 cannot be divided evenly among 3 processes. "
+            "Possible numbers: 1, 2, 4."),
+    (4, {"d_mlp": 50}, "an MLP of width 50 cannot be divided evenly among 4 processes. "
+                       "Possible numbers: 1, 2."),
+    (2, {"family": "fifth"}, "PLANS in checkpoints/parallel.py has no plan that says how to cut a fifth"),
+])
+def test_what_cannot_be_divided_is_refused(checkpoints, monkeypatch, processes, settings, says):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    with torch.device("meta"):
+        model = Llama(replace(read_config(checkpoints[LLAMA] / "config.json"), **settings))
+    with pytest.raises(ValueError, match=re.escape(says)):
+        cut(model)
 
 
 PEAK = """
