@@ -46,14 +46,17 @@ the text changes, and stop before it breaks."""
 STEER_EXAMPLES = """examples:
   ministeer steer "I hate you because" --plus " love" --minus " hate" --layer 2 --coeff 2
   ministeer steer "The weather was" --plus " weddings" --layer 1 --save weddings.safetensors
-  ministeer steer "Last night" --vector weddings.safetensors --coeff 1.5 -n 10 --json"""
+  ministeer steer "Last night" --vector weddings.safetensors --coeff 1.5 -n 10 --json
+  torchrun --nproc-per-node 3 -m ministeer steer "Last night" --plus " weddings" --layer 1"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 bad input, 130 interrupted."""
     open_streams()
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")      # noqa: SIM115 (until the exit)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: complain("ministeer: warning", message)
+        warnings.showwarning = lambda message, *_: is_first() and complain("ministeer: warning", message)
         try:
             try:
                 args = parser().parse_args(argv)
@@ -74,6 +77,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "PYTHONDEVMODE=1 shows where.")
             complain("ministeer", text or kind)
             sys.exit(2)
+
+
+def is_first() -> bool:
+    """False in all but the first of the processes that torchrun starts. They compute the same."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def open_streams() -> None:
@@ -263,7 +271,8 @@ def run_steer(args: argparse.Namespace) -> None:
     steer = None if args.vector is None else Steer.load(args.vector, any_model=args.any_model)
     if args.coeff is None and steer and not isinstance(steer.coeff, float):
         raise ValueError(f"{args.vector} has a coeff for each row of a batch; choose one with --coeff.")
-    model, tokenizer = load(args.model or DEFAULT, dtype=args.dtype, device=args.device)
+    parallel = "LOCAL_RANK" in os.environ       # torchrun started this process
+    model, tokenizer = load(args.model or DEFAULT, dtype=args.dtype, device=args.device, parallel=parallel)
     if steer and steer.fingerprint and steer.fingerprint != model.fingerprint:
         maker = steer.note.get("model", "unnamed")
         raise ValueError(f"{args.vector} was made with another model ({maker}); --any-model uses it anyway.")
@@ -289,7 +298,7 @@ def run_steer(args: argparse.Namespace) -> None:
     try:
         print(shown)
     finally:                        # whichever of the two fails, the other is done
-        if args.save is not None:
+        if args.save is not None and is_first():
             steer.save(args.save)
 
 
@@ -410,5 +419,5 @@ def progress(total: int, label: str) -> Iterator[Callable[[int], object] | None]
     except ImportError:
         yield None
         return
-    with tqdm(total=total, desc=label, unit="tok", leave=False, disable=None) as bar:
+    with tqdm(total=total, desc=label, unit="tok", leave=False, disable=None if is_first() else True) as bar:
         yield bar.update

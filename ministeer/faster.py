@@ -33,6 +33,10 @@ def fast(model: LM, compile: bool = False) -> LM:
     if not isinstance(model, LM):
         raise ValueError("fast takes a model, the first of the two things that `load` returns; "
                          f"given: {type(model).__name__}.")
+    if model.processes > 1:
+        warnings.warn(f"fast returns the model unchanged: {model.processes} processes share its weights.",
+                      stacklevel=2)
+        return model
     if is_fast(model):
         if compile and not any(getattr(block, "compiled", False) for block in model.blocks):
             warnings.warn("fast returns the model unchanged: it was packed without what compiling needs. "

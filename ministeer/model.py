@@ -37,6 +37,7 @@ class LM(nn.Module):
 
     name = "unnamed"
     fingerprint = ""        # set by `load`: a digest of all weights and of the Config, kept with each vector
+    processes = 1           # set by `load`: how many share the weights
 
     @property
     def device(self) -> torch.device:

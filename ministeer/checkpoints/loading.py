@@ -18,7 +18,8 @@ from .weights import load_model
 
 
 def load(name_or_folder: str | Path, dtype: torch.dtype | str = torch.float32,
-         device: torch.device | str = "cpu", fetch: bool = False) -> tuple[LM, Tokenizer]:
+         device: torch.device | str = "cpu", fetch: bool = False,
+         parallel: bool = False) -> tuple[LM, Tokenizer]:
     """-> (model, tokenizer), ready to run.
 
     name_or_folder: a folder that holds config.json, model.safetensors (or shards and their index) and
@@ -27,13 +28,15 @@ def load(name_or_folder: str | Path, dtype: torch.dtype | str = torch.float32,
     dtype: torch.float32, bfloat16 or float16, or its name; the file's numbers are converted to it
     device: as in torch
     fetch: True fetches a name that is not here, as `ministeer fetch` does
+    parallel: True divides the model among the processes that `torchrun --nproc-per-node N` started. Each must
+        make the same calls and gets the same results. device "cuda": one GPU for each process
     Raises FileNotFoundError for what is not here, ValueError for what cannot be run exactly as the checkpoint
     says, FetchError for what cannot be fetched.
     """
     folder = find(name_or_folder, fetch)
     config = read_config(folder / "config.json")
     tokenizer = Tokenizer.load(folder, config)          # first, because it is small
-    return load_model(folder, dtype, device, config), tokenizer
+    return load_model(folder, dtype, device, config, parallel), tokenizer
 
 
 def find(name_or_folder: str | Path, fetch: bool = False) -> Path:

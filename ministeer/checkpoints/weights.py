@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from ..gpt2 import GPT2
@@ -23,6 +24,7 @@ from ..model import LM
 from ..opt import OPT
 from ..utils import file_digest, one_line
 from .config import Config, own_file, read_config
+from .parallel import connect, cut, own_device, own_part, said_by_first, without_file
 from .tokenizer import Tokenizer
 
 FAMILIES = {"gpt2": GPT2, "gptj": GPTJ, "llama": Llama, "opt": OPT}
@@ -34,29 +36,42 @@ COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
-               device: torch.device | str = "cpu", config: Config | None = None) -> LM:
+               device: torch.device | str = "cpu", config: Config | None = None,
+               parallel: bool = False) -> LM:
     """As loading.load, without the tokenizer. config: the folder's own, if it was read already."""
     folder = Path(folder)
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype!r}; possible: {', '.join(DTYPES)}.")
+    if parallel:
+        device = own_device(device)
     try:
         torch.zeros(1, device=device).item()            # "meta" has no numbers to give back
     except Exception as error:      # torch raises another type for each kind of device
         raise ValueError(f"device {device!r} cannot be used: {error}") from None
     c = config or read_config(folder / "config.json")
     model, places = match_tensors(folder, c)
-    weights, digest = {}, hashlib.sha256(repr(c).encode())
+    if parallel:
+        connect(device)
+        cut(model)
+    weights, digest, first = {}, hashlib.sha256(repr(c).encode()), not parallel or dist.get_rank() == 0
     with ThreadPoolExecutor(1) as hasher:       # hashing and converting take equally long, so do both at once
         for name, (path, full_name) in places.items():
             stored = _read(path, full_name)
             digest.update(f"{name} {stored.dtype}".encode())
-            hashed = hasher.submit(digest.update, stored.flatten().view(torch.uint8).numpy())
-            weights[name] = _converted(stored, dtype, full_name, path).to(device)
+            numbers = stored.flatten().view(torch.uint8).numpy()
+            hashed = hasher.submit(digest.update, numbers if first else b"")    # the others need not read all
+            part = own_part(model, name, stored) if parallel else stored
+            part = _converted(part, dtype, full_name, path).to(device)
+            weights[name] = without_file(part) if parallel else part
             hashed.result()
+    if parallel and c.tied:
+        weights["lm_head.weight"] = weights[model.embedding_name]
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
     model.fingerprint = digest.hexdigest()[:32]
+    if parallel:
+        model.fingerprint = said_by_first(model.fingerprint)
     model.name = folder.resolve().name
     return model
 

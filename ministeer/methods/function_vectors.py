@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention import attend, merge_heads
 from ..steering import Steer
 from ..utils import check_texts, check_whole
-from .inside_blocks import block_parts, head_outputs, is_llama, writers
+from .inside_blocks import block_parts, check_undivided, head_outputs, is_llama, writers
 from .many_pairs import token_ids
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def indirect_effects(model: LM, tokenizer: Tokenizer, shuffled: Sequence[str], a
 
     Over the shuffled prompts: how much likelier a head makes the right answer where the examples do not help.
     """
+    check_undivided(model)
     answer_ids, effects = token_ids(tokenizer, answers), torch.zeros(means.shape[:2], device=model.device)
     if len(check_texts("shuffled", shuffled)) != len(answer_ids):
         raise ValueError(f"{len(shuffled)} shuffled prompts do not fit {len(answer_ids)} answers.")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def head_outputs(model: LM, ids: Tensor) -> Tensor:
     """ids (1, T) -> (n_layer, n_head, d_head): the output of each head at the last position."""
+    check_undivided(model)
     rope, outputs = model.rope(torch.arange(ids.shape[1], device=ids.device)), []
     for x, block in zip(model.residuals(ids), model.blocks, strict=False):
         norm, attention = block_parts(block)
@@ -134,9 +135,16 @@ def check_plain(model: LM) -> None:
                          "gradients. Pass the plain model; a model that comes back can be made fast.")
 
 
+def check_undivided(model: LM) -> None:
+    """Raises ValueError for a model that several processes share."""
+    if model.processes > 1:
+        raise ValueError(f"this looks at single heads or matrices, and {model.processes} processes share "
+                         "those of this model. Load it without parallel=True.")
+
+
 def plain_copy(model: LM) -> LM:
     """A copy whose weights can be replaced one by one. Vectors of the old model are not meant for it."""
-    check_plain(model)
+    check_plain(model), check_undivided(model)
     changed = model.shared_copy()
     changed.fingerprint = ""
     return changed

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..utils import check_number, check_texts, check_whole
-from .inside_blocks import check_plain, plain_copy
+from .inside_blocks import check_plain, check_undivided, plain_copy
 
 if TYPE_CHECKING:
     from ..checkpoints.tokenizer import Tokenizer
@@ -51,7 +51,8 @@ def shapes(weights: dict[str, Tensor]) -> dict[str, torch.Size]:
 @torch.enable_grad()
 def fine_tuned(model: LM, tokenizer: Tokenizer, texts: Sequence[str], steps: int, rate: float = 1e-4) -> LM:
     """A copy trained with Adam to predict the next token of the texts, one text a step, in turn."""
-    check_plain(model), check_whole("steps", steps), check_number("rate", rate, 0)
+    check_plain(model), check_undivided(model)
+    check_whole("steps", steps), check_number("rate", rate, 0)
     encoded = [tokenizer.encode(text) for text in check_texts("texts", texts)]
     if not encoded or min(map(len, encoded)) < 2:
         raise ValueError("texts must be one or more texts of at least one token.")
