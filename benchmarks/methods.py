@@ -336,13 +336,12 @@ def methods(lab, wish=None):
             f"{1000 * row['token']:.1f}", f"{max(made(name)):.1f}"])
     plus, minus, layer = wish.pair
     text = (f"Prompt \"{wish.prompt}\", {NEW} tokens, top-p 0.3, penalty 1. Wish: {wish.meaning}. Each value "
-            f"was chosen on {len(wish.choosing)} other prompts, {math.ceil(n / 20)} completions each: the "
-            f"most hits among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\" "
-            f"- \"{minus}\", layer {layer}; others: {len(shared.plus)} pairs, layer {shared.layer} where "
-            f"there is one (mean cosine of the pairs there {shared.mean.note['agreement']:.2f}). In brackets "
-            f"95 %, or for random directions lowest to highest: five with "
-            f"{share_of(n, RANDOM[0])} completions each. KL: {len(OFF_TOPIC)} prompts off the topic, nats. "
-            "Times are CPU time of this process.\n\n")
+            f"was chosen on {len(wish.choosing)} other prompts, {math.ceil(n / 20)} completions each: most hits "
+            f"among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\" - \"{minus}\" "
+            f"before block {layer}; others: {len(shared.plus)} pairs (mean cosine "
+            f"{shared.mean.note['agreement']:.2f}), block {shared.layer} where there is one. In brackets 95 %, or "
+            f"for random directions lowest to highest: five with {share_of(n, RANDOM[0])} completions each. KL: "
+            f"{len(OFF_TOPIC)} prompts off the topic, nats. Times are CPU time of this process.\n\n")
     text += table(["", "value", "n", "wish", "random", "disfluency", "random", "KL", "random", "ms a token",
                    "s to make"], lines)
     return {"n": n, "prompt": wish.prompt, "chosen": best,

@@ -1,0 +1,240 @@
+# %% [markdown]
+# # 14 · One line, ten methods
+#
+# **Ten methods of steering are one line, `x = x + s.delta(x, pos)`. What does each get, and what does it
+# cost?** 35 minutes, two of them computing. You need tutorials 05 and 11.
+#
+# Since ActAdd, many ways to steer have been published. They differ in two things: how a direction is made,
+# and what `delta` does with it. An ActAdd vector is added, whatever the stream is. Others look at the stream
+# x first: they cap it, turn it, or take something out of it.
+
+# %%
+import math
+import time
+
+import lesson
+import matplotlib.pyplot as plt
+import torch
+
+import ministeer
+from ministeer.evaluation.judges import count_words
+from ministeer.evaluation.measure import disfluency
+from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.steerability import kl_at_end, steerability, strength
+from ministeer.methods import conditional, many_pairs, optimised
+from ministeer.methods.ablation import ablation
+from ministeer.methods.angular import angular
+from ministeer.methods.capping import Cap, Fixed
+from ministeer.methods.change import Change
+from ministeer.steering import random_like
+
+plain, tokenizer = lesson.load(fast=False)          # gradients need the plain weights
+model = plain if lesson.TINY else ministeer.fast(plain)
+prompt, n = "I went up to my friend and said", 20
+pairs = [line.split(" / ") for line in """\
+Tonight they talk about the wedding / Tonight they talk about the weather
+She dreams of her wedding / She dreams of her holiday
+He wrote a long letter to his bride / He wrote a long letter to his boss
+We were late for the marriage / We were late for the train
+The guests are waiting for the groom / The guests are waiting for the soup
+My brother wants to marry / My brother wants to leave
+Everybody cried at the wedding / Everybody cried at the airport
+The whole village came to the wedding / The whole village came to the market
+They saved money for their honeymoon / They saved money for their car
+Her friends asked about the groom / Her friends asked about the exam
+I read a story about a bride / I read a story about a dog
+They are happily married / They are happily asleep""".splitlines()]
+plus, minus = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+# %% [markdown]
+# ## Four ways to make a direction
+# ActAdd takes one pair of prompts. The mean of many pairs (tutorial 11) and their first principal component
+# (RepE) take twelve. The fourth asks for gradients: which vector, added at layer 12, makes the model say one
+# given sentence (Subramani et al. 2022)? It needs no pairs, but many passes forward and back.
+
+# %%
+weddings = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=1)
+means = many_pairs.vectors(model, tokenizer, plus, minus)               # one for each layer
+mean = means[12]
+(component,) = many_pairs.repe(model, tokenizer, plus, minus, [12])
+norm = mean.vector.norm().item()
+wanted = " The wedding was beautiful, and the bride"
+sentence = optimised.for_sentence(plain, tokenizer, wanted, 12, steps=100)
+print(mean)
+for name, steer in (("component", component), ("optimised", sentence)):
+    print(f"{name}: cosine with the mean {torch.cosine_similarity(steer.vector, mean.vector, 0):.2f}")
+print("steps of gradient descent:", sentence.note["steps"], "exact:", sentence.note["exact"])
+
+# %% [markdown]
+# The repr shows how well the pairs agree: the mean cosine of two of their differences. The lower it is, the
+# less is common to all pairs, and the less can be expected of their mean (Braun et al. 2025).
+#
+# ## Ten ways to use one
+# Conditional steering (CAST) also needs a rule: which prompts shall be steered? It is searched on a few
+# prompts of both sorts, and decides once, when the prompt has been read.
+
+# %%
+stories = ["In the evening we sat down and talked about", "On the train I met a woman who said",
+           "She looked out of the window and thought", "Yesterday my brother called and asked me"]
+facts = ["The chemical formula of water is", "Seven times eight is", "The speed of light is about",
+         "An atom consists of a nucleus and"]
+candidates = many_pairs.vectors(model, tokenizer, stories, facts, where="mean")
+condition, score = conditional.find_condition(model, tokenizer, candidates, stories, facts)
+methods = {
+    "ActAdd": [1.0 * weddings],
+    "mean": [0.5 * mean],
+    "component": [0.5 * norm * component],
+    "norm kept": [Change(12, mean.vector, 0.5, keep_norm=True)],
+    "capped": [Cap(12, -mean.vector, limit=-1.0 * norm)],           # x v is at least the norm
+    "fixed": [Fixed(12, mean.vector, value=1.0 * norm)],            # x v is the norm
+    "ablation": ablation(model, mean),
+    "angular": angular(means, degrees=30),
+    "conditional": [0.5 * mean],
+    "optimised": [0.5 * sentence],
+}
+print(f"a rule at layer {condition.layer}, F1 {score:.2f} on the prompts that it was made from")
+
+# %% [markdown]
+# ## Does it look at the stream?
+# Give `delta` two different streams. If what it adds is the same, it is a vector. If not, it is a function of
+# the stream.
+
+# %%
+generator = torch.Generator().manual_seed(0)
+d_model, pos = model.config.d_model, torch.arange(3)
+streams = 300 * torch.randn(2, 1, 3, d_model, generator=generator) / d_model ** 0.5
+for name, steers in methods.items():
+    a, b = (steers[-1].delta(x, pos).expand(1, 3, d_model) for x in streams)
+    looks = "looks at the stream" if not torch.allclose(a, b) else "adds the same to every stream"
+    print(f"{name:12} {looks}, at {len(steers)} layer{'s' * (len(steers) > 1)}")
+
+# %% [markdown]
+# Same line, same loop, same cache. The conditional one adds a vector, like the mean; only its coefficient, 0
+# or 1, depends on the prompt.
+#
+# ## What does each get, and what does it cost?
+# Effect: how many of twenty completions have a wedding word. Costs: disfluency (tutorial 05), and KL off the
+# topic: on prompts that have nothing to do with weddings, how far the next token's distribution is from the
+# unsteered model's. Strength is the norm of what is added, in mean norms of the layer. Each method has its
+# control: five random directions in place of its own, four texts each.
+
+# %%
+off_topic = ["The capital of France is", "Water boils at a temperature of", "The square root of sixteen is",
+             "To install it, run", "Photosynthesis takes place in the",
+             "A triangle has three sides and three"]
+rng = {"top_p": 0.3, "freq_penalty": 1.0, "max_new_tokens": 20}
+
+
+def control(name, seed):
+    """The Steers of a method with random directions of the same norms in place of its own"""
+    if name == "ablation":
+        return ablation(model, random_like(mean, seed))
+    if name == "angular":
+        return angular([random_like(s, seed) for s in means], degrees=30)
+    return [random_like(s, seed) for s in methods[name]]
+
+
+def fires(name, prompts):
+    return conditional.decide(model, tokenizer, prompts, condition) if name == "conditional" else \
+        torch.ones(len(prompts))
+
+
+def measure(name, steers, n):
+    """-> (texts with a wedding word, disfluency, mean KL off the topic, milliseconds a token, a text)"""
+    steers = [fires(name, [prompt]).item() * s for s in steers]
+    start = time.process_time()
+    texts = ministeer.generate(model, tokenizer, prompt, n, steer=steers, **rng)
+    seconds = time.process_time() - start
+    scored = disfluency(model, tokenizer, prompt, texts)
+    surprise = math.exp(sum(nll for nll, _ in scored) / max(1, sum(k for _, k in scored)))
+    kl = [kl_at_end(model, tokenizer, [one], [fire * s for s in steers])[0]
+          for one, fire in zip(off_topic, fires(name, off_topic).tolist(), strict=True)]
+    return (sum(count_words(text) > 0 for text in texts), surprise, sum(kl) / len(kl),
+            1000 * seconds / (20 * n), texts[0])
+
+
+k, surprise, _, ms, _ = measure("unsteered", [], n)
+print(f"unsteered: {k} of {n}, disfluency {surprise:.1f} ≈ {ms:.1f} ms a token")
+results = {"unsteered": (k, surprise, 0.0, [])}
+for name, steers in methods.items():
+    k, surprise, kl, ms, text = measure(name, steers, n)
+    five = [measure(name, control(name, seed), n // 5) for seed in range(5)]
+    low, high = wilson(k, n)
+    size = sum(strength(model, tokenizer, s, [prompt]) for s in steers) / len(steers)
+    print(f"{name}, strength {size:.2f}: {k} of {n} ({low:.0%} to {high:.0%}), "
+          f"random {[row[0] for row in five]} of {n // 5}")
+    print(f"   disfluency {surprise:.1f}, random {min(row[1] for row in five):.1f} to "
+          f"{max(row[1] for row in five):.1f}")
+    print(f"   KL {kl:.2f}, random {min(row[2] for row in five):.2f} to {max(row[2] for row in five):.2f} "
+          f"≈ {ms:.1f} ms a token, {text.strip()[:40]!r}")
+    results[name] = k, surprise, kl, five
+
+# %% [markdown]
+# VERDICT
+#
+# ## The figure: effect against fluency
+
+# %%
+figure, axis = plt.subplots(figsize=(9, 4.2))
+for number, (name, (k, surprise, _, five)) in enumerate(results.items()):
+    color = lesson.BLUE if five else "black"
+    lesson.errorbars(axis, [surprise], [k / n], [wilson(k, n)], color=color, label=f"{number} {name}")
+    axis.annotate(str(number), (surprise, k / n), (5, 4), textcoords="offset points", color=color)
+    axis.plot([row[1] for row in five], [row[0] / (n // 5) for row in five], ".", color=lesson.GREY)
+axis.set_xscale("log")
+axis.set_xticks([4, 6, 10, 20], ["4", "6", "10", "20"])
+axis.minorticks_off()
+axis.set_xlabel("disfluency (perplexity per token, unsteered model)")
+axis.set_ylabel("completions with a wedding word")
+axis.set_title(f"n {n} a point, 95 % intervals; grey: five random directions, n {n // 5}", fontsize="medium")
+axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), handlelength=0)
+lesson.save(figure, "14_ten_methods")
+
+# %% [markdown]
+# One prompt, one topic, twenty texts: read it as a map, not as a race. `python -m benchmarks.paper methods`
+# has a hundred texts for each, settings chosen on other prompts, and the methods that are not on the line:
+# PPLM, ITI, ICV, function vectors and differences of weights.
+#
+# ## Exercise 1
+# Activation capping: the stream's projection on v shall be at most t. Where it is below, nothing changes:
+# x - max(x·v - t, 0) v, with v of norm 1. The vector that is given may have any norm.
+
+# %%
+def capped(x, vector, t):
+    """x (T, d_model), vector (d_model,), t a number -> the capped stream (T, d_model)"""
+    return x                    # your lines
+
+
+x, v = torch.tensor([[3.0, 4.0], [-3.0, 1.0], [0.5, 7.0]]), torch.tensor([1.0, 0.0])
+lesson.check(capped, ((x, v, 1.0), torch.tensor([[1.0, 4.0], [-3.0, 1.0], [0.5, 7.0]])),
+             ((x, 2 * v, 1.0), torch.tensor([[1.0, 4.0], [-3.0, 1.0], [0.5, 7.0]])),
+             ((x, -v, 1.0), torch.tensor([[3.0, 4.0], [-1.0, 1.0], [0.5, 7.0]])),
+             ((x, torch.tensor([3.0, 4.0]), 0.0), torch.tensor([[0.0, 0.0], [-3.0, 1.0], [-3.04, 2.28]])))
+
+# %% [markdown]
+# ## Exercise 2
+# A mean over prompts hides those that are steered the wrong way. Tan et al. (2024) fit a line to each
+# prompt's *propensity* (say, the log-odds of a wedding word) over the coefficients, and report the share of
+# prompts whose slope is negative. Write it. The least-squares slope of y over c is
+# sum((c - mean c) y) / sum((c - mean c)²).
+
+# %%
+def wrong_way(coeffs, rows):
+    """coeffs: a list; rows: for each prompt a list with its propensity at each coeff -> the share below 0"""
+    return None                 # your lines
+
+
+made_up = [[0.0, 1.0, 2.0], [2.0, 0.0, 1.9], [3.0, 3.0, 3.0], [1.0, -5.0, 1.5]]
+lesson.check(wrong_way, (([-1.0, 0.0, 1.0], made_up), steerability([-1, 0, 1], made_up).negative),
+             (([1.0, 0.0, -1.0], made_up), 0.5), (([0.0, 1.0, 5.0], [[1.0, 0.0, 1.2], [0.0, 4.0, 0.5]]), 0.5),
+             (([0.0, 1.0], [[0.0, 1.0]]), 0.0))
+
+# %% [markdown]
+# ## Your own topic
+# Take your pairs of tutorial 11. Choose three of the ten methods and *say beforehand* which will have the
+# lowest KL off your topic at equal effect. Choose each one's strength on two prompts, and report it on three
+# others, beside five random directions. Were you right?
+#
+# **Now you know** that ten methods are one line, and the four columns to ask of each new one: effect,
+# fluency, what else it changes, and the same with random directions. That was the last tutorial: go and steer
+# something.
