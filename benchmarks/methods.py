@@ -17,7 +17,7 @@ from ministeer.evaluation.measure import disfluency
 from ministeer.evaluation.stats import bootstrap, wilson
 from ministeer.evaluation.steerability import kl_at_end, log_odds, steerability, strength
 from ministeer.methods import conditional, function_vectors, inside_blocks, many_pairs, optimised, pplm
-from ministeer.methods.ablation import ablation
+from ministeer.methods.ablation import Ablation, ablation
 from ministeer.methods.angular import angular
 from ministeer.methods.capping import Cap, Fixed
 from ministeer.methods.change import Change
@@ -247,8 +247,8 @@ METHODS = {
     "capped from below": ((0.5, 1.0, 2.0), functools.partial(along, Cap)),
     "set to a value": ((0.5, 1.0, 2.0), functools.partial(along, Fixed)),
     "ablation": ((1.0,), lambda kit, c, k: Way(kit.model, ablation(kit.plain, like(kit.mean, k), c))),
-    "ablation reversed": ((-1.0, -3.0, -7.0), lambda kit, c, k: Way(
-        kit.model, ablation(kit.plain, like(kit.mean, k), c))),
+    "reversed at one block": ((-1.0, -3.0, -7.0), lambda kit, c, k: Way(
+        kit.model, [Ablation(kit.layer, like(kit.mean, k).vector, c, start=1)])),
     "angular": ((60.0, 30.0, 0.0), lambda kit, c, k: Way(
         kit.model, angular([like(s, k) for s in kit.vectors], c))),
     "conditional (CAST)": (SIZES, lambda kit, c, k: Way(kit.model, [c * like(kit.mean, k)], kit.condition)),
@@ -269,21 +269,21 @@ def methods(lab, wish=None):
     plain, _ = ministeer.load(args.model, dtype=args.dtype, device=args.device)
     shared = Kit(lab, wish, plain)
 
-    def measured(name, value, kind, chosen):
+    def measured(name, value, kind, report):
         control = RANDOM.index(kind) if kind in RANDOM else None
         start = time.process_time()
         way = METHODS[name][1](shared, value, control) if name in METHODS else Way(lab.model, [])
         ready = time.process_time()
         few = PPLM_SHARE if way.pplm else 1
-        prompts = [wish.prompt] if chosen else list(wish.choosing)
-        count = math.ceil(few * share_of(n, kind)) if chosen else math.ceil(few * n / 20)
+        prompts = [wish.prompt] if report else list(wish.choosing)
+        count = math.ceil(few * share_of(n, kind)) if report else math.ceil(few * n / 20)
         texts = [text for row in way.generate(shared, prompts, count, args.seed) for text in row]
         done = time.process_time()
         scored = disfluency(lab.model, lab.tokenizer, [p for p in prompts for _ in range(count)], texts)
         tokens = sum(len(lab.tokenizer.encode(text, bos=False)) for text in texts)
-        size = [strength(lab.model, lab.tokenizer, s, prompts) for s in way.steers]
+        size = [strength(lab.model, lab.tokenizer, s, prompts) for s in way.steers] if report else []
         return {"hits": [bool(wish.hit(text)) for text in texts], "nll": scored,
-                "kl": way.kl(shared, OFF_TOPIC) if chosen else [], "make": ready - start,
+                "kl": way.kl(shared, OFF_TOPIC) if report else [], "make": ready - start,
                 "token": (done - ready) / max(1, tokens), "strength": statistics.mean(size) if size else None}
 
     tried = lab.run([[name, value, "steered", False] for name in METHODS for value in METHODS[name][0]]
@@ -335,13 +335,13 @@ def methods(lab, wish=None):
             cells(name, lambda r: statistics.mean(r["kl"]), ".2f"),
             f"{1000 * row['token']:.1f}", f"{max(made(name)):.1f}"])
     plus, minus, layer = wish.pair
-    text = (f"Prompt \"{wish.prompt}\", {NEW} tokens, top-p 0.3, penalty 1. Wish: {wish.meaning}. Each value "
-            f"was chosen on {len(wish.choosing)} other prompts, {math.ceil(n / 20)} completions each: most hits "
-            f"among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\" - \"{minus}\" "
-            f"before block {layer}; others: {len(shared.plus)} pairs (mean cosine "
-            f"{shared.mean.note['agreement']:.2f}), block {shared.layer} where there is one. In brackets 95 %, or "
-            f"for random directions lowest to highest: five with {share_of(n, RANDOM[0])} completions each. KL: "
-            f"{len(OFF_TOPIC)} prompts off the topic, nats. Times are CPU time of this process.\n\n")
+    text = (f"Prompt \"{wish.prompt}\", {NEW} tokens, top-p 0.3, penalty 1. Wish: {wish.meaning}. Each "
+            f"value was chosen on {len(wish.choosing)} other prompts, {math.ceil(n / 20)} completions each: "
+            f"most hits among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\" "
+            f"- \"{minus}\" before block {layer}; others: {len(shared.plus)} pairs (agreement "
+            f"{shared.mean.note['agreement']:.2f}), block {shared.layer} where there is one. In brackets 95 %, "
+            f"or for random directions lowest to highest: five with {share_of(n, RANDOM[0])} completions "
+            f"each. KL: {len(OFF_TOPIC)} prompts off the topic, nats. Times are CPU time.\n\n")
     text += table(["", "value", "n", "wish", "random", "disfluency", "random", "KL", "random", "ms a token",
                    "s to make"], lines)
     return {"n": n, "prompt": wish.prompt, "chosen": best,

@@ -340,7 +340,7 @@ def setting(model: LM, tokenizer: Tokenizer, steer: Steer, prompt: str, n: int, 
     if {"plus", "minus"} <= set(steer.note):
         pair = f"{quoted(steer.note['plus'])} - {quoted(steer.note['minus'])}"
     if "agreement" in steer.note:
-        pair += f" from pairs of mean cosine {one_line(steer.note['agreement'])}"
+        pair += f" (agreement {one_line(steer.note['agreement'])})"
     coeff = f"coeff {steer.coeff:g}"
     if times:
         coeff += f", {strength(model, tokenizer, steer, [prompt]):.2f} × the mean norm"

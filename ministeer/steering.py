@@ -111,7 +111,7 @@ class Steer:
         if {"plus", "minus"} <= set(self.note):
             pair = " - ".join(f"{self.note[name]!r:.60}" for name in ("plus", "minus"))
         if "agreement" in self.note and "control" not in self.note:
-            pair += f" from pairs of mean cosine {self.note['agreement']!r:.6}"
+            pair += f" (agreement {self.note['agreement']!r:.6})"
         n = len(self.vector)
         where = f"position {self.start}" if n == 1 else f"positions {self.start} to {self.start + n - 1}"
         if self.vector.ndim == 1:

@@ -310,7 +310,7 @@ def test_prints_how_well_the_pairs_of_a_mean_agree(succeed, weights):
     steer = vectors(model, tokenizer, ["I love", "we love"], ["I hate", "we hate"])[2]
     steer.save("mean.safetensors")
     out = " ".join(succeed(*ON_GPT2, "--vector", "mean.safetensors").split())
-    assert f"a vector from pairs of mean cosine {steer.note['agreement']} before block 2" in out
+    assert f"a vector (agreement {steer.note['agreement']}) before block 2" in out
 
 
 def test_a_save_that_fails_leaves_no_file_and_shows_the_texts(run, monkeypatch):

@@ -134,8 +134,8 @@ def test_agreement_is_the_mean_cosine_of_two_different_pairs(tiny):
             cosines = [F.cosine_similarity(rows[i, l], rows[j, l], dim=0).item()
                        for i, j in ((0, 1), (0, 2), (1, 2))]
             assert steer.note["agreement"] == pytest.approx(np.mean(cosines), abs=0.0051)
-    assert f"a vector from pairs of mean cosine {steer.note['agreement']}: coeff" in repr(steer)
-    assert "cosine" not in repr(random_like(steer, 0))
+    assert f"a vector (agreement {steer.note['agreement']}): coeff" in repr(steer)
+    assert "agreement" not in repr(random_like(steer, 0))
 
 
 @pytest.mark.parametrize(("plus", "minus", "where"), [
