@@ -337,11 +337,11 @@ def methods(lab, wish=None):
     plus, minus, layer = wish.pair
     text = (f"Prompt \"{wish.prompt}\", {NEW} tokens, top-p 0.3, penalty 1. Wish: {wish.meaning}. Each "
             f"value was chosen on {len(wish.choosing)} other prompts, {math.ceil(n / 20)} completions each: "
-            f"most hits among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\" "
-            f"- \"{minus}\" before block {layer}; others: {len(shared.plus)} pairs (agreement "
-            f"{shared.mean.note['agreement']:.2f}), block {shared.layer} where there is one. In brackets 95 %, "
-            f"or for random directions lowest to highest: five with {share_of(n, RANDOM[0])} completions "
-            f"each. KL: {len(OFF_TOPIC)} prompts off the topic, nats. Times are CPU time.\n\n")
+            f"most hits among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\""
+            f" - \"{minus}\" before block {layer}; others: {len(shared.plus)} pairs (agreement "
+            f"{shared.mean.note['agreement']:.2f}), block {shared.layer} where there is one. In brackets "
+            f"95 %, or for random directions lowest to highest: five with {share_of(n, RANDOM[0])} "
+            f"completions each. KL: {len(OFF_TOPIC)} prompts off the topic, nats. Times are CPU time.\n\n")
     text += table(["", "value", "n", "wish", "random", "disfluency", "random", "KL", "random", "ms a token",
                    "s to make"], lines)
     return {"n": n, "prompt": wish.prompt, "chosen": best,
