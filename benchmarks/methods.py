@@ -35,7 +35,6 @@ from .lab import (
     figure,
     over_vectors,
     percent,
-    share_of,
     span,
     table,
 )
@@ -252,12 +251,12 @@ METHODS = {
     "angular": ((60.0, 30.0, 0.0), lambda kit, c, k: Way(
         kit.model, angular([like(s, k) for s in kit.vectors], c))),
     "conditional (CAST)": (SIZES, lambda kit, c, k: Way(kit.model, [c * like(kit.mean, k)], kit.condition)),
-    "optimised": (SIZES, lambda kit, c, k: Way(kit.model, [c * like(kit.optimised, k)])),
-    "function vector": ((1.0, 4.0), lambda kit, c, k: Way(
+    "optimised": ((0.0625, 0.125, *SIZES), lambda kit, c, k: Way(kit.model, [c * like(kit.optimised, k)])),
+    "function vector": ((0.25, 0.5, 1.0, 4.0), lambda kit, c, k: Way(
         kit.model, [c * like(kit.function_vector, k)])),
-    "weights": ((1.0, 3.0), weights),
-    "ITI": ((10.0, 30.0), functools.partial(inside, inside_blocks.iti)),
-    "ICV": ((0.1, 0.3), functools.partial(inside, inside_blocks.icv)),
+    "weights": ((1.0, 2.0, 3.0), weights),
+    "ITI": ((1.0, 3.0, 10.0, 30.0), functools.partial(inside, inside_blocks.iti)),
+    "ICV": ((0.02, 0.05, 0.1, 0.3), functools.partial(inside, inside_blocks.icv)),
     "PPLM": ((3.0,), lambda kit, c, k: Way(
         kit.plain, [], pplm={"rate": c, "layer": kit.pplm_layer, "control": k})),
 }
@@ -276,7 +275,7 @@ def methods(lab, wish=None):
         ready = time.process_time()
         few = PPLM_SHARE if way.pplm else 1
         prompts = [wish.prompt] if report else list(wish.choosing)
-        count = math.ceil(few * share_of(n, kind)) if report else math.ceil(few * n / 20)
+        count = math.ceil(few * (n / 20 if not report else n / 10 if kind in RANDOM else n))
         texts = [text for row in way.generate(shared, prompts, count, args.seed) for text in row]
         done = time.process_time()
         scored = disfluency(lab.model, lab.tokenizer, [p for p in prompts for _ in range(count)], texts)
@@ -335,13 +334,15 @@ def methods(lab, wish=None):
             cells(name, lambda r: statistics.mean(r["kl"]), ".2f"),
             f"{1000 * row['token']:.1f}", f"{max(made(name)):.1f}"])
     plus, minus, layer = wish.pair
+    n_choosing, n_control = math.ceil(n / 20), math.ceil(n / 10)
     text = (f"Prompt \"{wish.prompt}\", {NEW} tokens, top-p 0.3, penalty 1. Wish: {wish.meaning}. Each "
-            f"value was chosen on {len(wish.choosing)} other prompts, {math.ceil(n / 20)} completions each: "
-            f"most hits among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\""
-            f" - \"{minus}\" before block {layer}; others: {len(shared.plus)} pairs (agreement "
+            f"value was chosen on {len(wish.choosing)} other prompts, {n_choosing} completions each: most hits "
+            f"among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\" - "
+            f"\"{minus}\" before block {layer}; others: {len(shared.plus)} pairs (agreement "
             f"{shared.mean.note['agreement']:.2f}), block {shared.layer} where there is one. In brackets "
-            f"95 %, or for random directions lowest to highest: five with {share_of(n, RANDOM[0])} "
-            f"completions each. KL: {len(OFF_TOPIC)} prompts off the topic, nats. Times are CPU time.\n\n")
+            f"95 %, or for random directions lowest to highest: five with {n_control} completions each (PPLM: "
+            f"{PPLM_SHARE:g} of all that). KL: {len(OFF_TOPIC)} prompts off the topic, nats. Times are CPU "
+            "time.\n\n")
     text += table(["", "value", "n", "wish", "random", "disfluency", "random", "KL", "random", "ms a token",
                    "s to make"], lines)
     return {"n": n, "prompt": wish.prompt, "chosen": best,
