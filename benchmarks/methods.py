@@ -336,13 +336,13 @@ def methods(lab, wish=None):
     plus, minus, layer = wish.pair
     n_choosing, n_control = math.ceil(n / 20), math.ceil(n / 10)
     text = (f"Prompt \"{wish.prompt}\", {NEW} tokens, top-p 0.3, penalty 1. Wish: {wish.meaning}. Each "
-            f"value was chosen on {len(wish.choosing)} other prompts, {n_choosing} completions each: most hits "
-            f"among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\" - "
+            f"value was chosen on {len(wish.choosing)} other prompts, {n_choosing} completions each: most "
+            f"hits among those with at most {LIMIT:g} times the unsteered disfluency. ActAdd: \"{plus}\" - "
             f"\"{minus}\" before block {layer}; others: {len(shared.plus)} pairs (agreement "
             f"{shared.mean.note['agreement']:.2f}), block {shared.layer} where there is one. In brackets "
-            f"95 %, or for random directions lowest to highest: five with {n_control} completions each (PPLM: "
-            f"{PPLM_SHARE:g} of all that). KL: {len(OFF_TOPIC)} prompts off the topic, nats. Times are CPU "
-            "time.\n\n")
+            f"95 %, or for random directions lowest to highest: five with {n_control} completions each "
+            f"(PPLM: {PPLM_SHARE:g} of all that). KL: {len(OFF_TOPIC)} prompts off the topic, nats. Times "
+            "are CPU time.\n\n")
     text += table(["", "value", "n", "wish", "random", "disfluency", "random", "KL", "random", "ms a token",
                    "s to make"], lines)
     return {"n": n, "prompt": wish.prompt, "chosen": best,

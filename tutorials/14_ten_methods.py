@@ -64,6 +64,10 @@ print(mean)
 for name, steer in (("component", component), ("optimised", sentence)):
     print(f"{name}: cosine with the mean {torch.cosine_similarity(steer.vector, mean.vector, 0):.2f}")
 print("steps of gradient descent:", sentence.note["steps"], "exact:", sentence.note["exact"])
+#> <Steer a vector (agreement 0.25): coeff 1.0 at every position from 1 on before block 12, d_model 576>
+#> component: cosine with the mean 0.99
+#> optimised: cosine with the mean -0.02
+#> steps of gradient descent: 54 exact: True
 
 # %% [markdown]
 # The repr shows how well the pairs agree: the mean cosine of two of their differences. The lower it is, the
@@ -94,6 +98,7 @@ methods = {
     "optimised": [0.1 * sentence],
 }
 print(f"a rule at layer {condition.layer}, F1 {score:.2f} on the prompts that it was made from")
+#> a rule at layer 1, F1 1.00 on the prompts that it was made from
 
 # %% [markdown]
 # ## Does it look at the stream?
@@ -108,6 +113,16 @@ for name, steers in methods.items():
     a, b = (steers[-1].delta(x, pos).expand(1, 3, d_model) for x in streams)
     looks = "looks at the stream" if not torch.allclose(a, b) else "adds the same to every stream"
     print(f"{name:12} {looks}, at {len(steers)} layer{'s' * (len(steers) > 1)}")
+#> ActAdd       adds the same to every stream, at 1 layer
+#> mean         adds the same to every stream, at 1 layer
+#> component    adds the same to every stream, at 1 layer
+#> norm kept    looks at the stream, at 1 layer
+#> capped       looks at the stream, at 1 layer
+#> fixed        looks at the stream, at 1 layer
+#> ablation     looks at the stream, at 30 layers
+#> angular      looks at the stream, at 30 layers
+#> conditional  adds the same to every stream, at 1 layer
+#> optimised    adds the same to every stream, at 1 layer
 
 # %% [markdown]
 # Same line, same loop, same cache. The conditional one adds a vector, like the mean; only its coefficient, 0
@@ -169,9 +184,54 @@ for name, steers in methods.items():
     print(f"   KL {kl:.2f}, random {min(row[2] for row in five):.2f} to {max(row[2] for row in five):.2f} "
           f"≈ {ms:.1f} ms a token, {text.strip()[:40]!r}")
     results[name] = k, surprise, kl, five
+#> unsteered: 0 of 20, disfluency 3.9 ≈ 3.7 ms a token
+#> ActAdd, strength 1.79: 10 of 20 (30% to 70%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 6.5, random 3.6 to 5.6
+#>    KL 1.16, random 0.74 to 1.38 ≈ 3.3 ms a token, 'that they had a wedding to celebrate the'
+#> mean, strength 0.19: 14 of 20 (48% to 85%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 8.8, random 4.4 to 7.7
+#>    KL 0.38, random 0.28 to 0.66 ≈ 3.2 ms a token, "I'm a single mother.\n\nI was 20 years old"
+#> component, strength 0.19: 18 of 20 (70% to 97%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 8.6, random 4.4 to 7.7
+#>    KL 0.35, random 0.28 to 0.66 ≈ 3.1 ms a token, 'I will have a baby.\n\nI was 21 years old,'
+#> norm kept, strength 0.19: 14 of 20 (48% to 85%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 8.1, random 4.9 to 6.3
+#>    KL 0.37, random 0.27 to 0.67 ≈ 3.4 ms a token, "I'm having a baby.\n\nI am married to my h"
+#> capped, strength 0.18: 11 of 20 (34% to 74%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 7.1, random 4.4 to 6.5
+#>    KL 0.36, random 0.45 to 0.89 ≈ 3.3 ms a token, ', I will marry her.\n\nThe word "love" is '
+#> fixed, strength 0.18: 11 of 20 (34% to 74%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 7.4, random 4.9 to 5.9
+#>    KL 0.36, random 0.25 to 0.61 ≈ 3.2 ms a token, ', I will marry her.\n\nThe wedding was a b'
+#> ablation, strength 0.03: 0 of 20 (0% to 16%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 4.6, random 4.3 to 5.9
+#>    KL 0.04, random 0.03 to 0.10 ≈ 3.6 ms a token, ', "It\'s a beautiful day, isn\'t it?" He s'
+#> angular, strength 0.13: 0 of 20 (0% to 16%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 6.5, random 4.4 to 6.8
+#>    KL 0.26, random 0.11 to 0.36 ≈ 3.5 ms a token, "hello. I'm a bit of a guy, and I'm the o"
+#> conditional, strength 0.19: 14 of 20 (48% to 85%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 8.8, random 4.4 to 7.7
+#>    KL 0.15, random 0.04 to 0.36 ≈ 3.2 ms a token, "I'm a single mother.\n\nI was 20 years old"
+#> optimised, strength 0.26: 0 of 20 (0% to 16%), random [0, 0, 0, 0, 0] of 4
+#>    disfluency 6.4, random 8.3 to 10.2
+#>    KL 1.47, random 0.56 to 1.29 ≈ 3.0 ms a token, ', "This is the best." I\'m not sure what '
 
 # %% [markdown]
-# VERDICT
+# Seven of the ten bring the topic in, and the six that act along the mean at every position do so at least as
+# often as ActAdd. No random direction brings it in, in 200 texts. But look at mean and component: their
+# cosine is 0.99 and their strengths are equal, and yet they have 14 and 18 of 20. So do not rank methods that
+# differ by less. Capped and fixed are nearly the same here: the projection is nearly always below the value.
+#
+# Three bring nothing. Ablation takes something away, and there was no wedding to take away. Angular steering
+# turns the stream all the way toward the direction, but within a plane in which little of the stream lies.
+# The optimised vector makes the model say its sentence exactly, and has nothing to do with the mean (cosine
+# near 0). A tenth of it brings no topic. More of it does (13 of 20 at a quarter, on other prompts), at a
+# disfluency of 15.
+#
+# What else changes? ActAdd overwrites the first word of every prompt, so its KL is high, but random vectors
+# at the same place have as much. The rule of conditional steering spares some of the off-topic prompts, not
+# all: an F1 of 1 on the prompts that it was made from was flattering. The time a token is about the same for
+# all: each is one addition in one pass.
 #
 # ## The figure: effect against fluency
 
@@ -180,10 +240,11 @@ figure, axis = plt.subplots(figsize=(9, 4.2))
 for number, (name, (k, surprise, _, five)) in enumerate(results.items()):
     color = lesson.BLUE if five else "black"
     lesson.errorbars(axis, [surprise], [k / n], [wilson(k, n)], color=color, label=f"{number} {name}")
-    axis.annotate(str(number), (surprise, k / n), (5, 4), textcoords="offset points", color=color)
+    offset = (5, 4 + 9 * (number % 3))                      # some points coincide
+    axis.annotate(str(number), (surprise, k / n), offset, textcoords="offset points", color=color)
     axis.plot([row[1] for row in five], [row[0] / (n // 5) for row in five], ".", color=lesson.GREY)
 axis.set_xscale("log")
-axis.set_xticks([4, 6, 10, 20], ["4", "6", "10", "20"])
+axis.set_xticks([4, 6, 8, 10], ["4", "6", "8", "10"])
 axis.minorticks_off()
 axis.set_xlabel("disfluency (perplexity per token, unsteered model)")
 axis.set_ylabel("completions with a wedding word")
@@ -211,6 +272,7 @@ lesson.check(capped, ((x, v, 1.0), torch.tensor([[1.0, 4.0], [-3.0, 1.0], [0.5, 
              ((x, 2 * v, 1.0), torch.tensor([[1.0, 4.0], [-3.0, 1.0], [0.5, 7.0]])),
              ((x, -v, 1.0), torch.tensor([[3.0, 4.0], [-1.0, 1.0], [0.5, 7.0]])),
              ((x, torch.tensor([3.0, 4.0]), 0.0), torch.tensor([[0.0, 0.0], [-3.0, 1.0], [-3.04, 2.28]])))
+#> capped: not yet. For (tensor (3, 2), tensor (2,), 1) it gives 3 at [0, 0], not 1
 
 # %% [markdown]
 # ## Exercise 2
@@ -226,9 +288,11 @@ def wrong_way(coeffs, rows):
 
 
 made_up = [[0.0, 1.0, 2.0], [2.0, 0.0, 1.9], [3.0, 3.0, 3.0], [1.0, -5.0, 1.5]]
-lesson.check(wrong_way, (([-1.0, 0.0, 1.0], made_up), steerability([-1, 0, 1], made_up).negative),
-             (([1.0, 0.0, -1.0], made_up), 0.5), (([0.0, 1.0, 5.0], [[1.0, 0.0, 1.2], [0.0, 4.0, 0.5]]), 0.5),
-             (([0.0, 1.0], [[0.0, 1.0]]), 0.0))
+lesson.check(wrong_way, (([0.0, 1.0], [[0.0, 1.0]]), 0.0),
+             (([-1.0, 0.0, 1.0], made_up), steerability([-1, 0, 1], made_up).negative),
+             (([1.0, 0.0, -1.0], made_up), 0.5),
+             (([0.0, 1.0, 5.0], [[1.0, 0.0, 1.2], [0.0, 4.0, 0.5]]), 0.5))
+#> wrong_way: not yet. For ([0, 1], [[0, 1]]) it gives None, not 0
 
 # %% [markdown]
 # ## Your own topic
