@@ -92,6 +92,15 @@ def sink(lab):
             "sink": [[*key, share] for key, share in shares.items()]}, text
 
 
+def word_ids(tokenizer):
+    """The ids of those words about weddings that are a single token."""
+    encoded = [tokenizer.encode(f" {word}", bos=False) for word in sorted(WEDDING_WORDS)]
+    ids = sorted({row[0] for row in encoded if len(row) == 1})
+    if not ids:
+        raise ValueError("no word about weddings is a single token of this model's tokenizer.")
+    return ids
+
+
 @torch.no_grad()
 def propensity(model, x, ids):
     """log p that the next token is one of `ids`, mean over positions from 2 on: x (B, T, d_model) -> (B,)"""
@@ -131,10 +140,7 @@ def readers(lab):
     model, tokenizer = lab.model, lab.tokenizer
     layer, coeff = lab.where(16, 1.0)
     n_layer, prompts = model.config.n_layer, PROMPTS[:lab.n or len(PROMPTS)]
-    encoded = [tokenizer.encode(f" {word}", bos=False) for word in sorted(WEDDING_WORDS)]
-    ids = sorted({row[0] for row in encoded if len(row) == 1})
-    if not ids:
-        raise ValueError("no word about weddings is a single token of this model's tokenizer.")
+    ids = word_ids(tokenizer)
 
     vectors = steering_vectors(model, tokenizer, " weddings", " ", range(n_layer))
     batches = [torch.tensor([tokenizer.encode(prompt)], device=model.device) for prompt in prompts]

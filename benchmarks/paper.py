@@ -22,14 +22,16 @@ from pathlib import Path
 
 from ministeer.utils import printable, write
 
-from . import completions, jobs, layers, texts
+from . import completions, jobs, layers, methods, texts
 from .lab import Lab, faults_in_one_line, versions
 
 EXPERIMENTS = {"perplexity": texts.perplexity, "token-shifts": texts.token_shifts,
                "layer-sweep": completions.layer_sweep, "positions": completions.positions,
                "topics": completions.topics, "toxicity": completions.toxicity,
                "sentiment": completions.sentiment, "knowledge": texts.knowledge, "anatomy": texts.anatomy,
-               "grid": completions.grid, "sink": layers.sink, "readers": layers.readers}
+               "grid": completions.grid, "sink": layers.sink, "readers": layers.readers,
+               "steerability": methods.prompt_slopes, "methods": methods.methods,
+               "methods-mood": methods.mood}
 
 
 def main():

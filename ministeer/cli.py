@@ -356,6 +356,7 @@ def import_torch() -> None:
 
 def setting(model: LM, tokenizer: Tokenizer, steer: Steer, prompt: str, n: int, sampling: dict) -> str:
     """Everything that is needed to get the same completions again."""
+    from .evaluation.steerability import strength
     from .steering import relative_norm
     norms = relative_norm(model, tokenizer, steer, prompt)
     where = f"every position from {steer.start} on, new tokens included"
@@ -370,11 +371,16 @@ def setting(model: LM, tokenizer: Tokenizer, steer: Steer, prompt: str, n: int, 
     pair = "a vector"
     if {"plus", "minus"} <= set(steer.note):
         pair = f"{quoted(steer.note['plus'])} - {quoted(steer.note['minus'])}"
+    if "agreement" in steer.note:
+        pair += f" (agreement {one_line(steer.note['agreement'])})"
+    coeff = f"coeff {steer.coeff:g}"
+    if times:
+        coeff += f", {strength(model, tokenizer, steer, [prompt]):.2f} × the mean norm"
     new = sampling["max_new_tokens"]
     lines = {
         "model": f"{model.name} ({model.config.family}, {model.config.n_layer} layers)",
         "prompt": quoted(prompt),
-        "vector": f"{pair} before block {steer.layer}, coeff {steer.coeff:g}",
+        "vector": f"{pair} before block {steer.layer}, {coeff}",
         "added to": where,
         "sampling": f"n {n}, {new} token{'s' * (new != 1)}, temperature {sampling['temperature']:g}, "
                     f"top-p {sampling['top_p']:g}, penalty {sampling['freq_penalty']:g}, "

@@ -110,6 +110,8 @@ class Steer:
         pair = "a vector"
         if {"plus", "minus"} <= set(self.note):
             pair = " - ".join(f"{self.note[name]!r:.60}" for name in ("plus", "minus"))
+        if "agreement" in self.note and "control" not in self.note:
+            pair += f" (agreement {self.note['agreement']!r:.6})"
         n = len(self.vector)
         where = f"position {self.start}" if n == 1 else f"positions {self.start} to {self.start + n - 1}"
         if self.vector.ndim == 1:

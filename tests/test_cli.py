@@ -21,6 +21,7 @@ from ministeer import Steer, __version__, generate, load, steering_vector
 from ministeer.checkpoints.fetch import KNOWN
 from ministeer.cli import SAMPLING, columns, main
 from ministeer.evaluation.judges import WEDDING_WORDS, count_words
+from ministeer.methods.many_pairs import vectors
 
 fcntl, pty, termios = (pytest.importorskip(name, reason="terminals and signals are tested as POSIX has them")
                        for name in ("fcntl", "pty", "termios"))
@@ -170,7 +171,8 @@ def test_prints_model_vector_positions_and_sampling(succeed):
     options = ["--model", "tiny-llama", "--coeff", "0.5", "--top-p", "0.9", "--seed", "7", "-n", "1"]
     words = " ".join(succeed(*STEER, *options).split())
     assert words.startswith(f'model tiny-llama (llama, 4 layers) prompt "{PROMPT}" vector ')
-    assert ' vector " love" - " hate" before block 2, coeff 0.5 added to "I' in words
+    assert ' vector " love" - " hate" before block 2, coeff 0.5, ' in words
+    assert " × the mean norm added to \"I" in words
     assert " × the norm of the residual stream there sampling n 1, 12 tokens, " in words
     assert " temperature 1, top-p 0.9, penalty 1, seed 7 unsteered" in words
 
@@ -300,6 +302,15 @@ def test_prints_where_a_vector_for_every_position_begins(succeed, start):
     out = succeed(*ON_GPT2, "--vector", "all.safetensors")
     assert f"added to every position from {start} on" in " ".join(out.split())
     assert ("× the norm" in out) == (start == 1)         # position 50 is behind the prompt
+    assert ("mean norm" in " ".join(out.split())) == (start == 1)
+
+
+def test_prints_how_well_the_pairs_of_a_mean_agree(succeed, weights):
+    model, tokenizer = load(weights / "tiny-gpt2")
+    steer = vectors(model, tokenizer, ["I love", "we love"], ["I hate", "we hate"])[2]
+    steer.save("mean.safetensors")
+    out = " ".join(succeed(*ON_GPT2, "--vector", "mean.safetensors").split())
+    assert f"a vector (agreement {steer.note['agreement']}) before block 2" in out
 
 
 def test_a_save_that_fails_leaves_no_file_and_shows_the_texts(run, monkeypatch):
@@ -359,7 +370,7 @@ def test_demo_counts_the_texts_that_it_shows(succeed, smollm2, monkeypatch):
     out = succeed("demo", "-n", "3", "--seed", "1")
     assert max(map(len, out.splitlines())) <= 80
     head, rest = out.split("\nThese are the first three of each. Of all 3, with a word about weddings\n")
-    assert 'vector    " weddings" - " " before block 1, coeff 1\n' in head
+    assert 'vector    " weddings" - " " before block 1, coeff 1, 1.79 × the mean norm\n' in head
     assert "penalty 1, seed 1\n" in head
     left, right = split_columns(head)
     assert len(left) == len(right) == 3

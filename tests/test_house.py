@@ -28,7 +28,7 @@ FLOORS = [
      "checkpoints.loading"],
     ["steering", "faster"],
     ["generation"],
-    ["evaluation.stats", "evaluation.judges", "evaluation.measure",
+    ["evaluation.stats", "evaluation.judges", "evaluation.measure", "evaluation.steerability",
      "methods.many_pairs", "methods.inside_blocks", "methods.change", "methods.ablation", "methods.capping",
      "methods.angular", "methods.conditional", "methods.optimised", "methods.pplm",
      "methods.weight_difference", "methods.function_vectors",

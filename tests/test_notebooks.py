@@ -64,7 +64,7 @@ def test_notebook_in_an_empty_folder_prints_what_the_page_says(smollm2, tmp_path
         assert record.differences(record.split_output(page)[1], printed.splitlines(), tolerances) == []
     figures = [output for cell in ran for output in cell.outputs if "image/png" in output.get("data", ())]
     assert len(figures) == 1
-    assert len(notebooks.notebook_bytes(notebook)) < 400_000        # thirteen of them stay below 6 MB
+    assert len(notebooks.notebook_bytes(notebook)) < 400_000        # fourteen of them stay below 6 MB
 
 
 def test_unknown_tutorial_is_refused_in_one_line(capsys):

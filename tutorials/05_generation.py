@@ -15,6 +15,7 @@ import ministeer
 from ministeer.evaluation.judges import count_words
 from ministeer.evaluation.measure import disfluency
 from ministeer.evaluation.stats import bootstrap, wilson
+from ministeer.evaluation.steerability import strength
 from ministeer.steering import random_like
 
 model, tokenizer = lesson.load()
@@ -124,6 +125,7 @@ unsteered = ministeer.generate(model, tokenizer, prompt, n, 20, **paper_settings
 plain = count(unsteered) / n, surprise(unsteered)[0]
 print(f"unsteered: {count(unsteered)} of {n}, disfluency {plain[1]:.1f}")
 front = measure("position 1", weddings, [0.5, 1.0, 2.0, 8.0], n)
+print(f"c 1.0 is {strength(model, tokenizer, weddings, [prompt]):.2f} × the mean norm of the stream there")
 #> unsteered: 0 of 20, disfluency 3.9
 #> position 1, c 0.5: 0 of 20 (0% to 16%), random [0, 0, 0, 0, 0] of 4
 #>    disfluency 4.5 (4.2 to 4.8), random 4.0 to 5.7, ≈ "I'd like to meet up. I'm going t"
@@ -133,6 +135,7 @@ front = measure("position 1", weddings, [0.5, 1.0, 2.0, 8.0], n)
 #>    disfluency 6.7 (5.7 to 7.9), random 3.8 to 6.6, ≈ "I'm not a good choice. I'm just "
 #> position 1, c 8.0: 2 of 20 (3% to 30%), random [0, 0, 0, 0, 0] of 4
 #>    disfluency 6.3 (5.6 to 7.1), random 4.4 to 6.6, ≈ "I'm not going to be able to make"
+#> c 1.0 is 1.79 × the mean norm of the stream there
 
 # %% [markdown]
 # Twenty texts are few: these numbers do not show that coefficients 1 and 2 differ. They do show that 2 and 8

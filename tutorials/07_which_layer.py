@@ -13,6 +13,7 @@ import ministeer
 from ministeer.evaluation.judges import count_words
 from ministeer.evaluation.measure import sweep
 from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.steerability import strength
 from ministeer.steering import random_like, steering_vectors
 
 model, tokenizer = lesson.load()
@@ -51,12 +52,16 @@ shown = (0, 1, 2, 3, 6, 11, 16, 20, 26)
 print("layer    ", "".join(f"{l:7}" for l in shown))
 for j, c in enumerate(coeffs):
     print(f"coeff {c:3}", "".join(f"{gain[l, j]:+7.1f}" for l in shown))
+strengths = [strength(model, tokenizer, s, tuning)
+             for s in steering_vectors(model, tokenizer, plus, minus, shown)]
+print("c 1 is   ", "".join(f"{value:7.1f}" for value in strengths), "× the layer's mean norm")
 #> unsteered log p -5.4 nats; what steering adds, by layer and coefficient:
 #> layer           0      1      2      3      6     11     16     20     26
 #> coeff 0.5    -0.4   -0.1   +0.1   -0.4   -0.2   +0.8   +1.5   +1.5   +0.2
 #> coeff 1.0    -0.2   +0.8   +0.8   -0.5   -0.2   +1.9   +2.9   +2.4   +0.7
 #> coeff 2.0    -0.5   +0.8   +0.8   -0.4   -0.2   +2.5   +2.8   +1.5   +0.7
 #> coeff 4.0    -1.2   -0.0   -0.1   -0.4   -0.2   +2.3   +3.5   +0.7   +0.6
+#> c 1 is        2.2    1.7    1.1    4.5    4.1    1.4    1.3    1.3    0.7 × the layer's mean norm
 
 # %% [markdown]
 # From this table you would choose layer 16. (In the figure below, layer 12 is the worst. It comes just after

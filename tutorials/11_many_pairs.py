@@ -21,7 +21,8 @@ from ministeer import Steer
 from ministeer.evaluation.judges import count_words
 from ministeer.evaluation.measure import disfluency
 from ministeer.evaluation.stats import bootstrap, wilson
-from ministeer.methods.many_pairs import caa, differences, last_states
+from ministeer.evaluation.steerability import strength
+from ministeer.methods.many_pairs import agreement, caa, differences, last_states
 from ministeer.steering import random_like
 
 model, tokenizer = lesson.load()
@@ -51,8 +52,8 @@ print(len(pairs), "pairs, alike except for the last word")
 rows = differences(model, tokenizer, plus, minus)       # (pairs, n_layer + 1, d_model)
 mean = caa(model, tokenizer, plus, minus, layer=12)
 print(mean)
-print("the mean of the rows at layer 12:", torch.allclose(mean.vector, rows[:, 12].mean(dim=0)))
-#> <Steer a vector: coeff 1.0 at every position from 1 on before block 12, d_model 576>
+print("the mean of the rows at layer 12:", torch.allclose(mean.vector, rows[:, 12].mean(dim=0), atol=1e-3))
+#> <Steer a vector (agreement 0.25): coeff 1.0 at every position from 1 on before block 12, d_model 576>
 #> the mean of the rows at layer 12: True
 
 # %% [markdown]
@@ -61,27 +62,23 @@ print("the mean of the rows at layer 12:", torch.allclose(mean.vector, rows[:, 1
 # at all positions. It was not tuned.
 #
 # ## Do the pairs agree?
-# Take the cosine between each pair's difference and the mean of the *others*. If the differences pointed in
-# random directions, it would be about 0 in 576 dimensions.
+# `agreement` is the mean cosine of two different pairs' differences, at each layer. If they pointed in random
+# directions, it would be about 0 in 576 dimensions. The higher it is, the more reliably their mean steers
+# (Braun et al. 2025), so the vector's repr shows it. The control: sentences that have nothing in common, six
+# pairs of the twelve without a wedding.
 
 # %%
-def agreement(rows):
-    """-> the cosine of each row with the mean of the others"""
-    others = [torch.cat([rows[:i], rows[i + 1:]]).mean(dim=0) for i in range(len(rows))]
-    return torch.nn.functional.cosine_similarity(rows, torch.stack(others), dim=-1)
-
-
+unrelated = differences(model, tokenizer, minus[0::2], minus[1::2])
 for layer in (2, 12, 20, 28):
-    cosines = agreement(rows[:, layer])
-    print(f"layer {layer:2}: mean cosine {cosines.mean():.2f}, lowest {cosines.min():.2f}")
-#> layer  2: mean cosine 0.40, lowest -0.07
-#> layer 12: mean cosine 0.44, lowest 0.14
-#> layer 20: mean cosine 0.42, lowest 0.14
-#> layer 28: mean cosine 0.35, lowest 0.07
+    ours, control = agreement(rows)[layer], agreement(unrelated)[layer]
+    print(f"layer {layer:2}: mean cosine {ours:.2f}, unrelated sentences {control:.2f}")
+#> layer  2: mean cosine 0.21, unrelated sentences 0.01
+#> layer 12: mean cosine 0.25, unrelated sentences 0.02
+#> layer 20: mean cosine 0.23, unrelated sentences 0.03
+#> layer 28: mean cosine 0.17, unrelated sentences -0.01
 
 # %% [markdown]
-# Mostly they agree. (A control is missing here: the differences of unrelated sentences may also have a cosine
-# above 0, because of a few large dimensions.)
+# The pairs have something in common: 0.25 is far from 1, but far above what unrelated sentences have.
 #
 # ## Spoil it
 # One bad pair slips in: a full stop too many, a pair the wrong way round, a text left empty. Which one moves
@@ -113,6 +110,8 @@ for bad in bad_pairs:
 # ## Which is better?
 # This is not a fair question unless we also say what each method costs. So for each method and coefficient we
 # give the completions about weddings and the disfluency, beside those of five random vectors (tutorial 05).
+# A coefficient means little by itself, so we first print the strength: how large the addition is, in mean
+# norms of the layer's stream (BOS left out).
 
 # %%
 n, prompt = 20, "I went up to my friend and said"
@@ -143,6 +142,8 @@ front = Steer(12, mean.vector[None])            # the same row, at position 1 al
 settings = [("ActAdd", actadd, 1.0), ("CAA", mean, 0.25), ("CAA", mean, 0.5), ("CAA", mean, 1.0),
             ("CAA at the front", front, 4.0)]
 five = [c * random_like(steer, seed) for _, steer, c in settings for seed in range(5)]
+for name, steer, c in settings:
+    print(f"{name}, c {c}: {strength(model, tokenizer, c * steer, [prompt]):.2f} × the layer's mean norm")
 unsteered = completions([Steer(1, actadd.vector, 0.0)], n)[0]
 steered, control = completions([c * steer for _, steer, c in settings], n), completions(five, n // 5)
 
@@ -158,6 +159,11 @@ for i, (name, _, c) in enumerate(settings):
     print(f"   disfluency {value:.1f} ({low:.1f} to {high:.1f}), "
           f"random {min(values):.1f} to {max(values):.1f}, {steered[i][0].strip()[:32]!r}")
     results.append((name, c, k, value, counts, values))
+#> ActAdd, c 1.0: 1.79 × the layer's mean norm
+#> CAA, c 0.25: 0.10 × the layer's mean norm
+#> CAA, c 0.5: 0.19 × the layer's mean norm
+#> CAA, c 1.0: 0.39 × the layer's mean norm
+#> CAA at the front, c 4.0: 1.54 × the layer's mean norm
 #> unsteered: 0 of 20, disfluency 3.9 (3.6 to 4.3)
 #> ActAdd, c 1.0: 10 of 20 (30% to 70%), random [0, 0, 0, 0, 0] of 4
 #>    disfluency 6.5 (5.8 to 7.2), random 3.6 to 5.6, ≈ 'that they had a wedding to celeb'

@@ -264,5 +264,5 @@ lesson.check(not_worse, ((curves, 7.0, 40), ["mixture", "prompt", "vector"]),
 # train."). What do you get from the vector that asking does not give you, and the other way round?
 #
 # **Now you know** that there are two places to steer, and how to compare them: at equal fluency, with equal
-# effort spent on tuning, and with the costs beside the results. That was the last tutorial: go and steer
-# something.
+# effort spent on tuning, and with the costs beside the results. Next: [14](14_ten_methods.py), what else one
+# can add.

@@ -89,6 +89,11 @@ def not_worse(draw, page):
     return results, 12.0 - draw.random(), 40
 
 
+def wrong_way(draw, page):
+    coeffs, *rows = ([draw.gauss(0, 1) for _ in range(4)] for _ in range(10))
+    return coeffs, rows
+
+
 EXTRA = {
     "n_tokens": lambda draw, page: (page["tokenizer"], text(draw, page)),
     "n_padding": lambda draw, page: (page["tokenizer"], text(draw, page), text(draw, page)),
@@ -115,4 +120,6 @@ EXTRA = {
     "n_weights": n_weights,
     "stronger_helps": stronger_helps,
     "lma": lambda draw, page: (torch.randn(9).log_softmax(0), torch.randn(9).log_softmax(0), draw.random()),
-    "not_worse": not_worse}
+    "not_worse": not_worse,
+    "capped": lambda draw, page: (torch.randn(5, 4), torch.randn(4), draw.uniform(-1, 1)),
+    "wrong_way": wrong_way}

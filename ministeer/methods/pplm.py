@@ -47,6 +47,14 @@ def pplm(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], words: S
     encoded = [tokenizer.encode(prompt) for prompt in check_texts("prompts", prompts, or_one=True)]
     n, _ = check_fit(model, encoded, n, sampling, ())
 
+    start = perturbed(model, bag, layer, steps, rate, kl, fusion, control)
+    completions = complete(start, tokenizer, encoded, n, sampling, max_batch_tokens, model.device)
+    return as_asked(completions, prompts, n)
+
+
+def perturbed(model: LM, bag: list[int], layer: int, steps: int, rate: float, kl: float, fusion: float,
+              control: int | None = None) -> Callable[[list[int], int], Step]:
+    """-> start(rows, max_len), which begins some rows of a batch and gives their step: new ids -> log p"""
     def start(rows: list[int], max_len: int) -> Step:
         text = torch.zeros(len(rows), 0, dtype=torch.int64, device=model.device)
         added = torch.zeros(len(rows), 0, model.config.d_model, device=model.device)
@@ -73,9 +81,7 @@ def pplm(model: LM, tokenizer: Tokenizer, prompts: str | Sequence[str], words: S
                 added = added - rate * F.normalize(g.flatten(1), dim=1).view_as(g)
             return fusion * logp(added) + (1 - fusion) * plain
         return step
-
-    completions = complete(start, tokenizer, encoded, n, sampling, max_batch_tokens, model.device)
-    return as_asked(completions, prompts, n)
+    return start
 
 
 @torch.enable_grad()
