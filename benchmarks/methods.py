@@ -304,12 +304,12 @@ def methods(lab, wish=None):
             bars = error_bars([share], [wilson(sum(row["hits"]), len(row["hits"]))])
             axis.errorbar([x], [share], bars, fmt="o", color=color, markersize=4, elinewidth=0.7,
                           label=f"{number} {name}")
-            axis.annotate(str(number), (x, share), (4, 4), textcoords="offset points", color=color)
+            offset = (4, 4 + 9 * (number % 3))                  # some points coincide
+            axis.annotate(str(number), (x, share), offset, textcoords="offset points", color=color)
             if name in METHODS:
                 controls = [found[name, kind] for kind in RANDOM]
                 axis.plot([perplexity(c) for c in controls], [hit_share(c) for c in controls], ".",
                           color=GREY, markersize=4, alpha=0.6)
-        axis.set_xscale("log")
         axis.set_xlabel("disfluency (perplexity per token, unsteered model); grey: five random directions")
         axis.set_ylabel(f"completions with {wish.meaning}")
         axis.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), handlelength=0)

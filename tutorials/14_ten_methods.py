@@ -254,8 +254,10 @@ lesson.save(figure, "14_ten_methods")
 
 # %% [markdown]
 # One prompt, one topic, twenty texts: read it as a map, not as a race. `python -m benchmarks.paper methods`
-# has a hundred texts for each, settings chosen on other prompts, and the methods that are not on the line:
-# PPLM, ITI, ICV, function vectors and differences of weights.
+# has a hundred texts for each, settings chosen on other prompts, and methods that are not on this page or not
+# on the line: function vectors, PPLM, ITI, ICV and differences of weights. There the mean brings weddings
+# into 64 % of the texts at a disfluency of 8.4. Weights that were trained on the twelve sentences for some
+# twenty seconds bring them into 69 % at 5.6. So the line saves the training, but does not do better.
 #
 # ## Exercise 1
 # Activation capping: the stream's projection on v shall be at most t. Where it is below, nothing changes:
