@@ -9,7 +9,7 @@ weights = ["gguf", "huggingface_hub", "filelock", "jinja2", "tqdm"]
 tutorials = ["matplotlib", "tqdm", "vaderSentiment"]
 notebooks = ["jupytext", "nbformat", "nbclient", "ipykernel", *weights, *tutorials]
 judges = ["vaderSentiment", "alt-profanity-check", "scikit-learn", "transformers"]
-bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", *tutorials]
+bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", "xllamacpp", *tutorials]
 
 source = (HERE / "ministeer/__init__.py").read_text(encoding="utf-8")
 setup(
