@@ -1,8 +1,8 @@
 """The same work by ministeer and by its peers, one class each, so that speed.py can time them side by side.
 
-The methods are vector, sweep, generate, texts and score; a class may lack some. Each returns None, or a number
-or tokens by which answers can be compared. Libraries are imported when a class is used, because not all of
-them can be installed together.
+The methods are vector, sweep, generate, texts and score; a class may lack some. Each returns None, or a
+number or tokens by which answers can be compared. Libraries are imported when a class is used, because not
+all of them can be installed together.
 """
 
 import contextlib
@@ -78,6 +78,23 @@ class MinisteerCompiled(Ministeer):
         import ministeer
         super().__init__(folder, dtype, device)
         self.model = ministeer.fast(self.model, compile=True)
+
+
+class MinisteerInt8(Ministeer):
+    """ministeer.fast(model, compile=True, weights="int8")"""
+    weights = "int8"
+    exact, bits = False, "8"
+
+    def __init__(self, folder, dtype, device):
+        import ministeer
+        super().__init__(folder, dtype, device)
+        self.model = ministeer.fast(self.model, compile=True, weights=self.weights)
+
+
+class MinisteerInt4(MinisteerInt8):
+    """ministeer.fast(model, compile=True, weights="int4")"""
+    weights = "int4"
+    bits = "4, head 8"
 
 
 class Transformers:
@@ -374,8 +391,9 @@ def gguf_beside(folder):
 
 
 CONTESTANTS = {"transformers": Transformers, "ministeer": Ministeer, "fast": MinisteerFast,
-               "compiled": MinisteerCompiled, "transformer-lens": TransformerLens, "nnsight": NNsight,
-               "repeng": Repeng, "steering-vectors": SteeringVectors, "llama.cpp": LlamaCpp}
+               "compiled": MinisteerCompiled, "int8": MinisteerInt8, "int4": MinisteerInt4,
+               "llama.cpp": LlamaCpp, "transformer-lens": TransformerLens, "nnsight": NNsight,
+               "repeng": Repeng, "steering-vectors": SteeringVectors}
 
 
 def how_to_draw(sampled):
