@@ -27,8 +27,9 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
     Write `model = fast(model)`, so that the memory of the plain matrices is freed.
     compile: also compile the blocks for one row and one position, the case of generating one text. Compiling
         happens here and takes about ten seconds; packed models then keep a second copy of the matrices.
-    weights: "int8" or "int4" rounds the matrices to 8 or 4 bits, for generating few texts at once: another
-        model, though a close one (benchmarks/README.md has the loss). It has no state_dict and no gradients.
+    weights: "int8" or "int4" rounds the matrices to 8 or 4 bits (the head to 8), for generating few texts at
+        once: another model, though a close one (benchmarks/README.md has the loss). It cannot be trained, and
+        has no state_dict.
     Only float32 and bfloat16 on the CPU are packed. What cannot be done is left out, with a warning that says
     why. A fast model is returned unchanged.
     deepcopy, state_dict, torch.save and .to() work; weights that cannot be packed there become plain again.
@@ -50,7 +51,7 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
         raise ValueError(f"weights={weights!r} is for a model that is not trained; call "
                          "model.requires_grad_(False) first, or leave weights out.")
     weight = next(model.parameters())
-    fault = cannot_pack(weight)
+    fault = cannot_pack(weight, SMALL.get(weights))
     if fault:
         warnings.warn(f"fast does not pack the weights: {fault}.", stacklevel=2)
         if not compile and weight.dtype != torch.bfloat16:      # for which attend_one helps without packing
@@ -61,7 +62,7 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
             block.__class__ = FAST_BLOCKS[type(block)]
     if not fault:
         if weights:
-            pack(result, SMALL[weights], Int8)      # of the head, 4 bits would be too few
+            pack(result, functools.partial(small, SMALL[weights]), functools.partial(small, Int8))
         else:
             keep = functools.partial(Packed, keep=compile)
             pack(result, keep, keep)
@@ -75,13 +76,15 @@ def is_fast(model: LM) -> bool:
     return any(isinstance(part, Packed | Small | FastBlock) for part in model.modules())
 
 
-def cannot_pack(weight: Tensor) -> str | None:
-    """Why weights like this one cannot be packed, or None if they can."""
+def cannot_pack(weight: Tensor, kind: type[Small] | None = None) -> str | None:
+    """Why weights like this one cannot be packed (or kept by a `kind`), or None if they can."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         given = f"{weight.dtype} on {weight.device}"
         return f"it is for float32 and bfloat16 on the CPU, and this model is {given}"
     try:
-        ones = torch.ones(16, 16, dtype=weight.dtype)
+        ones = torch.ones(GROUP, GROUP, dtype=weight.dtype)
+        if kind:
+            kind(ones)(ones)
         packed = torch.ops.mkldnn._reorder_linear_weight(ones)
         torch.ops.mkldnn._linear_pointwise(ones[None], packed, None, "none", [], "")
     except (AttributeError, RuntimeError) as error:
@@ -172,6 +175,14 @@ class Packed(nn.Module):
         return type(self), (self.dense(), self.bias, self.keep), {"compiled": self.compiled}
 
 
+def small(kind: type[Small], weight: Tensor, bias: Tensor | None = None) -> Small | Packed:
+    """The matrix kept by that kind; by another where torch's operators could not take its sizes."""
+    outputs, inputs = weight.shape
+    if inputs % GROUP:          # Trap: given such a matrix, the operator of Int8 reads outside of it
+        return Packed(weight, bias)
+    return (Int8 if outputs % 16 else kind)(weight, bias)
+
+
 class Small(nn.Module):
     """x W^T + b in bfloat16, with W rounded to few bits: fewer bytes to read for each token. No gradients.
 
@@ -181,7 +192,7 @@ class Small(nn.Module):
     compiled = False            # the head of a compiled model
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x.flatten(0, -2).bfloat16()).to(x).unflatten(0, x.shape[:-1])
+        y = self.product(x.flatten(0, -2).bfloat16().contiguous()).to(x).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -198,7 +209,7 @@ class Int8(Small):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
-        self.bias, weight = bias, weight.detach().float()
+        self.bias, weight = bias, weight.detach().float().contiguous()
         self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
         self.codes = (weight / self.scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
 
@@ -233,7 +244,7 @@ class Int4(Small):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scales)
 
 
-GROUP = 32
+GROUP = 32                      # weights that share a scale, as in Q4_1
 SMALL = {"int8": Int8, "int4": Int4}
 
 
