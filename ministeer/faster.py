@@ -109,7 +109,7 @@ def pack(model: LM, layout: Callable[..., nn.Module], head: Callable[..., nn.Mod
 def compile_steps(model: LM) -> None:
     """Compile a model for single positions, or warn and leave it uncompiled."""
     parts = [part for part in [*model.blocks, getattr(model, "lm_head", None)]
-             if isinstance(part, FastBlock | Packed | Small)]
+             if isinstance(part, FastBlock | Packed)]
     for part in parts:
         part.compiled = True
     try:
@@ -135,7 +135,7 @@ class Packed(nn.Module):
     These operators are private to torch, but its public float32 product reads weights at most half as fast.
     keep: also keep the plain W, for compiled code
     """
-    compiled = False
+    compiled = False            # the head of a compiled model, which is compiled for a single position
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, keep: bool = False):
         super().__init__()
@@ -154,6 +154,12 @@ class Packed(nn.Module):
         return self.packed.to_dense().to(self.dtype) if self.weight is None else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compiled and x.shape[:2] == (1, 1):
+            # Trap: a last position has other strides than a single one, and would be compiled again.
+            return compiled(Packed.product)(self, x[0])[None]
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling() and self.weight is not None:
@@ -189,7 +195,6 @@ class Small(nn.Module):
     The operators are private to torch, and no public one reads such weights as fast.
     A kind provides product(x), x (rows, inputs) -> (rows, outputs), both bfloat16, and dense(), W unpacked.
     """
-    compiled = False            # the head of a compiled model
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.product(x.flatten(0, -2).bfloat16().contiguous()).to(x).unflatten(0, x.shape[:-1])
