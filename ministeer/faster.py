@@ -185,7 +185,7 @@ def small(kind: type[Small], weight: Tensor, bias: Tensor | None = None) -> Smal
     """The matrix kept by that kind; by another where torch's operators could not take its sizes."""
     outputs, inputs = weight.shape
     if inputs % GROUP:          # Trap: given such a matrix, the operator of Int8 reads outside of it
-        return Packed(weight, bias)
+        return Packed(weight, bias, keep=True)      # kept for compiled code, which cannot read packed ones
     return (Int8 if outputs % 16 else kind)(weight, bias)
 
 

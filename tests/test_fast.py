@@ -46,7 +46,7 @@ def one_by_one(model, ids):
 def compiled(model, weights=None):
     torch.compiler.reset()      # torch compiles a function for eight models only, and these tests have more
     quick = fast(model, compile=True, weights=weights)
-    assert isinstance(quick.blocks[0], FastBlock)
+    assert isinstance(quick.blocks[0], FastBlock) and quick.blocks[0].compiled
     return quick
 
 
