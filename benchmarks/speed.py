@@ -2,13 +2,14 @@
 
     python -m benchmarks.speed      (about 25 minutes on two cores if transformers is the only peer here)
     python -m benchmarks.speed --tasks vector sweep --dtype bfloat16 --out speed.jsonl
-    python -m benchmarks.speed --python steering-vectors=other/bin/python
+    python -m benchmarks.speed --python steering-vectors=other/bin/python --minutes 20
+    python -m benchmarks.speed --contestants llama.cpp compiled --tasks texts-1 texts-8 texts-32
     python -m benchmarks.speed --model llama-3.1-8b --random --device cuda --dtype bfloat16
 
 A figure is how many times as fast as transformers with a forward pre-hook: the median over repetitions that
 ran one after the other. Trust ratios within one run, not seconds across runs. A peer that is not installed is
 left out with a message; --python names the interpreter of one that needs an environment of its own. --out
-appends one JSON line for each measurement. The peers are in peers.py.
+appends one JSON line for each measurement. The peers are in peers.py. Ctrl-C prints what there is.
 """
 
 import argparse
@@ -42,6 +43,9 @@ TASKS = {
     "generate-1": (f"{NEW} steered tokens, batch 1, greedy", ["generate", 1]),
     "generate-8": (f"{NEW} steered tokens, batch 8, greedy", ["generate", 8]),
     "generate-32": (f"{NEW} steered tokens, batch 32, greedy", ["generate", 32]),
+    "texts-1": (f"{NEW} steered tokens as text, batch 1, whole vocabulary", ["texts", 1]),
+    "texts-8": (f"{NEW} steered tokens as text, batch 8, whole vocabulary", ["texts", 8]),
+    "texts-32": (f"{NEW} steered tokens as text, batch 32, whole vocabulary", ["texts", 32]),
     "sample-8": (f"{NEW} steered tokens, batch 8, {SAMPLED}", ["generate", 8, NEW, True]),
     "cell": (f"one layer of the sweep of 4.1: 200 × 40 tokens, {SAMPLED}", ["generate", 200, 40, True]),
     "score": ("scoring 64 × 128 tokens", ["score"]),
@@ -116,13 +120,18 @@ def measure(task, names, args, say):
     """-> {name: {"seconds": one per repetition, "answer", "peak_mib"}}.
 
     The contestants take turns; the first round does not count. One that fails is left out with a message to
-    `say`.
+    `say`, and one that has no such task without a message. Where time runs out, only the rounds that all have
+    finished count, and args.ended says so.
     """
-    results = {name: {"seconds": [], "answer": None, "peak_mib": None} for name in names}
+    method = TASKS[task][1]
+    results = {name: {"seconds": [], "answer": None, "peak_mib": None} for name in names
+               if method is None or getattr(CONTESTANTS[name], method[0], None)}
     running = {}
     try:
         for repetition in range(-1, args.reps):
             for name in list(results):
+                if time.monotonic() > args.end:
+                    raise KeyboardInterrupt
                 try:
                     if task == "load":
                         begin = time.perf_counter()
@@ -140,6 +149,12 @@ def measure(task, names, args, say):
                 if repetition >= 0:
                     results[name]["seconds"].append(seconds)
                 results[name].update(answer=answer, peak_mib=peak)
+    except KeyboardInterrupt:
+        args.ended = True
+        rounds = min(len(result["seconds"]) for result in results.values())
+        for result in results.values():
+            del result["seconds"][rounds:]
+        return results if rounds else {}
     finally:
         for process in running.values():
             with contextlib.suppress(OSError):
@@ -178,10 +193,14 @@ def installed(name, args, say):
 def table(rows, names, versions, args):
     """Print the results. rows: (task, results of `measure`, {name: ratio to transformers})"""
     others = [name for name in names if name != "transformers"]
-    print(f"\n{args.dtype}, {args.device}, {args.threads} threads, torch {torch.__version__}, "
-          f"median of {args.reps}; times as fast as transformers {versions['transformers']}; "
+    fewest = min(len(results["transformers"]["seconds"]) for _, results, _ in rows)
+    print(f"\n{args.dtype}, {args.device}, {args.threads} threads, torch {torch.__version__}, median of "
+          f"{args.reps}{f' (of {fewest} where it ended early)' if fewest < args.reps else ''}; "
+          f"times as fast as transformers {versions['transformers']}; "
           "in brackets the peak memory of the process, MiB\n")
     print("| work | " + " | ".join(others) + " | transformers |\n|" + "---|" * (len(others) + 2))
+    kept = {name: CONTESTANTS[name].bits or args.dtype.strip("bfloat") for name in names}
+    print("| bits of a weight | " + " | ".join(kept[name] for name in [*others, "transformers"]) + " |")
     for task, results, ratios in rows:
         base = results["transformers"]
         cells = [cell(name, results, ratios, args.dtype) for name in others]
@@ -200,7 +219,8 @@ def table(rows, names, versions, args):
               f"allows {limit:.0f} tokens/s. Reached: "
               + ", ".join(f"{name} {NEW / seconds:.0f}" for name, seconds in medians["generate-1"].items())
               + ".")
-    print("\n≠: its answer differs from transformers' answer.")
+    print("\n≠: its answer differs from transformers' answer. Not compared, because it does other work: "
+          + (", ".join(name for name in others if not CONTESTANTS[name].exact) or "none") + ".")
 
 
 def cell(name, results, ratios, dtype):
@@ -278,6 +298,8 @@ def main():
                         help="the interpreter of a peer")
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="begin no measurement later than this; the table has what there is until then")
     parser.add_argument("--out", help="append JSON lines here")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -304,9 +326,9 @@ def main():
     names = [name for name, version in versions.items() if version]
     if "transformers" not in names:
         parser.error("all figures are ratios to transformers: pip install -e '.[bench]'")
-    rows = []
+    args.end, args.ended, rows = time.monotonic() + 60 * args.minutes, False, []
     for task in tqdm(args.tasks, "tasks"):
-        results = measure(task, names, args, tqdm.write)
+        results = {} if args.ended else measure(task, names, args, tqdm.write)
         if "transformers" not in results:
             continue
         base = results["transformers"]["seconds"]
@@ -319,7 +341,10 @@ def main():
                      "versions": versions, "ratios": ratios, "results": results}
             with open(args.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(about, ensure_ascii=False) + "\n")
-    table(rows, names, versions, args)
+    if rows:
+        table(rows, names, versions, args)
+    if args.ended:
+        print("\nEnded early, by --minutes or Ctrl-C.")
     return None
 
 

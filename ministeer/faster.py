@@ -16,16 +16,20 @@ from torch import Tensor, nn
 from . import gpt2, gptj, llama, opt
 from .attention import KVCache, attend, merge_heads
 from .model import LM
+from .utils import one_line
 
 Rotation = tuple[Tensor, Tensor] | None      # cos and sin, where a family turns queries and keys
 
 
-def fast(model: LM, compile: bool = False) -> LM:
+def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
     """A model -> one that computes the same, up to rounding, faster. Both share what is not packed.
 
     Write `model = fast(model)`, so that the memory of the plain matrices is freed.
     compile: also compile the blocks for one row and one position, the case of generating one text. Compiling
         happens here and takes about ten seconds; packed models then keep a second copy of the matrices.
+    weights: "int8" or "int4" rounds the matrices to 8 or 4 bits (the head to 8), for generating few texts at
+        once: another model, though a close one (benchmarks/README.md has the loss). It cannot be trained, and
+        has no state_dict.
     Only float32 and bfloat16 on the CPU are packed. What cannot be done is left out, with a warning that says
     why. A fast model is returned unchanged.
     deepcopy, state_dict, torch.save and .to() work; weights that cannot be packed there become plain again.
@@ -33,6 +37,8 @@ def fast(model: LM, compile: bool = False) -> LM:
     if not isinstance(model, LM):
         raise ValueError("fast takes a model, the first of the two things that `load` returns; "
                          f"given: {type(model).__name__}.")
+    if weights not in (None, *SMALL):
+        raise ValueError(f"weights {one_line(weights)}; possible: None, {', '.join(map(repr, SMALL))}.")
     if model.processes > 1:
         warnings.warn(f"fast returns the model unchanged: {model.processes} processes share its weights.",
                       stacklevel=2)
@@ -41,9 +47,15 @@ def fast(model: LM, compile: bool = False) -> LM:
         if compile and not any(getattr(block, "compiled", False) for block in model.blocks):
             warnings.warn("fast returns the model unchanged: it was packed without what compiling needs. "
                           "Pass the plain model.", stacklevel=2)
+        if weights and not any(type(part) is SMALL[weights] for part in model.modules()):
+            warnings.warn("fast returns the model unchanged: its weights are packed in another way. "
+                          "Pass the plain model.", stacklevel=2)
         return model
+    if weights and any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"weights={weights!r} is for a model that is not trained; call "
+                         "model.requires_grad_(False) first, or leave weights out.")
     weight = next(model.parameters())
-    fault = cannot_pack(weight)
+    fault = cannot_pack(weight, SMALL.get(weights))
     if fault:
         warnings.warn(f"fast does not pack the weights: {fault}.", stacklevel=2)
         if not compile and weight.dtype != torch.bfloat16:      # for which attend_one helps without packing
@@ -53,7 +65,11 @@ def fast(model: LM, compile: bool = False) -> LM:
         if type(block) in FAST_BLOCKS:
             block.__class__ = FAST_BLOCKS[type(block)]
     if not fault:
-        pack(result, keep=compile)
+        if weights:
+            pack(result, functools.partial(small, SMALL[weights]), functools.partial(small, Int8))
+        else:
+            keep = functools.partial(Packed, keep=compile)
+            pack(result, keep, keep)
     if compile:
         compile_steps(result)
     return result
@@ -61,16 +77,18 @@ def fast(model: LM, compile: bool = False) -> LM:
 
 def is_fast(model: LM) -> bool:
     """Whether `fast` made the model."""
-    return any(isinstance(part, Packed | FastBlock) for part in model.modules())
+    return any(isinstance(part, Packed | Small | FastBlock) for part in model.modules())
 
 
-def cannot_pack(weight: Tensor) -> str | None:
-    """Why weights like this one cannot be packed, or None if they can."""
+def cannot_pack(weight: Tensor, kind: type[Small] | None = None) -> str | None:
+    """Why weights like this one cannot be packed (or kept by a `kind`), or None if they can."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
         given = f"{weight.dtype} on {weight.device}"
         return f"it is for float32 and bfloat16 on the CPU, and this model is {given}"
     try:
-        ones = torch.ones(16, 16, dtype=weight.dtype)
+        ones = torch.ones(GROUP, GROUP, dtype=weight.dtype)
+        if kind:
+            kind(ones)(ones)
         packed = torch.ops.mkldnn._reorder_linear_weight(ones)
         torch.ops.mkldnn._linear_pointwise(ones[None], packed, None, "none", [], "")
     except (AttributeError, RuntimeError) as error:
@@ -78,23 +96,24 @@ def cannot_pack(weight: Tensor) -> str | None:
     return None
 
 
-def pack(model: LM, keep: bool) -> None:
-    """Replace every matrix by a Packed one, which keeps a plain copy too if `keep`."""
-    for parent in [part for part in model.modules() if not isinstance(part, nn.Linear | gpt2.Conv1D)]:
-        for name, part in list(parent.named_children()):
-            if isinstance(part, nn.Linear):
-                setattr(parent, name, Packed(part.weight, part.bias, keep))
-            if isinstance(part, gpt2.Conv1D):
-                setattr(parent, name, Packed(part.weight.T, part.bias, keep))
+def pack(model: LM, layout: Callable[..., nn.Module], head: Callable[..., nn.Module]) -> None:
+    """Replace every matrix by layout(W, b), and the unembedding by head(W, b)."""
     # A tied head is the embedding, which stays plain as well, for looking tokens up.
     tied = not hasattr(model, "lm_head")
-    weight = model.get_parameter(model.embedding_name) if tied else model.lm_head.dense()
-    model.lm_head = PackedHead(weight, None if tied else model.lm_head.bias, keep)
+    weight = model.get_parameter(model.embedding_name) if tied else model.lm_head.weight
+    bias = None if tied else model.lm_head.bias
+    for parent in [part for part in model.modules() if not isinstance(part, nn.Linear | gpt2.Conv1D)]:
+        for name, part in list(parent.named_children()):
+            if isinstance(part, nn.Linear | gpt2.Conv1D) and part is not getattr(model, "lm_head", None):
+                W = part.weight if isinstance(part, nn.Linear) else part.weight.T
+                setattr(parent, name, layout(W, part.bias))
+    model.lm_head = head(weight, bias)
 
 
 def compile_steps(model: LM) -> None:
     """Compile a model for single positions, or warn and leave it uncompiled."""
-    parts = [part for part in model.modules() if isinstance(part, FastBlock | PackedHead)]
+    parts = [part for part in [*model.blocks, getattr(model, "lm_head", None)]
+             if isinstance(part, FastBlock | Packed)]
     for part in parts:
         part.compiled = True
     try:
@@ -120,7 +139,7 @@ class Packed(nn.Module):
     These operators are private to torch, but its public float32 product reads weights at most half as fast.
     keep: also keep the plain W, for compiled code
     """
-    compiled = False
+    compiled = False            # the head of a compiled model, which is compiled for a single position
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, keep: bool = False):
         super().__init__()
@@ -139,6 +158,12 @@ class Packed(nn.Module):
         return self.packed.to_dense().to(self.dtype) if self.weight is None else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.compiled and x.shape[:2] == (1, 1):
+            # Trap: a last position has other strides than a single one, and would be compiled again.
+            return compiled(Packed.product)(self, x[0])[None]
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling() and self.weight is not None:
@@ -160,14 +185,76 @@ class Packed(nn.Module):
         return type(self), (self.dense(), self.bias, self.keep), {"compiled": self.compiled}
 
 
-class PackedHead(Packed):
-    """The unembedding, compiled for a single position as the blocks are."""
+def small(kind: type[Small], weight: Tensor, bias: Tensor | None = None) -> Small | Packed:
+    """The matrix kept by that kind; by another where torch's operators could not take its sizes."""
+    outputs, inputs = weight.shape
+    if inputs % GROUP:          # Trap: given such a matrix, the operator of Int8 reads outside of it
+        return Packed(weight, bias, keep=True)      # kept for compiled code, which cannot read packed ones
+    return (Int8 if outputs % 16 else kind)(weight, bias)
+
+
+class Small(nn.Module):
+    """x W^T + b in bfloat16, with W rounded to few bits: fewer bytes to read for each token. No gradients.
+
+    The operators are private to torch, and no public one reads such weights as fast.
+    A kind provides product(x), x (rows, inputs) -> (rows, outputs), both bfloat16, and dense(), W unpacked.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.compiled and x.shape[:2] == (1, 1):
-            # Trap: a last position has other strides than a single one, and would be compiled again.
-            return compiled(Packed.forward)(self, x[0])[None]
-        return super().forward(x)
+        y = self.product(x.flatten(0, -2).bfloat16().contiguous()).to(x).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        raise ValueError("weights of few bits have lost what a checkpoint must hold; save the plain model.")
+
+    def _apply(self, fn, recurse=True):         # behind .to(), .cuda(), .half() and the like
+        if fn(torch.zeros(1)).device.type != "cpu":
+            raise ValueError("weights of few bits stay on the CPU; move the plain model instead.")
+        return super()._apply(fn, recurse)
+
+
+class Int8(Small):
+    """W[i] = scale[i] * codes[i]: a whole number in -127 … 127 for each weight, a scale for each row."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.bias, weight = bias, weight.detach().float().contiguous()
+        self.scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+        self.codes = (weight / self.scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
+
+    def dense(self) -> Tensor:
+        return self.codes.float() * self.scale[:, None].float()
+
+    def product(self, x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
+
+
+class Int4(Small):
+    """W = scale * (code - 8) + zero: a whole number in 0 … 15 for each weight, scale and zero for each GROUP.
+
+    They span the group from its least weight to its largest, as GGUF's Q4_1 does, whose blocks these are: of
+    weights that came from such a file, only scale and zero are rounded, to bfloat16.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.bias, groups = bias, weight.detach().float().unflatten(1, (-1, GROUP))
+        least = groups.amin(dim=-1)
+        scale = ((groups.amax(dim=-1) - least) / 15).clamp(min=1e-30)
+        codes = ((groups - least[..., None]) / scale[..., None]).round().int().flatten(1)
+        self.codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        self.scales = torch.stack([scale, least + 8 * scale], dim=-1).transpose(0, 1).contiguous().bfloat16()
+
+    def dense(self) -> Tensor:
+        n_inputs = GROUP * len(self.scales)
+        return self.product(torch.eye(n_inputs, dtype=torch.bfloat16)).float().T
+
+    def product(self, x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scales)
+
+
+GROUP = 32                      # weights that share a scale, as in Q4_1
+SMALL = {"int8": Int8, "int4": Int4}
 
 
 class FastBlock(nn.Module):

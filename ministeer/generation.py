@@ -216,13 +216,15 @@ def sample_token(logits: Tensor, ids: Tensor, u: Tensor, sampling: Sampling, can
         # Each token of the row lowers its own logit by one penalty: in total, penalty * count.
         penalty = torch.full(ids.shape, -sampling.freq_penalty, device=ids.device)
         logits = logits.scatter_add(1, ids, penalty)
-    highest, new = logits.max(dim=-1)
-    if sampling.temperature > 0:
+    if sampling.temperature == 0:
+        total, new = logits.max(dim=-1)
+    else:
         p, tokens, enough = nucleus(logits, sampling.top_p, sampling.top_k, candidates)
         reached = p.cumsum(dim=-1)
-        i = torch.searchsorted(reached, u[:, None] * reached[:, -1:], right=True)   # the first past u
+        total = reached[:, -1]                  # NaN if a logit is NaN or inf
+        i = torch.searchsorted(reached, u[:, None] * total[:, None], right=True)    # the first past u
         new = tokens.gather(1, i.clamp(max=p.shape[1] - 1))[:, 0].where(enough, TOO_FEW)
-    return new.where(highest.isfinite(), NOT_FINITE)
+    return new.where(total.isfinite(), NOT_FINITE)
 
 
 def nucleus(logits: Tensor, top_p: float, top_k: int | None = None,

@@ -1,6 +1,7 @@
 """benchmarks/speed.py and growth.py run their contestants and points in processes of their own."""
 
 import json
+import time
 
 import pytest
 from test_benchmarks_paper import run
@@ -30,6 +31,27 @@ def test_the_contestants_do_the_same_work(smollm2, tmp_path, monkeypatch, capsys
     table = capsys.readouterr().out
     assert "| work | ministeer | fast | transformers |" in table
     assert " ≠ " not in table                   # no answer differs
+
+
+@pytest.mark.parametrize("minutes", ["0", "0.01"])
+def test_prints_what_it_has_when_the_minutes_are_over(minutes, smollm2, monkeypatch, capsys):
+    class Slow:
+        def __init__(self, name, args):
+            pass
+
+        def ask(self, task):
+            time.sleep(0.1)
+            return 0.1, 1.0, 50
+
+        def close(self):
+            pass
+    monkeypatch.setattr(speed, "Process", Slow)
+    monkeypatch.setattr(speed, "bound", lambda args: (1.0, 1.0, 1.0))
+    run(monkeypatch, speed, ["--model", smollm2, "--tasks", "vector", "--contestants", "ministeer",
+                             "--reps", "1000", "--minutes", minutes])
+    printed = capsys.readouterr().out
+    assert "Ended early" in printed
+    assert ("| vector of one pair" in printed) == (minutes != "0")
 
 
 @pytest.mark.long

@@ -249,7 +249,7 @@ def test_rejects_bad_pairs_layers_and_packed_models(tiny):
 def test_icv_and_iti_change_a_compiled_model_like_the_plain_one(tiny, tmp_path, monkeypatch):
     """Compiled but not packed: the compiled code for single positions has the change too."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("ministeer.faster.cannot_pack", lambda weight: "not in this test")
+    monkeypatch.setattr("ministeer.faster.cannot_pack", lambda *_: "not in this test")
     model, tokenizer = tiny
     torch.compiler.reset()
     with pytest.warns(UserWarning, match="not in this test"):

