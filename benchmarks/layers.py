@@ -11,7 +11,7 @@ import torch
 from ministeer.attention import attend, merge_heads
 from ministeer.evaluation.judges import WEDDING_WORDS, count_words
 from ministeer.evaluation.stats import bootstrap
-from ministeer.methods.inside_blocks import block_parts, writers
+from ministeer.methods.inside_blocks import block_parts, heads_changed
 from ministeer.steering import sink_share, steering_vectors
 
 from .lab import (
@@ -129,9 +129,9 @@ def patched(model, x, plain, l):
             rows[head, head, 1] = unsteered[0, head, 1]
         seen.append(rows)
     mixed = merge_heads(attend(q.expand(heads, -1, -1, -1), *seen))
-    after = block.post_attention_layernorm if hasattr(block, "self_attn") else block.ln_2
-    y = x + writers(block)[0](mixed)
-    return model.run(y + block.mlp(after(y)), pos, first_layer=l + 1)[-1]
+    with heads_changed(block, lambda _: mixed):
+        y = block(x.expand(heads, -1, -1), l, rope)
+    return model.run(y, pos, first_layer=l + 1)[-1]
 
 
 @torch.no_grad()

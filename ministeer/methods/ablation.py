@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import Embedding, Linear
+from ..opt import PostNormBlock
 from ..steering import Steer
 from ..utils import check_texts
 from .change import Along
@@ -56,9 +57,14 @@ def orthogonalised(model: LM, direction: Steer) -> LM:
 
     No residual of the new model has a component along r: r is ablated after each half of each block.
     The head that reads the stream stays as it is: if it was tied to the embedding, it gets its own matrix.
-    Raises ValueError for a model with packed weights and for a direction that is not this model's.
+    Raises ValueError for a model with packed weights, for OPT-350M, whose norms follow the halves of a block
+    and write along r again, and for a direction that is not this model's.
     """
     (first, *_) = model.check_steer(ablation(model, direction), 1)
+    embedding = model.get_parameter(model.embedding_name)
+    if isinstance(model.blocks[0], PostNormBlock) or embedding.shape[1] != model.config.d_model:
+        raise ValueError("in this model, a norm after each half of a block or a projection of the embedding "
+                         "writes along any direction again. Add ablation(model, direction) while it runs.")
     r, changed = F.normalize(first.vector, dim=0).to(model.device), plain_copy(model)
 
     def without(p):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..attention import attend, merge_heads
+from ..attention import merge_heads, split_heads
 from ..steering import Steer
 from ..utils import check_texts, check_whole
-from .inside_blocks import block_parts, check_undivided, head_outputs, is_llama, writers
+from .inside_blocks import check_undivided, head_outputs, heads_changed, writers
 from .many_pairs import token_ids
 
 if TYPE_CHECKING:
@@ -78,10 +78,11 @@ def indirect_effects(model: LM, tokenizer: Tokenizer, shuffled: Sequence[str], a
         def p(x: Tensor, answer: int = answer) -> Tensor:
             return model.unembed(x[:, -1:])[:, 0].float().softmax(dim=-1)[:, answer]
         for l, block in enumerate(model.blocks):
-            norm, attention = block_parts(block)
-            mixed = attend(*attention.qkv(norm(resid[l]), rope)).repeat(len(numbers), 1, 1, 1)
-            mixed[numbers, numbers, -1] = means[l].to(mixed)            # row h: head h replaced
-            x = resid[l] + writers(block)[0](merge_heads(mixed))
-            x = x + block.mlp((block.post_attention_layernorm if is_llama(block) else block.ln_2)(x))
+            def replace(mixed: Tensor, l: int = l) -> Tensor:
+                rows = split_heads(mixed, len(numbers)).clone()
+                rows[numbers, numbers, -1] = means[l].to(rows)          # row h: head h replaced
+                return merge_heads(rows)
+            with heads_changed(block, replace):
+                x = block(resid[l].expand(len(numbers), -1, -1), l, rope)
             effects[l] += p(model.run(x, pos, first_layer=l + 1)[-1]) - p(resid[-1])
     return effects / len(answer_ids)

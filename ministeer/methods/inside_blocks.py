@@ -5,14 +5,15 @@ Read first: many_pairs.py. Turner et al., section 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import gpt2, llama
+from .. import opt
 from ..attention import attend
 from ..faster import Packed
 from ..utils import check_number, check_whole
@@ -100,8 +101,8 @@ def icv(model: LM, tokenizer: Tokenizer, plus: Sequence[str], minus: Sequence[st
     vectors = vectors if control is None else random_numbers(vectors, control)
     changed = model.shared_copy()
     for block, v in zip(changed.blocks, vectors, strict=True):
-        is_llama(block)
-        block.mlp = Turned(block.mlp, v, strength)
+        name = "mlp" if hasattr(block, "mlp") else "fc2"        # OPT has no module for its whole MLP
+        setattr(block, name, Turned(part(block, name), v, strength))
     changed.fingerprint = ""
     return changed
 
@@ -150,21 +151,37 @@ def plain_copy(model: LM) -> LM:
     return changed
 
 
-def is_llama(block: nn.Module) -> bool:
-    """False for a block of GPT-2. Raises ValueError for any other family, whose parts have other names."""
-    if not isinstance(block, gpt2.Block | llama.Block):
-        raise ValueError("this looks inside blocks, and knows those of GPT-2 and Llama only; "
-                         f"given: {type(block).__module__}.")
-    return isinstance(block, llama.Block)
+def part(module: nn.Module, *names: str) -> nn.Module:
+    """The part with one of these names: families name the same part differently.
+
+    Raises ValueError if there is none.
+    """
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise ValueError(f"this looks inside blocks, and finds no {' or '.join(names)} in a "
+                     f"{type(module).__module__}.{type(module).__name__}.")
 
 
 def block_parts(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The norm before attention, and attention, in a block of either family."""
-    return (block.input_layernorm, block.self_attn) if is_llama(block) else (block.ln_1, block.attn)
+    """The norm before attention, and attention. A post-norm block has no norm there."""
+    norm = (nn.Identity() if isinstance(block, opt.PostNormBlock) else
+            part(block, "ln_1", "input_layernorm", "self_attn_layer_norm"))
+    return norm, part(block, "attn", "self_attn")
 
 
 def writers(block: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The projections by which attention and the MLP write to the stream, in a block of either family."""
-    if is_llama(block):
-        return block.self_attn.o_proj, block.mlp.down_proj
-    return block.attn.c_proj, block.mlp.c_proj
+    """The projections by which attention and the MLP write to the stream."""
+    _, attention = block_parts(block)
+    return (part(attention, "c_proj", "o_proj", "out_proj"),
+            part(getattr(block, "mlp", block), "c_proj", "down_proj", "fc_out", "fc2"))
+
+
+@contextlib.contextmanager
+def heads_changed(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within it, `change` makes of the merged heads (B, T, H * D) of `block` what is projected."""
+    hook = writers(block)[0].register_forward_pre_hook(lambda _, inputs: (change(inputs[0]),))
+    try:
+        yield
+    finally:
+        hook.remove()
