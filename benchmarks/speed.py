@@ -299,7 +299,7 @@ def main():
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=math.inf,
-                        help="begin no measurement after this many minutes; the table has what is done by then")
+                        help="begin no measurement after so many minutes; the table has what is done by then")
     parser.add_argument("--out", help="append JSON lines here")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -131,9 +131,9 @@ for name, steers in methods.items():
 # ## What does each get, and what does it cost?
 # The effect is how many of twenty completions have a wedding word. There are two costs. One is disfluency
 # (tutorial 05). The other is KL off the topic: on prompts that have nothing to do with weddings, how far the
-# next token's distribution is from the unsteered model's. Strength is the norm of what is added, in mean norms
-# of the layer's stream. Each method has its control: five random directions in place of its own, four texts
-# each.
+# next token's distribution is from the unsteered model's. Strength is the norm of what is added, in mean
+# norms of the layer's stream. Each method has its control: five random directions in place of its own, four
+# texts each.
 
 # %%
 off_topic = ["The capital of France is", "Water boils at a temperature of", "The square root of sixteen is",
@@ -221,19 +221,19 @@ for name, steers in methods.items():
 # Seven of the ten bring the topic in. Six of these act along the mean, or nearly, at every position, and have
 # it at least as often as ActAdd. In 200 texts, no random direction brings it in. But look at mean and
 # component: their cosine is 0.99 and their strengths are equal, and yet they have 14 and 18 of 20. So do not
-# rank methods that differ by less. Capped and fixed are nearly the same here, because the projection is nearly
-# always below the value.
+# rank methods that differ by less. Capped and fixed are nearly the same here, because the projection is
+# nearly always below the value.
 #
 # Three bring nothing. Ablation takes something away, and there was no wedding to take away. Angular steering
 # turns the stream all the way toward the direction, but only within a plane, and little of the stream lies in
-# that plane. The optimised vector makes the model say its sentence exactly, but it has nothing to do with the
-# mean (cosine near 0). A tenth of it brings no weddings. A quarter of it does (13 of 20, on other prompts),
-# but at a disfluency of 15.
+# that plane. The optimised vector makes the model say its sentence exactly, but does not point where the
+# mean points (cosine near 0). A tenth of it brings no weddings. A quarter of it does (13 of 20, on other
+# prompts), but at a disfluency of 15.
 #
 # What else changes? ActAdd's KL is the second highest: it changes the first word of every prompt a lot. But
 # random vectors at the same place do as much. The rule of conditional steering spares some of the off-topic
-# prompts, not all: an F1 of 1 on the prompts that it was made from was too good to be true. The time for a
-# token is about the same for all, since each only adds to the stream in a single pass.
+# prompts, not all: an F1 of 1 on the prompts that it was made from promised too much. The time for a token is
+# about the same for all, since each only adds to the stream in a single pass.
 #
 # ## The figure: effect against fluency
 

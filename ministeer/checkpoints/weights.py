@@ -60,7 +60,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
             stored = _read(path, full_name)
             digest.update(f"{name} {stored.dtype}".encode())
             numbers = stored.flatten().view(torch.uint8).numpy()
-            hashed = hasher.submit(digest.update, numbers if first else b"")    # the others need not read it all
+            hashed = hasher.submit(digest.update, numbers if first else b"")    # the others need not read all
             part = own_part(model, name, stored) if parallel else stored
             part = _converted(part, dtype, full_name, path).to(device)
             weights[name] = without_file(part) if parallel else part
