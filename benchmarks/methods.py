@@ -1,4 +1,4 @@
-"""One wish by every method of ministeer/methods/ beside ActAdd, and how each prompt responds to a vector.
+"""One wish, tried with each method of ministeer/methods/ and ActAdd; how each prompt responds to a vector.
 
 Read first: lab.py; paper.py runs these. Tutorial 14 shows a small version.
 """
@@ -75,13 +75,13 @@ OFF_TOPIC = ("The capital of France is", "Water boils at a temperature of", "def
              "The chemical symbol of gold is")
 RESTS = ("The chemical formula of water is", "for i in range(10):\n    print(", "Seven times eight is",
          "The longest river in Africa is", "An atom consists of a nucleus and", "The speed of light is about",
-         "The French Revolution began in")     # prompts that shall not fire; PROMPTS[5:] shall
+         "The French Revolution began in")     # prompts that should not fire; PROMPTS[5:] should
 
 
 LAYER = 12                      # of the vectors at every position: middle layers are usual; not tuned
-PPLM_LAYER, PPLM_SHARE = 20, 0.2        # later and fewer, because its gradients cost so much
+PPLM_LAYER, PPLM_SHARE = 20, 0.2        # later and fewer texts: its gradients cost much
 NEW = 20                        # tokens of a completion
-LIMIT = 2.0                     # a setting may have so many times the unsteered disfluency
+LIMIT = 2.0                     # the most that a setting's disfluency may be, in times the unsteered
 NOUNS = ("train", "dog", "house", "river", "chair", "boat", "cloud", "street")
 
 
@@ -263,7 +263,7 @@ METHODS = {
 
 
 def methods(lab, wish=None):
-    """Each method's effect, disfluency, KL off the topic and time, at the setting that it chose elsewhere."""
+    """Each method's effect, disfluency, KL off the topic and time, at the setting chosen on other prompts."""
     args, n, wish = lab.args, lab.n or 100, wish or weddings()
     plain, _ = ministeer.load(args.model, dtype=args.dtype, device=args.device)
     shared = Kit(lab, wish, plain)

@@ -20,8 +20,8 @@ All winners complete the test prompts once, beside five random vectors of the wi
 which the search does not use. Tests are paired, and their p-values are corrected together.
 
 Writes OUT/search-TASK.json, .md, .png, and the winner as OUT/search-TASK.safetensors, which `rivals --steer`
-reads. --front makes the same search at the front alone and writes OUT/search-TASK-front. An interrupted run
-continues where it stopped. --estimate only says how many hours the command takes here.
+reads. --front searches in the same way, but only at the front, and writes OUT/search-TASK-front. An
+interrupted run continues where it stopped. --estimate only says how many hours the command would take here.
 """
 
 import argparse
@@ -336,7 +336,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", default="results")
     parser.add_argument("--estimate", action="store_true",
-                        help="only say how many hours the command takes here")
+                        help="only say how many hours the command would take here")
     args = parser.parse_args()
     args.layer, args.coeff, args.protocol, args.tuning = None, None, "paper", FINALS[-1][0]
     args.experiment = f"search-{args.task}" + "-front" * args.front

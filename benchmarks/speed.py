@@ -9,7 +9,7 @@
 A figure is how many times as fast as transformers with a forward pre-hook: the median over repetitions that
 ran one after the other. Trust ratios within one run, not seconds across runs. A peer that is not installed is
 left out with a message; --python names the interpreter of one that needs an environment of its own. --out
-appends one JSON line for each measurement. The peers are in peers.py. Ctrl-C prints what there is.
+appends one JSON line for each measurement. The peers are in peers.py. Ctrl-C prints what is done.
 """
 
 import argparse
@@ -120,8 +120,8 @@ def measure(task, names, args, say):
     """-> {name: {"seconds": one per repetition, "answer", "peak_mib"}}.
 
     The contestants take turns; the first round does not count. One that fails is left out with a message to
-    `say`, and one that has no such task without a message. Where time runs out, only the rounds that all have
-    finished count, and args.ended says so.
+    `say`, and one that has no such task without a message. If time runs out, only the rounds that all of them
+    finished count, and args.ended is True.
     """
     method = TASKS[task][1]
     results = {name: {"seconds": [], "answer": None, "peak_mib": None} for name in names
@@ -299,7 +299,7 @@ def main():
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=math.inf,
-                        help="begin no measurement later than this; the table has what there is until then")
+                        help="begin no measurement after so many minutes; the table has what is done by then")
     parser.add_argument("--out", help="append JSON lines here")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()

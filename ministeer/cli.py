@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def is_first() -> bool:
-    """False in all but the first of the processes that torchrun starts. They compute the same."""
+    """False in all but the first of the processes that torchrun starts. All compute the same."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -27,9 +27,9 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
     Write `model = fast(model)`, so that the memory of the plain matrices is freed.
     compile: also compile the blocks for one row and one position, the case of generating one text. Compiling
         happens here and takes about ten seconds; packed models then keep a second copy of the matrices.
-    weights: "int8" or "int4" rounds the matrices to 8 or 4 bits (the head to 8), for generating few texts at
-        once: another model, though a close one (benchmarks/README.md has the loss). It cannot be trained, and
-        has no state_dict.
+    weights: "int8" or "int4" rounds the matrices to 8 or 4 bits (the head to 8), for generating a few texts
+        at once. The result is close to the model, but not equal (benchmarks/README.md has the loss). It
+        cannot be trained, and has no state_dict.
     Only float32 and bfloat16 on the CPU are packed. What cannot be done is left out, with a warning that says
     why. A fast model is returned unchanged.
     deepcopy, state_dict, torch.save and .to() work; weights that cannot be packed there become plain again.
@@ -186,9 +186,9 @@ class Packed(nn.Module):
 
 
 def small(kind: type[Small], weight: Tensor, bias: Tensor | None = None) -> Small | Packed:
-    """The matrix kept by that kind; by another where torch's operators could not take its sizes."""
+    """The matrix, kept by `kind`, or by another class where torch's operators cannot take its sizes."""
     outputs, inputs = weight.shape
-    if inputs % GROUP:          # Trap: given such a matrix, the operator of Int8 reads outside of it
+    if inputs % GROUP:          # Trap: given such a matrix, the operator of Int8 reads outside it
         return Packed(weight, bias, keep=True)      # kept for compiled code, which cannot read packed ones
     return (Int8 if outputs % 16 else kind)(weight, bias)
 
@@ -232,8 +232,8 @@ class Int8(Small):
 class Int4(Small):
     """W = scale * (code - 8) + zero: a whole number in 0 … 15 for each weight, scale and zero for each GROUP.
 
-    They span the group from its least weight to its largest, as GGUF's Q4_1 does, whose blocks these are: of
-    weights that came from such a file, only scale and zero are rounded, to bfloat16.
+    The 16 values span the group from its least weight to its largest, as in GGUF's Q4_1. So of weights that
+    came from such a file, only scale and zero are rounded, to bfloat16.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):

@@ -71,12 +71,12 @@ print("steps of gradient descent:", sentence.note["steps"], "exact:", sentence.n
 
 # %% [markdown]
 # The repr shows how well the pairs agree: the mean cosine of two of their differences. The lower it is, the
-# less is common to all pairs, and the less can be expected of their mean (Braun et al. 2025).
+# less the pairs have in common, and the less you can expect of their mean (Braun et al. 2025).
 #
 # ## Ten ways to use one
-# Conditional steering (CAST) also needs a rule: which prompts shall be steered? It is searched on a few
-# prompts of both sorts, and decides once, when the prompt has been read. (Most numbers below were chosen on
-# other prompts, among a few for each method: `python -m benchmarks.paper methods`.)
+# Conditional steering (CAST) also needs a rule: which prompts should be steered? We look for a rule on a few
+# prompts of both sorts. It decides once, when the prompt has been read. (Most numbers below were chosen on
+# other prompts, from a few values for each method: `python -m benchmarks.paper methods`.)
 
 # %%
 stories = ["In the evening we sat down and talked about", "On the train I met a woman who said",
@@ -90,8 +90,8 @@ methods = {
     "mean": [0.5 * mean],
     "component": [0.5 * norm * component],
     "norm kept": [Change(12, mean.vector, 0.5, keep_norm=True)],
-    "capped": [Cap(12, -mean.vector, limit=-0.5 * norm)],           # x v is at least half the norm
-    "fixed": [Fixed(12, mean.vector, value=0.5 * norm)],            # x v is half the norm
+    "capped": [Cap(12, -mean.vector, limit=-0.5 * norm)],           # x·v is at least half the norm
+    "fixed": [Fixed(12, mean.vector, value=0.5 * norm)],            # x·v is half the norm
     "ablation": ablation(model, mean),
     "angular": angular(means, degrees=0),
     "conditional": [0.5 * mean],
@@ -125,14 +125,15 @@ for name, steers in methods.items():
 #> optimised    adds the same to every stream, at 1 layer
 
 # %% [markdown]
-# Same line, same loop, same cache. The conditional one adds a vector, like the mean; only its coefficient, 0
-# or 1, depends on the prompt.
+# All use the same line, the same loop and the same cache. Conditional steering adds a vector, like the mean;
+# only its coefficient, 0 or 1, depends on the prompt.
 #
 # ## What does each get, and what does it cost?
-# Effect: how many of twenty completions have a wedding word. Costs: disfluency (tutorial 05), and KL off the
-# topic: on prompts that have nothing to do with weddings, how far the next token's distribution is from the
-# unsteered model's. Strength is the norm of what is added, in mean norms of the layer. Each method has its
-# control: five random directions in place of its own, four texts each.
+# The effect is how many of twenty completions have a wedding word. There are two costs. One is disfluency
+# (tutorial 05). The other is KL off the topic: on prompts that have nothing to do with weddings, how far the
+# next token's distribution is from the unsteered model's. Strength is the norm of what is added, in mean
+# norms of the layer's stream. Each method has its control: five random directions in place of its own, four
+# texts each.
 
 # %%
 off_topic = ["The capital of France is", "Water boils at a temperature of", "The square root of sixteen is",
@@ -217,21 +218,22 @@ for name, steers in methods.items():
 #>    KL 1.47, random 0.56 to 1.29 ≈ 3.0 ms a token, ', "This is the best." I\'m not sure what '
 
 # %% [markdown]
-# Seven of the ten bring the topic in, and the six that act along the mean at every position do so at least as
-# often as ActAdd. No random direction brings it in, in 200 texts. But look at mean and component: their
-# cosine is 0.99 and their strengths are equal, and yet they have 14 and 18 of 20. So do not rank methods that
-# differ by less. Capped and fixed are nearly the same here: the projection is nearly always below the value.
+# Seven of the ten bring the topic in. Six of these act along the mean, or nearly, at every position, and have
+# it at least as often as ActAdd. In 200 texts, no random direction brings it in. But look at mean and
+# component: their cosine is 0.99 and their strengths are equal, and yet they have 14 and 18 of 20. So do not
+# rank methods that differ by less. Capped and fixed are nearly the same here, because the projection is
+# nearly always below the value.
 #
 # Three bring nothing. Ablation takes something away, and there was no wedding to take away. Angular steering
-# turns the stream all the way toward the direction, but within a plane in which little of the stream lies.
-# The optimised vector makes the model say its sentence exactly, and has nothing to do with the mean (cosine
-# near 0). A tenth of it brings no topic. More of it does (13 of 20 at a quarter, on other prompts), at a
-# disfluency of 15.
+# turns the stream all the way toward the direction, but only within a plane, and little of the stream lies in
+# that plane. The optimised vector makes the model say its sentence exactly, but does not point where the
+# mean points (cosine near 0). A tenth of it brings no weddings. A quarter of it does (13 of 20, on other
+# prompts), but at a disfluency of 15.
 #
-# What else changes? ActAdd overwrites the first word of every prompt, so its KL is high, but random vectors
-# at the same place have as much. The rule of conditional steering spares some of the off-topic prompts, not
-# all: an F1 of 1 on the prompts that it was made from was flattering. The time a token is about the same for
-# all: each is one addition in one pass.
+# What else changes? ActAdd's KL is the second highest: it changes the first word of every prompt a lot. But
+# random vectors at the same place do as much. The rule of conditional steering spares some of the off-topic
+# prompts, not all: an F1 of 1 on the prompts that it was made from promised too much. The time for a token is
+# about the same for all, since each only adds to the stream in a single pass.
 #
 # ## The figure: effect against fluency
 
@@ -253,15 +255,16 @@ axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), handlelen
 lesson.save(figure, "14_ten_methods")
 
 # %% [markdown]
-# One prompt, one topic, twenty texts: read it as a map, not as a race. `python -m benchmarks.paper methods`
-# has a hundred texts for each, settings chosen on other prompts, and methods that are not on this page or not
-# on the line: function vectors, PPLM, ITI, ICV and differences of weights. There the mean brings weddings
-# into 64 % of the texts at a disfluency of 8.4. Weights that were trained on the twelve sentences for some
-# twenty seconds bring them into 69 % at 5.6. So the line saves the training, but does not do better.
+# This is one prompt, one topic and twenty texts, so do not read it as a ranking. `python -m benchmarks.paper
+# methods` has a hundred texts for most methods, with settings chosen on other prompts. It also has methods
+# that are not on this page: function vectors, and four that need more than the one line (PPLM, ITI, ICV and
+# differences of weights). There the mean brings weddings into 64 % of the texts at a disfluency of 8.4.
+# Weights that were trained on the twelve sentences for some twenty seconds bring them into 69 % at 5.6. So
+# adding the mean saves the training, but did not do better.
 #
 # ## Exercise 1
-# Activation capping: the stream's projection on v shall be at most t. Where it is below, nothing changes:
-# x - max(x·v - t, 0) v, with v of norm 1. The vector that is given may have any norm.
+# Activation capping: the stream's projection on v should be at most t. Where it is below, nothing changes:
+# x - max(x·v - t, 0) v, with v of norm 1. The vector that you are given may have any norm.
 
 # %%
 def capped(x, vector, t):
@@ -302,6 +305,6 @@ lesson.check(wrong_way, (([0.0, 1.0], [[0.0, 1.0]]), 0.0),
 # lowest KL off your topic at equal effect. Choose each one's strength on two prompts, and report it on three
 # others, beside five random directions. Were you right?
 #
-# **Now you know** that ten methods are one line, and the four columns to ask of each new one: effect,
-# fluency, what else it changes, and the same with random directions. That was the last tutorial: go and steer
+# **Now you know** that ten methods are one line, and what to ask of each new one: its effect, its fluency,
+# what else it changes, and the same three with random directions. That was the last tutorial: go and steer
 # something.

@@ -1,7 +1,7 @@
 """parallel: one model in several processes. Each has its heads, its part of every MLP and of the vocabulary.
 
-Read first: weights.py. Shoeybi et al. 2019 (Megatron-LM), section 3. The sums are plain all_reduce calls, as
-torch.distributed.tensor.parallel knows no Conv1D and adds ten times their work to the reading of one token.
+Read first: weights.py. Shoeybi et al. 2019 (Megatron-LM), section 3. The sums are plain all_reduce calls.
+torch.distributed.tensor.parallel knows no Conv1D, and adds ten times as much work to reading one token.
 """
 
 import os
@@ -17,7 +17,7 @@ from ..gpt2 import Conv1D
 from ..model import LM, Embedding, Linear
 
 # By family: the matrices that read the stream, whose outputs are divided, and those that write to it, whose
-# inputs are divided and whose outputs are summed. Between the two a process needs no other.
+# inputs are divided and whose outputs are summed. Between the two, a process needs nothing from the others.
 PLANS = {
     "gpt2": (("c_attn", "c_fc"), ("c_proj",)),
     "llama": (("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")),
@@ -39,12 +39,12 @@ def connect(device: torch.device | str) -> None:
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():       # they wait while process 0 reads all weights, for the fingerprint
+    if not dist.is_initialized():       # the others wait while process 0 reads all weights for the digest
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
 
 
 def cut(model: LM) -> None:
-    """Give a model whose weights are still to be read the shapes of this process's part of it.
+    """Cut the shapes of a model, before its weights are read, to the part that this process keeps.
 
     Raises ValueError if the heads or the width of the MLP cannot be divided evenly.
     """
@@ -94,7 +94,7 @@ def own_part(model: LM, name: str, x: Tensor) -> Tensor:
 
 
 def without_file(x: Tensor) -> Tensor:
-    """x, or a copy if x is a view of a whole tensor, which would stay in memory."""
+    """x, or a copy if x is a view: its whole tensor would stay in memory."""
     alone = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
     return x if alone else x.clone(memory_format=torch.contiguous_format)
 
@@ -107,7 +107,7 @@ def said_by_first(text: str) -> str:
 
 
 class Shared(torch.autograd.Function):
-    """x -> x, which every process has. Its gradient is the sum of what the processes make of it."""
+    """x -> x, which every process has. Its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class Summed(torch.autograd.Function):
 
 
 class PartEmbedding(Embedding):
-    """Looks up the tokens of this process. The others do the rest."""
+    """Looks up this process's tokens. The other processes look up theirs, and the rows are summed."""
     n_vocab: int
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class PartEmbedding(Embedding):
 
 
 class PartHead(Linear):
-    """The logits of this process's tokens, and those of the others: 0 until they are summed."""
+    """The logits of this process's tokens, with 0 for all others, summed over the processes."""
     n_vocab: int
 
     def forward(self, x: Tensor) -> Tensor:

@@ -44,20 +44,20 @@ def steerability(coeffs: Sequence[float], propensities: Sequence[Sequence[float]
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """The correlation of the ranks of a and b (n,), from -1 to 1; 0 if all of one are equal.
+    """The correlation of the ranks of a and b (n,), from -1 to 1; 0 if all values of a, or of b, are equal.
 
     Equal values share the mean of their ranks. Spearman 1904.
     """
     a, b = numbers(a), numbers(b)
     if len(a) != len(b):
-        raise ValueError(f"ranks need as many of one as of the other; given: {len(a)} and {len(b)}.")
+        raise ValueError(f"spearman takes as many values of a as of b; given: {len(a)} and {len(b)}.")
     a, b = (ranks - ranks.mean() for ranks in (_ranks(a), _ranks(b)))
     size = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / size) if size else 0.0
 
 
 def _ranks(x):
-    """How many values are smaller, and half of how many others are equal."""
+    """For each value: the number of smaller ones, plus half the number of others that are equal."""
     return (x[:, None] > x).sum(axis=1) + ((x[:, None] == x).sum(axis=1) - 1) / 2
 
 
@@ -84,7 +84,7 @@ def kl_at_end(model: LM, tokenizer: Tokenizer, prompts: Sequence[str], steer: St
               changed: LM | None = None) -> list[float]:
     """KL(p || q) of the next token after each prompt, in nats: p of the unsteered model, q of the steered one
 
-    On prompts that have nothing to do with the wish, it says how much is changed that should stay.
+    On prompts that have nothing to do with the wish, it says how much changes that should stay the same.
     changed: the model that gives q, if steering changes the model itself
     """
     result = []
@@ -99,8 +99,8 @@ def kl_at_end(model: LM, tokenizer: Tokenizer, prompts: Sequence[str], steer: St
 def strength(model: LM, tokenizer: Tokenizer, steer: Steer, prompts: Sequence[str]) -> float:
     """mean |x' - x| where the Steer acts / mean |x|, x = resid[layer] at all positions but BOS of the prompts
 
-    A coeff means little by itself. About half the layer's mean norm is where sparse autoencoders' vectors
-    were found to steer best at every position (Eiffel Tower Llama, 2025).
+    A coeff means little by itself. Vectors of sparse autoencoders, added at every position, were found to
+    steer best at about half the layer's mean norm (Eiffel Tower Llama, 2025).
     Raises ValueError if it acts at no position of the prompts.
     """
     added, norms = [], []

@@ -34,7 +34,7 @@ def check_plain(steer: Steer, program: str) -> Steer:
                  f"for positions {steer.start} to {steer.stop - 1}. Make a vector (d_model,), for example "
                  "the mean of its rows, and measure what that does.")
     elif steer.start != 0:
-        fault = (f"adds from position 0, BOS, on, and this Steer from {steer.start} on. "
+        fault = (f"adds from position 0 (BOS) on, and this Steer from {steer.start} on. "
                  "Set start=0 with dataclasses.replace, and measure what that does.")
     if fault:
         raise ValueError(f"{program} {fault}")

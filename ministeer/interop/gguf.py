@@ -34,8 +34,8 @@ def save(path: str | os.PathLike, steer: Steers, model_hint: str = "") -> None:
     """Write direction.N = coeff * vector, which llama.cpp adds after block N: the Steer before block N + 1.
 
     model_hint: the model's architecture, such as "llama"; llama.cpp does not read it
-    llama.cpp adds at every position, BOS included, and N is 1 or more. Raises ValueError for Steers of which
-    it could not do the same: with rows for single positions, a start other than 0, or layer 0 or 1.
+    llama.cpp adds at every position, BOS included, and N is 1 or more. Raises ValueError for Steers that it
+    cannot add so: those with rows for single positions, a start other than 0, or layer 0 or 1.
     """
     found = directions(steer, "a control vector of llama.cpp", first_layer=2)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,9 +56,9 @@ def load(path: str | os.PathLike, layers: Sequence[int] | None = None,
     """A Steer before block N + 1, start 0, for each direction.N of the file, or for those of `layers` only.
 
     layers: blocks that read the changed stream, N + 1. Files often hold a direction after the last block,
-        which nothing reads but the final norm; it is refused once `model`, or a later use, tells the last.
+        which only the final norm reads. It is refused when `model`, or a later use, shows which is the last.
     Raises FileNotFoundError, and ValueError for a file that llama.cpp would not add in this way.
-    Warns of files of llama.cpp's cvector-generator, in which directions stand one block late.
+    Warns of files of llama.cpp's cvector-generator, in which directions stand one block too late.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {os.fspath(path)}.")
@@ -80,8 +80,8 @@ def load(path: str | os.PathLike, layers: Sequence[int] | None = None,
         count = reader.fields.get(f"{kind}.layer_count")
     # cvector-generator alone writes a signed number. It reads l_out-0, after block 0, into direction.1.
     if count is not None and count.types == [gguf.GGUFValueType.INT32]:
-        warnings.warn(f"{name} seems to be of llama.cpp's cvector-generator, which calls what it read after "
-                      "block N - 1 direction.N. Each is imported where llama.cpp adds it, after block N, one "
+        warnings.warn(f"{name} seems to come from llama.cpp's cvector-generator, whose direction.N was read "
+                      "after block N - 1. Each is imported where llama.cpp adds it, after block N, one "
                       "block later than it was read.", stacklevel=2)
     return steers(found, note, layers, model)
 

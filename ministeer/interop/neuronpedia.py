@@ -26,7 +26,7 @@ def save(path: str | os.PathLike, steer: Steer, model_id: str, label: str) -> No
 
     model_id: Neuronpedia's name of the model, such as "gpt2-small". label: the name to show
     coeff becomes the default strength. Raises ValueError for a Steer with rows for single positions, a start
-    other than 0, or a coeff beyond 300.
+    other than 0, or a coeff outside -300 … 300.
     """
     check_plain(steer, "Neuronpedia")
     if len(steer.vector) > WIDTH:

@@ -21,13 +21,13 @@ BLOCKS = ("model.layers", "transformer.h", "model.decoder.layers", "gpt_neox.lay
 
 @contextlib.contextmanager
 def attach(hf_model: nn.Module, steers: Steers, blocks: str = "") -> Iterator[None]:
-    """Within the `with`, hf_model adds what `LM` adds: for each s of `steers`, to what block s.layer reads.
+    """Within the `with`, hf_model adds each s of `steers` to what block s.layer reads, as `LM` does.
 
     hf_model: a decoder of the transformers library. Its forward and generate are steered, cached or not.
-    blocks: the dotted name of its list of blocks, if it is none of BLOCKS
+    blocks: the dotted name of its list of blocks, if that is not in BLOCKS
     Position 0 is the first token of a row that its attention_mask does not hide, so padding on the left moves
-    nothing. Without a mask, position_ids count, or else the length of the KV cache.
-    Which model the Steers were made with is not checked. A cache that was filled here is of no use outside.
+    nothing. Without a mask, positions come from position_ids, or else from the length of the KV cache.
+    Which model the Steers were made with is not checked. A cache filled here is steered: use it only here.
     Raises ValueError for blocks that are not found, and for Steers of other layers, widths or batches.
     """
     steers = [steers] if isinstance(steers, Steer) else check_list("steers", steers, "a list of Steers")

@@ -66,7 +66,7 @@ def agreement(d: Tensor) -> Tensor:
     """(|sum_i u_i|^2 - sum_i |u_i|^2) / (n (n - 1)), u_i = d_i / |d_i|: the mean cosine of two different rows
 
     d (n, …, d_model): the differences of n pairs -> (…,). A row of zeros has cosine 0 with all others.
-    The higher it is among the pairs' differences, the better their mean steers (Braun et al. 2505.22637).
+    Braun et al. (2505.22637) found that the higher it is, the more reliably the pairs' mean steers.
     In 576 dimensions, random directions have about 0.
     """
     n, units = len(d), F.normalize(d.float(), dim=-1)
