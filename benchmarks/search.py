@@ -94,7 +94,7 @@ def directions(lab, task, kind, norms):
     name, _, seed = kind.partition(" ")
     if name == "shuffled":
         pairs, chats = shuffled(pairs, int(seed)), shuffled(chats, int(seed))
-    chats = [tuple(tokenizer.chat([{"role": "user", "content": text}]) for text in pair) for pair in chats]
+    prompts = [tuple(tokenizer.chat([{"role": "user", "content": text}]) for text in pair) for pair in chats]
     layers = range(model.config.n_layer)
 
     def scaled(steer):
@@ -104,11 +104,12 @@ def directions(lab, task, kind, norms):
     def everywhere(name, states):
         return name, EVERY, [Steer(l, states[l], fingerprint=model.fingerprint) for l in layers]
 
-    made = [(f"{plus!r} - {minus!r}", FRONT, steering_vectors(model, tokenizer, plus, minus, layers))
-            for plus, minus in pairs]
-    states = differences(model, tokenizer, *zip(*pairs, *chats, strict=True))
-    made += [everywhere(f"{plus!r} - {minus!r}", row) for (plus, minus), row in zip(pairs + chats, states,
-                                                                                   strict=True)]
+    names = [f"{plus!r} - {minus!r}" for plus, minus in pairs]
+    made = [(name, FRONT, steering_vectors(model, tokenizer, *pair, layers))
+            for name, pair in zip(names, pairs, strict=True)]
+    names += [f"{plus!r} - {minus!r} as a chat" for plus, minus in chats]
+    states = differences(model, tokenizer, *zip(*pairs, *prompts, strict=True))
+    made += [everywhere(name, row) for name, row in zip(names, states, strict=True)]
     made.append(everywhere(f"mean of {len(pairs)} pairs", states[:len(pairs)].mean(dim=0)))
     if lab.args.front:
         made = [direction for direction in made if direction[1] == FRONT]
