@@ -114,7 +114,8 @@ def close(a, b, tolerance=1e-4):
     return (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 4])
 def test_every_process_computes_what_one_would_and_keeps_its_part(checkpoints, processes, tmp_path):
     done = torchrun(processes, __file__, tmp_path, *checkpoints)
     assert done.returncode == 0, done.stderr
