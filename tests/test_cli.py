@@ -411,7 +411,7 @@ REFUSED = {
     "freq_penalty": ["+ --freq-penalty inf", "+ --freq-penalty 1e300"],
     "seed": ["+ --seed -1"],
     "cannot be used": [f"+ --device {name}" for name in ("nonsense", "meta", "privateuseone", "cuda:99")],
-    "ministeer fetch nowhere": ["+ --model nowhere"],
+    "no model 'nowhere' here": ["+ --model nowhere"],
     "damaged": ["+ --model damaged"],
     "there is no config.json in": ["+ --model ."],
     "no model": ["+ --model a\nb\x1b[31m"],

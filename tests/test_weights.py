@@ -246,7 +246,8 @@ def test_looks_for_a_known_name_in_the_weights_folders_and_for_others_here_first
     ("../nonsense",) * 2, ("n" * 100_000, "n{100}…")])
 def test_rejects_an_unknown_name(name, shown, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with refused(f"no model .* here: .*`ministeer fetch {shown}`", FileNotFoundError):
+    how = f"`ministeer fetch {shown}`" if name == "owner/nonsense" else "Known names: smollm2-135m, "
+    with refused(f"no model '{shown}' here: .*{how}", FileNotFoundError):
         load(name)
     for other in (None, 5, b"gpt2", ["gpt2"]):
         with refused("must be a name or a folder; given: "):
