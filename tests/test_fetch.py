@@ -350,7 +350,7 @@ def test_a_broken_or_stopped_download_goes_on_where_it_stopped(large, whole, how
         assert ended == ((130, "", ["ministeer: interrupted"]) if how == "SIGINT" else (-9, "", []))
         assert how == "SIGKILL" or left_in(large.shelf) == []
         large.flow.set()
-        with pytest.raises(FileNotFoundError, match="ministeer fetch"):
+        with pytest.raises(FileNotFoundError, match="there is no config.json in"):
             load(large.shelf / TINY)
     else:
         large.cut_at, large.reset = 15 * MB, how == "reset"

@@ -4,6 +4,7 @@ Read first: weights.py. Shoeybi et al. 2019 (Megatron-LM), section 3. The sums a
 torch.distributed.tensor.parallel knows no Conv1D, and adds ten times as much work to reading one token.
 """
 
+import atexit
 import os
 from datetime import timedelta
 from typing import Any
@@ -41,6 +42,8 @@ def connect(device: torch.device | str) -> None:
         torch.cuda.set_device(device)
     if not dist.is_initialized():       # the others wait while process 0 reads all weights for the digest
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(days=1))
+        # Trap: a process that ends while its connections are open can abort in torch's C++ code.
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def cut(model: LM) -> None:
