@@ -78,13 +78,18 @@ class KVCache:
         end = self.length + T
         if l not in self.layers:
             self.layers[l] = tuple(new.new_empty(self.batch, n_kv_head, 0, d_head) for new in (k, v))
+        stored = self.grown(l, end)
+        for old, new in zip(stored, (k, v), strict=True):
+            old[:, :, self.length:end] = new
+        return tuple(old[:B, :, :end] for old in stored)
+
+    def grown(self, l: int, end: int) -> tuple[Tensor, Tensor]:
+        """What is stored of block l, (batch, H_kv, room, D) each, with room for `end` positions or more."""
         room = self.layers[l][0].shape[2]
         if room < end:
             more = min(self.max_len, max(end, 2 * room)) - room
             self.layers[l] = tuple(F.pad(old, (0, 0, 0, more)) for old in self.layers[l])
-        for stored, new in zip(self.layers[l], (k, v), strict=True):
-            stored[:, :, self.length:end] = new
-        return tuple(stored[:B, :, :end] for stored in self.layers[l])
+        return self.layers[l]
 
     def attend(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The `attend` above for the newest T positions of block l, which also see all earlier ones."""

@@ -6,15 +6,17 @@ Read first: model.py, whose loop also runs the fast blocks. Measurements: benchm
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import gpt2, gptj, llama, opt
-from .attention import KVCache, attend, merge_heads
+from .attention import KVCache
 from .model import LM
 from .utils import one_line
 
@@ -58,7 +60,7 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
     fault = cannot_pack(weight, SMALL.get(weights))
     if fault:
         warnings.warn(f"fast does not pack the weights: {fault}.", stacklevel=2)
-        if not compile and weight.dtype != torch.bfloat16:      # for which attend_one helps without packing
+        if not compile and weight.dtype != torch.bfloat16:      # for which Folding helps without packing
             return model
     result = model.shared_copy()
     for block in result.blocks:
@@ -258,73 +260,81 @@ SMALL = {"int8": Int8, "int4": Int4}
 
 
 class FastBlock(nn.Module):
-    """Mixed into a family's block: a single position runs in two halves, compiled if there is one row.
-
-    Attention runs between them, uncompiled: it has one key more at each step, and each shape compiles again.
-    parts: the names of attention's norm, attention, its output projection, and the norm of the MLP
-    """
+    """Mixed into a family's block: one position of one row runs as a single compiled function."""
     compiled = False
-    parts: tuple[str, str, str, str]
 
     def forward(self, x: Tensor, l: int, rope: Rotation = None, cache: KVCache | None = None) -> Tensor:
-        if x.shape[1] > 1:
+        if cache is None or not len(cache) or x.shape[1] > 1:
             return super().forward(x, l, rope, cache)
-        run = compiled if self.compiled and len(x) == 1 else lambda half: half
-        q, k, v = run(type(self).before)(self, x, rope)
-        k, v = cache.extend(l, k, v) if cache else (k, v)
-        mixed = (attend_one if q.dtype == torch.bfloat16 else attend)(q, k, v)
-        return run(type(self).after)(self, x, mixed)
+        if not self.compiled or len(x) > 1:
+            return super().forward(x, l, rope, Folding(cache) if x.dtype == torch.bfloat16 else cache)
+        keys, values = cache.grown(l, len(cache) + 1)
+        for stored in (keys, values):
+            torch._dynamo.mark_dynamic(stored, 2)       # or it compiles again each time that the cache grows
+        pos = torch.tensor([len(cache)], device=x.device)
+        return compiled(FastBlock.one)(self, x, rope, keys, values, pos)
 
-    def before(self, x: Tensor, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        norm, attention, _, _ = self.parts
-        return getattr(self, attention).qkv(getattr(self, norm)(x), rope)
-
-    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        _, attention, out, norm = self.parts
-        x = x + getattr(getattr(self, attention), out)(merge_heads(mixed))
-        return x + self.mlp(getattr(self, norm)(x))
+    def one(self, x: Tensor, rope: Rotation, keys: Tensor, values: Tensor, pos: Tensor) -> Tensor:
+        return super().forward(x, 0, rope, Room(keys, values, pos))
 
 
 class FastGPT2Block(FastBlock, gpt2.Block):
-    parts = "ln_1", "attn", "c_proj", "ln_2"
+    pass
 
 
 class FastLlamaBlock(FastBlock, llama.Block):
-    parts = "input_layernorm", "self_attn", "o_proj", "post_attention_layernorm"
+    pass
 
 
 class FastOPTBlock(FastBlock, opt.Block):
-    parts = "self_attn_layer_norm", "self_attn", "out_proj", "final_layer_norm"
-
-    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + self.self_attn.out_proj(merge_heads(mixed))
-        return x + self.feed_forward(self.final_layer_norm(x))
+    pass
 
 
 class FastPostNormBlock(FastBlock, opt.PostNormBlock):
-    def before(self, x: Tensor, rope: Rotation) -> tuple[Tensor, ...]:
-        return self.self_attn.qkv(x)
-
-    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = self.self_attn_layer_norm(x + self.self_attn.out_proj(merge_heads(mixed)))
-        return self.final_layer_norm(x + self.feed_forward(x))
+    pass
 
 
 class FastGPTJBlock(FastBlock, gptj.Block):
-    parts = "ln_1", "attn", "out_proj", "ln_1"
-
-    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
-        return x + self.attn.out_proj(merge_heads(mixed)) + self.mlp(self.ln_1(x))
+    pass
 
 
 FAST_BLOCKS = {gpt2.Block: FastGPT2Block, llama.Block: FastLlamaBlock, opt.Block: FastOPTBlock,
                opt.PostNormBlock: FastPostNormBlock, gptj.Block: FastGPTJBlock}
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """attend for a single position: queries that share a key head become several queries of one head.
+@dataclass
+class Room:
+    """What compiled code sees of a KVCache: the room for one block's keys and values, (1, H_kv, room, D).
 
-    This takes torch's bfloat16 kernel a fifth of the time.
+    pos (1,): the position being read. A tensor, because a number would be compiled into the code.
     """
-    folded = q[:, :, 0].unflatten(1, (k.shape[1], -1))
-    return F.scaled_dot_product_attention(folded, k, v).flatten(1, 2)[:, :, None]
+    keys: Tensor
+    values: Tensor
+    pos: Tensor
+
+    def attend(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """KVCache.attend, in sums of products, which the compiler turns into loops over what is stored."""
+        for stored, new in ((self.keys, k), (self.values, v)):
+            stored.index_copy_(2, self.pos, new)
+        q = fold(q, k)[:, :, :, None].float()
+        k, v = (stored[:, :, None].float() for stored in (self.keys, self.values))
+        unread = torch.arange(k.shape[3], device=k.device) > self.pos
+        scores = (q * k).sum(-1) / math.sqrt(q.shape[-1])               # (1, H_kv, H / H_kv, room)
+        pattern = scores.masked_fill(unread, -math.inf).softmax(-1)
+        mixed = (pattern[..., None] * v).sum(-2)                        # (1, H_kv, H / H_kv, D)
+        return mixed.flatten(1, 2)[:, :, None].to(self.keys)
+
+
+@dataclass
+class Folding:
+    """A KVCache whose `attend`, for a single position, takes torch's bfloat16 kernel a fifth of the time."""
+    cache: KVCache
+
+    def attend(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = self.cache.extend(l, k, v)
+        return F.scaled_dot_product_attention(fold(q, k), k, v).flatten(1, 2)[:, :, None]
+
+
+def fold(q: Tensor, k: Tensor) -> Tensor:
+    """q (B, H, 1, D) -> (B, H_kv, H / H_kv, D): queries that share a key head become queries of one head."""
+    return q[:, :, 0].unflatten(1, (k.shape[1], -1))

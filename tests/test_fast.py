@@ -7,9 +7,8 @@ import torch
 from conftest import EVERY_FAMILY, TEXT, hub_config, hub_model
 
 from ministeer import KVCache, generate, steering_vector
-from ministeer.attention import attend
 from ministeer.checkpoints.weights import load_model
-from ministeer.faster import FastBlock, Int4, Int8, Packed, Small, attend_one, fast
+from ministeer.faster import FastBlock, Folding, Int4, Int8, Packed, Room, Small, fast
 from ministeer.gpt2 import Conv1D
 
 try:
@@ -320,10 +319,23 @@ def test_fast_leaves_requires_grad_of_the_plain_model(tiny):
     assert all(p.requires_grad for p in trainable.parameters())
 
 
-def test_attend_one_equals_attend():
+@pytest.mark.parametrize(("batch", "n_read"), [(1, 1), (1, 8), (3, 8)])
+def test_other_ways_to_attend_write_and_read_the_same_keys_and_values(batch, n_read):
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(3, heads, S, 8, generator=generator) for heads, S in ((6, 1), (2, 9), (2, 9)))
-    assert close(attend_one(q, k, v), attend(q, k, v))
+
+    def random(heads, n):
+        return torch.randn(batch, heads, n, 8, generator=generator)
+    cache, read = KVCache(32, batch), (random(2, n_read), random(2, n_read))
+    cache.extend(0, *read)
+    cache.length = n_read
+    cache.grown(0, 20)                          # room that is not used yet
+    folding, room = copy.deepcopy(cache), copy.deepcopy(cache)
+    new = random(6, 1), random(2, 1), random(2, 1)
+    expected = cache.attend(0, *new)
+    assert close(Folding(folding).attend(0, *new), expected)
+    assert close(Room(*room.layers[0], torch.tensor([n_read])).attend(0, *new), expected)
+    for other in (folding, room):
+        assert all(torch.equal(a, b) for a, b in zip(other.layers[0], cache.layers[0], strict=True))
 
 
 def test_bfloat16_attends_faster_even_where_it_cannot_be_packed(tiny, monkeypatch):
@@ -331,12 +343,12 @@ def test_bfloat16_attends_faster_even_where_it_cannot_be_packed(tiny, monkeypatc
     half = copy.deepcopy(model).to(torch.bfloat16)
     monkeypatch.setattr("ministeer.faster.cannot_pack", lambda *_: "not in this test")
     calls = []
-    monkeypatch.setattr("ministeer.faster.attend_one", lambda q, k, v: calls.append(1) or attend_one(q, k, v))
+    monkeypatch.setattr("ministeer.faster.Folding", lambda cache: calls.append(1) or Folding(cache))
     with pytest.warns(UserWarning, match="not in this test"):
         quick = fast(half)
     ids, cache = torch.tensor([tokenizer.encode(TEXT[0])]), KVCache(99)
     one_by_one = torch.cat([quick(part, (), cache)[0] for part in ids.split(1, dim=1)], dim=1)
-    assert len(calls) == ids.shape[1] * model.config.n_layer
+    assert len(calls) == (ids.shape[1] - 1) * model.config.n_layer
     assert close(one_by_one.float(), half(ids)[0].float(), 0.03)
 
 
