@@ -22,7 +22,7 @@ import ministeer
 from ministeer.evaluation.measure import next_logprobs, sweep
 from ministeer.generation import Sampling, decoder, sample
 
-from .peers import MINUS, PLUS, PROMPT, TOP_P
+from .peers import MINUS, PLUS, PROMPT, TOP_P, rows
 from .speed import peak_mib
 
 SIZES = {
@@ -41,7 +41,7 @@ def work(kind, size, model, tokenizer):
         ids = torch.randint(1000, 40000, (1, size), generator=generator)
         return lambda: model(ids, steer, last_only=True)
     if kind == "batch":
-        ids = torch.tensor([tokenizer.encode(PROMPT)] * size)
+        ids = rows(torch.tensor([tokenizer.encode(PROMPT)]), size)
         sampling = Sampling(top_p=TOP_P, freq_penalty=1.0, max_new_tokens=32)
         draws = torch.rand(size, 32, generator=generator)
         return lambda: list(sample(decoder(model, (steer,), size, ids.shape[1] + 32), ids, draws, sampling))

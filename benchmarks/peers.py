@@ -42,7 +42,7 @@ class Ministeer:
         from ministeer import steering_vector
         from ministeer.generation import Sampling, decoder, sample
         steer = (4 * steering_vector(self.model, self.tokenizer, PLUS, MINUS, LAYER),)
-        ids = torch.tensor([self.tokenizer.encode(PROMPT)] * batch, device=self.device)
+        ids = rows(torch.tensor([self.tokenizer.encode(PROMPT)], device=self.device), batch, sampled)
         if sampled:
             sampling = Sampling(top_p=TOP_P, freq_penalty=PENALTY, max_new_tokens=new)
         else:
@@ -165,7 +165,7 @@ class Transformers:
         return total
 
     def generate(self, batch, new=NEW, sampled=False):
-        ids = self.prompt.repeat(batch, 1)
+        ids = rows(self.prompt, batch, sampled)
         with self.steered(LAYER, 4 * self.difference(LAYER)):
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
                                       pad_token_id=0, **how_to_draw(sampled))
@@ -284,8 +284,8 @@ class TransformerLens(Transformers):
         if sampled:
             how = {"do_sample": True, "top_p": TOP_P, "freq_penalty": PENALTY}
         with self.steered(LAYER, 4 * self.difference(LAYER)):
-            out = self.model.generate(self.prompt.repeat(batch, 1), max_new_tokens=new, stop_at_eos=False,
-                                      verbose=False, return_type="tokens", **how)
+            out = self.model.generate(rows(self.prompt, batch, sampled), max_new_tokens=new,
+                                      stop_at_eos=False, verbose=False, return_type="tokens", **how)
         return None if sampled else out[0, self.prompt.shape[1]:].tolist()
 
     def logits(self, ids):
@@ -326,7 +326,8 @@ class NNsight(Transformers):
         return total
 
     def generate(self, batch, new=NEW, sampled=False):
-        model, vector, ids = self.model, 4 * self.difference(LAYER), self.prompt.repeat(batch, 1)
+        model, vector = self.model, 4 * self.difference(LAYER)
+        ids = rows(self.prompt, batch, sampled)
         n = len(vector)
         with model.generate(ids, max_new_tokens=new, **how_to_draw(sampled)) as tracer:
             model.model.layers[LAYER].input[:, 1:1 + n] += vector
@@ -394,6 +395,14 @@ CONTESTANTS = {"transformers": Transformers, "ministeer": Ministeer, "fast": Min
                "compiled": MinisteerCompiled, "int8": MinisteerInt8, "int4": MinisteerInt4,
                "llama.cpp": LlamaCpp, "transformer-lens": TransformerLens, "nnsight": NNsight,
                "repeng": Repeng, "steering-vectors": SteeringVectors}
+
+
+def rows(prompt, batch, sampled=False):
+    """prompt (1, T) -> (batch, T). Where nothing is drawn, the last tokens differ, and so do all rows."""
+    ids = prompt.repeat(batch, 1)
+    if not sampled:
+        ids[:, -1] += torch.arange(batch, device=ids.device)
+    return ids
 
 
 def how_to_draw(sampled):

@@ -91,6 +91,13 @@ class KVCache:
             self.layers[l] = tuple(F.pad(old, (0, 0, 0, more)) for old in self.layers[l])
         return self.layers[l]
 
+    def keep(self, rows: list[int]) -> None:
+        """Row i goes on from what was row rows[i], so that equal rows can part, or be dropped."""
+        if rows != list(range(self.batch)):
+            self.batch = len(rows)
+            for l, stored in self.layers.items():
+                self.layers[l] = tuple(old[rows] for old in stored)
+
     def attend(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The `attend` above for the newest T positions of block l, which also see all earlier ones."""
         k, v = self.extend(l, k, v)

@@ -168,11 +168,31 @@ def sample(step: Step, ids: Tensor, draws: Tensor, sampling: Sampling) -> Iterat
 
 
 def decoder(model: LM, steer: tuple[Steer, ...], batch: int, max_len: int) -> Step:
-    """The step of activation addition: the steered model, which reads each token once, into a cache."""
-    cache = KVCache(max_len, batch)
+    """The step of activation addition: the steered model, which reads each token once, into a cache.
+
+    Rows that are equal so far are read as one. With a low top_p, many are at first.
+    """
+    cache = None
+    coeffs = [s.coeff.tolist() for s in steer if isinstance(s.coeff, Tensor)]
+    place = list(zip(*coeffs, strict=True)) or [()] * batch     # from the first step on: its row in the cache
 
     def step(ids: Tensor) -> Tensor:
-        return (decode_step if len(cache) else prefill)(model, ids, steer, cache)
+        nonlocal cache, place
+        rows = list(zip(place, map(tuple, ids.tolist()), strict=True))
+        first = {}                              # different row -> its first number in the batch
+        for i, row in enumerate(rows):
+            first.setdefault(row, i)
+        chosen = list(first.values())
+        here = tuple(s.rows(chosen) for s in steer)
+        if cache is None:
+            cache = KVCache(max_len, len(chosen))
+            logits = prefill(model, ids[chosen], here, cache)
+        else:
+            cache.keep([place[i] for i in chosen])
+            logits = decode_step(model, ids[chosen], here, cache)
+        number = {row: i for i, row in enumerate(first)}
+        place = [number[row] for row in rows]
+        return logits if len(chosen) == batch else logits[place]
     return step
 
 

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ministeer import Steer, generate, steering_vector
+from ministeer import KVCache, Steer, generate, steering_vector
 from ministeer.checkpoints.tokenizer import Tokenizer
 from ministeer.generation import (
     TOO_FEW,
     Completion,
     Sampling,
+    decode_step,
     nucleus,
+    prefill,
     sample,
     sample_token,
     stream,
@@ -382,7 +384,7 @@ class Synchronisations:
 
 @pytest.mark.parametrize("how", [PAPER, {}, {"temperature": 0}, {"top_k": 5}])
 @pytest.mark.parametrize("n", [1, 4])
-def test_each_step_waits_for_the_device_once(tiny, love, how, n, monkeypatch):
+def test_each_step_brings_back_the_drawn_tokens_and_no_more(tiny, love, how, n, monkeypatch):
     counts = []
     for new in (10, 30):
         with monkeypatch.context() as patch:
@@ -390,8 +392,35 @@ def test_each_step_waits_for_the_device_once(tiny, love, how, n, monkeypatch):
             texts = generate(*tiny, PROMPT, n, new, 3 * love, **how)
             counts.append(synchronisations.n)
         assert any(texts)
-    # 20 more tokens. A flat distribution asks for more candidates, 1024 after 64, at most twice in a run.
-    assert counts[1] - counts[0] <= 20 + 2
+    # 20 more tokens: drawing waits for them, and the decoder compares them when they are there already.
+    # A flat distribution asks for more candidates, 1024 after 64, at most twice in a run.
+    assert counts[1] - counts[0] <= 2 * 20 + 2
+
+
+@pytest.mark.parametrize("how", [PAPER, {"temperature": 0}])
+@pytest.mark.parametrize("coeffs", [3.0, [0.0, 9.0, 0.0, 9.0, -9.0, 9.0]])
+def test_rows_that_are_equal_so_far_are_read_as_one(tiny, love, how, coeffs, monkeypatch):
+    model, _ = tiny
+    steer = love.scaled(coeffs if isinstance(coeffs, float) else torch.tensor(coeffs))
+    read = []
+
+    def recorded(model, ids, *arguments):
+        read.append(len(ids))
+        return decode_step(model, ids, *arguments)
+
+    def every_row(model, steer, batch, max_len):
+        cache = KVCache(max_len, batch)
+        return lambda ids: (decode_step if len(cache) else prefill)(model, ids, steer, cache)
+    monkeypatch.setattr("ministeer.generation.decode_step", recorded)
+    _, ids = found = generate(*tiny, PROMPT, 6, 20, steer, return_ids=True, **how)
+    monkeypatch.setattr("ministeer.generation.decoder", every_row)
+    assert found == generate(*tiny, PROMPT, 6, 20, steer, return_ids=True, **how)
+    # In these 20 tokens no row ends.
+    kinds = [coeffs] * 6 if isinstance(coeffs, float) else coeffs
+    start = len(ids[0]) - 20
+    assert read == [len({(kind, *row[:end]) for kind, row in zip(kinds, ids, strict=True)})
+                    for end in range(start + 1, start + 20)]
+    assert read[-1] > 1 or how == {"temperature": 0}
 
 
 def test_generation_uses_no_float64_tensor(tiny, love):
