@@ -323,7 +323,8 @@ def report(args, methods, chosen, size, results, scorer, n_tuning, n_few, new, l
         means = results[RANDOM]["by repeat"]
         means = [statistics.mean(means[k::VECTORS]) for k in range(min(VECTORS, len(means)))]
         text += (f"ActAdd's {chosen['ActAdd']}: {size} × the mean norm. {RANDOM}: {len(means)} vectors, "
-                 f"continuation k of each prompt under vector k mod {VECTORS}. Their mean scores: {over_vectors(means, '.3f')} (mean, lowest to highest).\n\n")
+                 f"continuation k of each prompt under vector k mod {VECTORS}. Their mean scores: "
+                 f"{over_vectors(means, '.3f')} (mean, lowest to highest).\n\n")
     others = [name for name in results if (name, "ActAdd") in tests or (name, "Prompted") in tests]
     against = ["ActAdd", "Prompted"] if prompted else ["ActAdd"]
     text += table(["", *(f"minus {other} (95 %), p" for other in against)],
