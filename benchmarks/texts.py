@@ -299,7 +299,8 @@ def knowledge(lab):
             axis.set_title(f"{source}, n {n}, 95 % bands", fontsize="medium")
         axes[0].set_ylabel("P@K")
         axes[0].legend(frameon=False)
-    prompts = [row["sentence"].split("[MASK]")[0] for row in rows]
+    prompts = [row["sentence"].split("[MASK]")[0] + row["answer"]
+               for row, rank in zip(rows, ranks["unsteered"], strict=True) if rank is not None]
     text = (f"\" weddings\" - \" \" before block {layer}, "
             f"{lab.coeff_in_words(conditions['steered'], prompts)}; "
             "P@K unsteered, and what steering adds to it (95 %, paired); "
