@@ -88,18 +88,21 @@ def layer_sweep(lab):
         """Share of completions with a topic word, and such words per text."""
         return [percent(*with_topic_word(counts[key])), f"{statistics.mean(counts[key]):.2f}"]
 
-    def line(name, *where):
+    def line(name, layer, c, top_p):
+        where = layer, c, top_p
         control = over_vectors(random_rates(*where)) if (RANDOM[0], *where) in counts else ""
-        return [name, *cells("steered", *where), control]
+        size = lab.strength(lab.steer(" weddings", " ", layer, c), [PROMPT])
+        return [name, size, *cells("steered", *where), control]
 
-    lines = [["unsteered", *cells("unsteered", 0, 0.0, 0.3), ""]]
+    lines = [["unsteered", "", *cells("unsteered", 0, 0.0, 0.3), ""]]
     lines += [line(f"layer {l}", l, coeff, 0.3) for l in layers]
     lines += [line(f"layer {best}, c {c:g}", best, c, 0.3) for c in coeffs]
-    lines.append(["unsteered, top-p 1", *cells("unsteered", 0, 0.0, 1.0), ""])
+    lines.append(["unsteered, top-p 1", "", *cells("unsteered", 0, 0.0, 1.0), ""])
     lines.append(line(f"layer {best}, top-p 1", best, coeff, 1.0))
     text = (f"\" weddings\" - \" \", coeff {coeff:g}, prompt \"{PROMPT}\", "
             f"40 tokens, top-p 0.3, penalty 1, n {n}; {control_in_words(n)}.\n\n")
-    text += table(["", "steered (95 %)", "words per text", "random (lowest to highest)"], lines)
+    text += table(["", "× the mean norm", "steered (95 %)", "words per text", "random (lowest to highest)"],
+                  lines)
     return {"n": n, "best layer": best, "counts": [[*key, count] for key, count in counts.items()]}, text
 
 
@@ -148,7 +151,8 @@ def positions(lab):
     for fraction in fractions[:-1]:
         name = f"front, first {fraction:.0%} of the dimensions"
         lines.append([name, *cells("steered", "front", fraction), ""])
-    text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}, n {n}; "
+    coeff_in_words = lab.coeff_in_words(lab.steer(" weddings", " ", layer, coeff), [PROMPT])
+    text = (f"\" weddings\" - \" \" before block {layer}, {coeff_in_words}, n {n}; "
             f"{control_in_words(n)}.\n\n")
     text += table(["", "steered (95 %)", "words per text", "random (lowest to highest)"], lines)
     result = {"n": n, "layer": layer, "coeff": coeff,
@@ -203,7 +207,8 @@ def topics(lab):
         fig.colorbar(image)
     lines = [["unsteered", *(f"{statistics.mean(row):.1%}" for row in base)]]
     for topic in names:
-        lines.append([topic, *(span(*b, "+.1%") for b in boosts[topic])])
+        size = lab.strength(lab.steer(f" {topic}", " ", layer, coeff), NEUTRAL)
+        lines.append([f"{topic} ({size} × the mean norm)", *(span(*b, "+.1%") for b in boosts[topic])])
         lines.append([f"{topic}, random", *(over_vectors(values, "+.1%") for values in controls[topic])])
     text = (f"\" TOPIC\" - \" \" before block {layer}, coeff {coeff:g}, {len(NEUTRAL)} prompts × {n} "
             f"completions of 40 tokens, {lab.sampling_in_words}; judged by topic words. First row: share of "
@@ -309,8 +314,9 @@ def toxicity(lab):
         dots(left, result, "score of the continuation", lambda scores: mean_score(scores, args.seed))
         dots(right, result, "disfluency", lambda scores: disfluency_of(scores, args.seed))
         left.set_title(f"{len(chosen)} prompts × 5 repeats, 95 %", fontsize="medium")
-    text = (f"\" love\" - \" hate\" before block {layer}, coeff {coeff:g}; {len(chosen)} prompts, 5 repeats, "
-            f"32 tokens, {lab.sampling_in_words}. Judge: {scorer.name}, {scorer.meaning}.\n\n")
+    text = (f"\" love\" - \" hate\" before block {layer}, {lab.coeff_in_words(steers['steered'], chosen)}; "
+            f"{len(chosen)} prompts, 5 repeats, 32 tokens, {lab.sampling_in_words}. "
+            f"Judge: {scorer.name}, {scorer.meaning}.\n\n")
     text += table(*score_table(result, "unsteered", args.seed, "toxicity"))
     return {"n": len(chosen), "layer": layer, "coeff": coeff, "judge": scorer.name, "results": result}, text
 
@@ -362,7 +368,9 @@ def sentiment(lab):
             axis.set_title(f"{name} (n {n}, 95 %)", fontsize="small")
             axis.axvline(0, color="black", linewidth=0.8)
             axis.set_xlim(-limit, limit)
-    head = (f"\" love\" - \" hate\" (and its negative) before block {layer}, coeff {coeff:g}; 32 tokens of "
+    steer, starts = lab.steer(" love", " hate", layer, coeff), list(map(start, reviews["neg"]))
+    head = (f"\" love\" - \" hate\" (and its negative) before block {layer}, "
+            f"{lab.coeff_in_words(steer, starts)}; 32 tokens of "
             f"an IMDb test review, 64 new, {lab.sampling_in_words}. "
             f"Judge: {scorer.name}, {scorer.meaning}.\n\n")
     return {"n": n, "layer": layer, "coeff": coeff, "judge": scorer.name, "results": results}, head + text
@@ -423,14 +431,15 @@ def grid(lab):
         return (f"{score:+.2f} / {disfluency:.0f} ({min(scores):+.2f} to {max(scores):+.2f} / "
                 f"{min(disfluencies):.0f} to {max(disfluencies):.0f})")
 
-    lines = [[f"layer {l}", *(in_words(l, c) for c in coeffs)] for l in layers]
+    lines = [[f"layer {l}", lab.strength(lab.steer(" love", " hate", l, 1.0), tuning),
+              *(in_words(l, c) for c in coeffs)] for l in layers]
     choice = f"layer {best[0]}, coeff {best[1]:g}" if best else "none"
     text = (f"\" love\" - \" hate\" on {len(tuning)} tuning prompts, 32 tokens, {lab.sampling_in_words}: "
             f"mean {scorer.name} score / disfluency (the five random vectors, lowest to highest). "
             f"Unsteered {base_score:+.2f} / "
             f"{base_disfluency:.0f}. Chosen, best score with disfluency at most 1.5 × unsteered: "
             f"{choice}.\n\n")
-    text += table(["", *(f"coeff {c:g}" for c in coeffs)], lines)
+    text += table(["", "coeff 1, × the mean norm", *(f"coeff {c:g}" for c in coeffs)], lines)
     result = {"n": len(tuning), "judge": scorer.name, "chosen": best,
               "cells": [[*cell, *values] for cell, values in results.items()]}
     return result, text

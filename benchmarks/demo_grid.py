@@ -16,6 +16,7 @@ import ministeer
 from ministeer.cli import CONTROLS, DEMO, SAMPLING
 from ministeer.evaluation.judges import count_words
 from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.steerability import strength
 from ministeer.steering import random_like
 
 PROMPTS = ["The weather was fine, so we decided to", "My neighbour knocked on the door and told me",
@@ -39,19 +40,22 @@ def main():
                                   **{**SAMPLING, "seed": args.seed})
         return sum(count_words(text) > 0 for row in rows for text in row)
 
-    n, counts = args.n * len(PROMPTS), {}
+    n, counts, sizes = args.n * len(PROMPTS), {}, {}
     cells = [(l, c) for l in args.layers for c in args.coeffs]
     for l, c in tqdm(cells, "cells"):
-        vector = c * ministeer.steering_vector(model, tokenizer, DEMO["plus"], DEMO["minus"], l)
+        vector = ministeer.steering_vector(model, tokenizer, DEMO["plus"], DEMO["minus"], l)
+        sizes[l] = f"{strength(model, tokenizer, vector, PROMPTS):.2f}"
+        vector = c * vector
         shares = {seed: len(range(seed, args.n, CONTROLS)) for seed in range(CONTROLS)}
         counts[l, c] = count(vector), sum(count(random_like(vector, seed), n=share)
                                           for seed, share in shares.items() if share)
     print(f"completions of {n} that mention weddings, steered (five random vectors of the same norm); "
           f"unsteered {count()}\n")
-    print("| layer | " + " | ".join(f"coeff {c:g}" for c in args.coeffs) + " |")
-    print("|" + "---|" * (1 + len(args.coeffs)))
+    print("| layer | coeff 1, × the mean norm | " + " | ".join(f"coeff {c:g}" for c in args.coeffs) + " |")
+    print("|" + "---|" * (2 + len(args.coeffs)))
     for l in args.layers:
-        print(f"| {l} | " + " | ".join("{} ({})".format(*counts[l, c]) for c in args.coeffs) + " |")
+        row = [l, sizes[l], *("{} ({})".format(*counts[l, c]) for c in args.coeffs)]
+        print("| " + " | ".join(map(str, row)) + " |")
     best = max(cells, key=lambda cell: counts[cell][0])
     low, high = wilson(counts[best][0], n)
     coeff, layer = min((c, l) for l, c in cells if counts[l, c][0] / n >= low)

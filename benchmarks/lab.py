@@ -21,6 +21,7 @@ import ministeer
 from ministeer.evaluation import measure
 from ministeer.evaluation.judges import JudgeError
 from ministeer.evaluation.stats import wilson
+from ministeer.evaluation.steerability import strength
 from ministeer.steering import random_like, steering_vectors
 from ministeer.utils import check_target, printable, write
 
@@ -33,6 +34,7 @@ V6 = {"temperature": 1.0, "top_p": 1.0, "freq_penalty": 1.0}        # the versio
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.5"
 RANDOM = tuple(f"random {seed}" for seed in range(5))   # the controls: random_like's seeds 0 to 4
 CONTROLS = ("unsteered", "steered", *RANDOM)
+STRENGTH_ON = 20        # prompts or texts, over which a layer's mean norm varies little
 
 
 class Lab:
@@ -102,6 +104,14 @@ class Lab:
 
     def steer(self, plus, minus, layer, coeff):
         return coeff * steering_vectors(self.model, self.tokenizer, plus, minus, [layer])[0]
+
+    def strength(self, steer, prompts):
+        """`steerability.strength` on the first of the prompts: what is added, in mean norms of the layer."""
+        return f"{strength(self.model, self.tokenizer, steer, prompts[:STRENGTH_ON]):.2f}"
+
+    def coeff_in_words(self, steer, prompts):
+        """A Steer's coefficient and strength: "coeff 2 (0.83 × the mean norm)"."""
+        return f"coeff {steer.coeff:g} ({self.strength(steer, prompts)} × the mean norm)"
 
     def conditions(self, steer):
         """-> {"unsteered": None, "steered": steer, "random 0": random_like(steer, 0), …, "random 4": …}"""

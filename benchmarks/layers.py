@@ -84,10 +84,12 @@ def sink(lab):
         axes[0].legend(frameon=False, fontsize="small")
     text = (f"Completions of \"{PROMPT}\" with a word about weddings, coeff {coeff:g}, 40 tokens, top-p 0.3, "
             f"penalty 1, n {n}; in brackets {control_in_words(n)} (lowest to highest); then the share of the "
-            "vector's squared norm in its 4 largest dimensions.\n\n")
+            "vector's squared norm in its 4 largest dimensions, and what is added in mean norms of the "
+            "layer.\n\n")
     text += table(["layer", *VECTORS], [
         [l, *(f"{percent(counts[name, l, 'steered'], n).split(' ')[0]} ({min(rates[name, l]):.0%} to "
-              f"{max(rates[name, l]):.0%}); {shares[name, l]:.2f}" for name in VECTORS)] for l in layers])
+              f"{max(rates[name, l]):.0%}); {shares[name, l]:.2f}; "
+              f"{lab.strength(steer_of(name, l), [PROMPT])}" for name in VECTORS)] for l in layers])
     return {"n": n, "counts": [[*key, count] for key, count in counts.items()],
             "sink": [[*key, share] for key, share in shares.items()]}, text
 
@@ -194,12 +196,12 @@ def readers(lab):
     best = sorted(((l, head) for l, head, kind in size if kind == "steered"),
                   key=lambda place: -abs(size[(*place, "steered")]))[:10]
 
-    def line(name, key, rows, averages):
+    def line(key, rows, averages):
         mean, interval = averages[(*key, "steered")], bootstrap(rows[(*key, "steered")])
-        return [name, span(mean, interval, "+.3f"),
+        return [span(mean, interval, "+.3f"),
                 over_vectors([averages[(*key, kind)] for kind in RANDOM], "+.3f")]
 
-    lines = [line(f"block {l}, head {head}", (l, head), effect, size) for l, head in best]
+    lines = [[f"block {l}, head {head}", *line((l, head), effect, size)] for l, head in best]
     total = {kind: sum(size[l, head, kind] for l, head, k in size if k == kind) for kind in RANDOM}
     text = (f"\" weddings\" - \" \", coeff {coeff:g}; change of log p(a wedding word) of the next token, "
             f"nats, with {len(ids)} words, mean over positions 2 on of {len(prompts)} prompts "
@@ -210,8 +212,9 @@ def readers(lab):
     everything = sum(size[l, head, "steered"] for l, head, kind in size if kind == "steered")
     text += (f"\nSum over all heads: {everything:+.3f}, random "
              f"{over_vectors(list(total.values()), '+.3f')}.\n\n")
-    text += table(["layer of the vector", "steered (95 %)", "random"],
-                  [line(l, (l,), shifts, means) for l in range(n_layer)])
+    text += table(["layer of the vector", "× the mean norm", "steered (95 %)", "random"],
+                  [[l, lab.strength(coeff * vectors[l], prompts), *line((l,), shifts, means)]
+                   for l in range(n_layer)])
     return {"layer": layer, "coeff": coeff, "prompts": list(prompts),
             "shifts": [[*key, row] for key, row in shifts.items()],
             "drops": [[*key, row] for key, row in effect.items()]}, text

@@ -156,14 +156,16 @@ def perplexity(lab):
     def cells(*keys):
         return [f"{ratios[key]:.3f}" for key in keys]
 
-    by_layer, by_coeff, beside = [], [], []
+    parts = [part for text in chosen for part in long_sentences(lab, text, skip)]
+    by_layer = [["× the mean norm", *(lab.strength(lab.steer(plus, minus, l, coeff), parts) for l in shown)]]
+    by_coeff, beside = [], []
     for topic in essays:
         by_layer.append([topic, *cells(*((topic, l, coeff, "steered") for l in shown))])
         controls = [[ratios[topic, l, coeff, kind] for kind in RANDOM] for l in shown]
         by_layer.append([f"{topic}, random", *(f"{min(row):.3f} to {max(row):.3f}" for row in controls)])
         by_coeff.append([topic, *cells(*((topic, layer, c, "steered") for c in coeffs))])
         beside.append([topic, *cells(*((topic, layer, coeff, kind) for kind in ("beside", "prompted")))])
-    text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}; "
+    text = (f"\" weddings\" - \" \" before block {layer}, {lab.coeff_in_words(steers['steered'], parts)}; "
             f"the first {skip} predictions of each sentence left out. Random: {len(RANDOM)} vectors, "
             "lowest to highest, in the first table after their mean.\n\n")
     text += "\n".join([
@@ -237,7 +239,8 @@ def token_shifts(lab):
     in_words = "steered {:.2f}, {:.2f}; ".format(*weights["steered"])
     in_words += (f"{len(RANDOM)} random vectors {min(left):.2f} to {max(left):.2f}, "
                  f"{min(right):.2f} to {max(right):.2f}")
-    text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}; {len(chosen)} documents, "
+    coeff_in_words = lab.coeff_in_words(conditions["steered"], texts)
+    text = (f"\" weddings\" - \" \" before block {layer}, {coeff_in_words}; {len(chosen)} documents, "
             f"{len(texts)} sentences, {len(order)} tokens seen more than 20 times. "
             f"Tails (left, right; 1 is normal): {in_words}.\n\n")
     text += table(["", "up", "n", "shift", "log p before", "down", "n", "shift", "log p before"], lines)
@@ -296,7 +299,10 @@ def knowledge(lab):
             axis.set_title(f"{source}, n {n}, 95 % bands", fontsize="medium")
         axes[0].set_ylabel("P@K")
         axes[0].legend(frameon=False)
-    text = (f"\" weddings\" - \" \" before block {layer}, coeff {coeff:g}; "
+    prompts = [row["sentence"].split("[MASK]")[0] + row["answer"]
+               for row, rank in zip(rows, ranks["unsteered"], strict=True) if rank is not None]
+    text = (f"\" weddings\" - \" \" before block {layer}, "
+            f"{lab.coeff_in_words(conditions['steered'], prompts)}; "
             "P@K unsteered, and what steering adds to it (95 %, paired); "
             f"random: {len(RANDOM)} vectors, their mean (lowest to highest).\n\n")
     text += table(["", "n", "P@1", "P@5", "P@10", "P@50", "P@100"], lines)
@@ -358,7 +364,8 @@ def anatomy(lab):
         steered, embedding = (span(statistics.mean(ratios[kind]), bootstrap(ratios[kind], seed=args.seed))
                               for kind in ("steered", "embedding"))
         control = over_vectors([statistics.mean(ratios[kind]) for kind in RANDOM], ".3f")
-        lines.append([f"layer {l}, c {c:g}", steered, control, embedding,
+        coeff_in_words = lab.coeff_in_words(lab.steer("Anger", "Calm", l, c), texts)
+        lines.append([f"layer {l}, {coeff_in_words}", steered, control, embedding,
                       f"{min(below)} to {max(below)} of {len(texts)}"])
     with figure(lab, "anatomy", 3, 13, 3.6) as (_, (left, middle, right)):
         for (name, rows), color in zip(pair_norms.items(), (BLUE, ORANGE, GREEN, GREY), strict=True):

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import layers, paper, rows, web_judges
 from benchmarks.lab import Lab
-from ministeer import Steer, steering_vector
+from benchmarks.prompts import split
+from ministeer import Steer, load, steering_vector
 from ministeer.attention import attention_pattern, merge_heads
 from ministeer.methods.inside_blocks import block_parts
+from ministeer.steering import steering_vectors
 
 N = {"perplexity": 3, "token-shifts": 9, "layer-sweep": 3, "positions": 3, "topics": 2, "toxicity": 4,
      "sentiment": 2, "knowledge": 8, "anatomy": 3, "grid": 4}
@@ -165,6 +167,23 @@ def test_whatever_results_depend_on_makes_other_units(tiny_llama, data, tmp_path
     elif not changes:
         changes = {"model": changed_checkpoint(tiny_llama, tmp_path / "model", change)}
     assert units(**{**changes, **({"data": tmp_path} if "data" in changes else {})}) != first
+
+
+def strength(model, tokenizer, prompts, vector, layer, coeff):
+    """|coeff * vector| over the norm of resid[layer], both means over rows or positions, without BOS."""
+    streams = [model(torch.tensor([tokenizer.encode(prompt)]))[1][layer][0, 1:] for prompt in prompts]
+    norm = torch.cat(streams).double().square().sum(dim=-1).sqrt().mean()
+    return float(abs(coeff) * vector.double().square().sum(dim=-1).sqrt().mean() / norm)
+
+
+def test_a_coefficient_is_printed_with_its_strength(tiny_llama, data, tmp_path, monkeypatch):
+    _, text = run_and_read(monkeypatch, arguments("toxicity", tiny_llama, data, tmp_path), tmp_path)
+    model, tokenizer = load(tiny_llama)
+    _, test, rest = split(rows.parse((data / "rtp_random.jsonl").read_bytes(), "x.jsonl", text=str), 3)
+    prompts = [row["text"] for row in [*test, *rest]][:N["toxicity"]]
+    vector = steering_vector(model, tokenizer, " love", " hate", 1).vector
+    size = strength(model, tokenizer, prompts, vector, 1, 2)
+    assert f"before block 1, coeff 2 ({size:.2f} × the mean norm); 4 prompts" in text
 
 
 @pytest.mark.long
@@ -331,3 +350,7 @@ def test_the_study_of_layers_runs(experiment, tiny_llama, tmp_path, monkeypatch)
     else:
         assert len(found["drops"]) == 3 * 4 * 6     # three blocks of four heads each, six vectors
         assert len(found["shifts"]) == 4 * 6
+        model, tokenizer = load(tiny_llama)
+        for l, vector in enumerate(steering_vectors(model, tokenizer, " weddings", " ", range(4))):
+            size = strength(model, tokenizer, layers.PROMPTS[:3], vector.vector, l, 1)
+            assert f"\n| {l} | {size:.2f} | " in text

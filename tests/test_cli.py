@@ -296,6 +296,12 @@ def test_a_coeff_for_each_row_needs_one_from_the_command_line(run, steer):
     assert steer("--vector", "sweep.safetensors", "--coeff", "2")["setting"]["coeff"] == 2
 
 
+def test_a_vector_added_to_bos_alone_has_no_strength(succeed):
+    Steer(2, torch.ones(1, 32), start=0).save("bos.safetensors")
+    out = " ".join(succeed(*ON_GPT2, "--vector", "bos.safetensors").split())
+    assert "× the norm" in out and "mean norm" not in out
+
+
 @pytest.mark.parametrize("start", [1, 50])
 def test_prints_where_a_vector_for_every_position_begins(succeed, start):
     Steer(2, torch.ones(32), start=start).save("all.safetensors")

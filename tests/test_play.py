@@ -19,7 +19,7 @@ from ministeer.evaluation.measure import sweep
 from ministeer.evaluation.stats import wilson
 from ministeer.generation import Sampling
 from ministeer.play import engine
-from ministeer.steering import Steer, random_like, relative_norm
+from ministeer.steering import Steer, random_like, relative_norm, steering_vector
 
 httpx = pytest.importorskip("httpx", reason="httpx comes with the extra test")
 testclient = pytest.importorskip("starlette.testclient", reason="starlette comes with the extra play")
@@ -64,6 +64,23 @@ def test_the_map_and_the_next_token_are_those_of_the_model(tiny, where):
     assert not torch.tensor(seen["change"])[:, :seen["steered"][0]].any()       # nothing before the addition
     likeliest = logits[0, -1].log_softmax(-1).max().item()
     assert max(logp[0] for _, logp in seen["next"]) == pytest.approx(likeliest, rel=1e-3)
+
+
+@pytest.mark.parametrize(("where", "rows"), [("front", [0, 1]), ("every", None), (0, [1])])
+def test_the_strength_is_in_mean_norms_of_the_layer(tiny, where, rows):
+    model, tokenizer = tiny
+    seen = engine.look(model, tokenizer, engine.read(model, tokenizer, {**GIVEN, "where": where}))
+    vector = steering_vector(model, tokenizer, GIVEN["plus"], GIVEN["minus"], 2).vector.double()
+    vector = vector.mean(dim=0, keepdim=True) if rows is None else vector[rows]
+    norm = torch.tensor(seen["norms"])[2, 1:].mean().item()         # the norms of the map, BOS left out
+    assert seen["strength"] == pytest.approx(1.5 * vector.norm(dim=-1).mean().item() / norm, rel=1e-3)
+
+
+def test_what_is_added_to_bos_alone_has_no_strength(tiny):
+    model, tokenizer = tiny
+    setting = engine.read(model, tokenizer, {**GIVEN, "plus": "a", "minus": "b", "where": 0})
+    assert engine.addition(model, tokenizer, setting).stop == 1
+    assert engine.look(model, tokenizer, setting)["strength"] is None
 
 
 def test_columns_are_those_of_generate(tiny):

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, UNTRACED
 
 from ministeer import generate, load
+from ministeer.evaluation.steerability import strength
 from ministeer.play import engine
 from ministeer.steering import random_like
 
@@ -100,6 +101,8 @@ def test_a_link_restores_the_state_and_the_outline_is_where_the_model_is_changed
     steer = engine.addition(model, tokenizer, setting)
     ids = torch.tensor([tokenizer.encode(setting.prompt)])
     changed = [(a - b)[0].norm(dim=-1) > 0 for a, b in zip(model(ids, steer)[1], model(ids)[1], strict=True)]
+    size = strength(model, tokenizer, steer, [setting.prompt])
+    assert f" has {size:.2f}\u00a0× the layer’s mean norm" in page.locator("#strength").inner_text()
     assert outlined(page) == {(2, t) for t in changed[2].nonzero().flatten().tolist()}
     unchanged = page.locator("#map .cell.unchanged")
     assert unchanged.count() == sum(int((~row).sum()) for row in changed)       # the cone is the model's

@@ -100,7 +100,7 @@ def test_strength_is_the_mean_addition_over_the_mean_norm(tiny):
     ablated = strength(model, tokenizer, Ablation(2, torch.ones(32)), TEXT[1:3])
     removed = torch.cat(streams).sum(dim=-1).abs().mean().item() / 32 ** 0.5
     assert ablated == pytest.approx(removed / norm, rel=1e-4)
-    with pytest.raises(ValueError, match="begins at position 90, behind the end of all prompts"):
+    with pytest.raises(ValueError, match="position 90 and acts at no position of the prompts after BOS"):
         strength(model, tokenizer, replace(everywhere, start=90), TEXT[1:3])
 
 

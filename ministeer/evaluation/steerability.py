@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..checkpoints.tokenizer import Tokenizer
 from ..model import LM
-from ..steering import Steer, Steers, relative_norm
+from ..steering import Steer, Steers
 from ..utils import check_list, check_number, check_texts
 from .judges import Judge, judge
 from .measure import _finite
@@ -101,16 +102,27 @@ def strength(model: LM, tokenizer: Tokenizer, steer: Steer, prompts: Sequence[st
 
     A coeff means little by itself. Vectors of sparse autoencoders, added at every position, were found to
     steer best at about half the layer's mean norm (Eiffel Tower Llama, 2025).
-    Raises ValueError if it acts at no position of the prompts.
+    Raises ValueError if it acts at no position of the prompts, or only at BOS.
     """
-    added, norms = [], []
+    streams = []
     for prompt in check_texts("prompts", prompts):
         ids = torch.tensor([tokenizer.encode(prompt)], device=model.device)
-        norms.append(model.residuals(ids, stop_layer=steer.layer)[-1][0].float().norm(dim=-1)[1:])
-        ratio = relative_norm(model, tokenizer, steer, prompt)[1:]
-        added.append((ratio * norms[-1])[max(steer.start, 1) - 1:steer.stop and steer.stop - 1])
+        model.check_steer(steer, 1, ids.shape[1])
+        streams.append(model.residuals(ids, stop_layer=steer.layer)[-1][0])
+    return strength_in(streams, steer)
+
+
+def strength_in(streams: Sequence[Tensor], steer: Steer) -> float:
+    """`strength` in recorded streams, resid[layer] of each prompt with BOS: tensors (T, d_model)."""
+    added, norms = [], []
+    for x in streams:
+        x = x.float()
+        delta = steer.delta(x, torch.arange(len(x), device=x.device)).to(x)
+        added.append(delta.norm(dim=-1)[max(steer.start, 1):steer.stop])
+        norms.append(x.norm(dim=-1)[1:])
     if not sum(map(len, added)):
-        raise ValueError(f"the Steer begins at position {steer.start}, behind the end of all prompts.")
+        raise ValueError(f"the Steer begins at position {steer.start} and acts at no position of the prompts "
+                         "after BOS.")
     return float(torch.cat(added).mean() / torch.cat(norms).mean())
 
 

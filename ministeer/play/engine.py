@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..evaluation.judges import count_words
 from ..evaluation.stats import wilson
+from ..evaluation.steerability import strength_in
 from ..generation import Completion, Sampling, check_fit, decoder, sample, uniforms
 from ..steering import Steer, pad_together, random_like, sink_share, steering_vectors
 from ..utils import check_number, check_texts, check_whole
@@ -200,6 +201,7 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, controls: object = C
     random: the same for each random vector
     norms: |resid|, unsteered (n_layer + 1, T)
     next: the `shown` tokens likeliest unsteered or steered, and log p of each: unsteered, steered, random …
+    strength: what is added, in mean norms of the layer, BOS left out; None if it is added nowhere else
     sink: the share of the vector's squared norm in four dimensions; near 1, little is about the pair
     Raises Refused if the logits are not finite.
     """
@@ -222,6 +224,7 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, controls: object = C
         "layer": setting.layer, "change": rounded(change[:, 0]), "norms": rounded(norms[:, 0]),
         "random": [rounded(change[:, i]) for i in range(1, 1 + controls)],
         "next": [[piece, rounded(logp[:, i])] for piece, i in zip(pieces, likeliest.tolist(), strict=True)],
+        "strength": rounded(strength_in([resid[setting.layer, 0]], steer)) if stop > 1 else None,
         "sink": sink_share(steer.vector),
     }
 

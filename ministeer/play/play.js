@@ -176,6 +176,8 @@ function drawTokens() {
     ...row("towards", side(shown.plus, shown.padded[0])),
     ...row("away from", side(shown.minus, shown.padded[1])));
   if (focused) $("tokens").querySelector(`[data-position="${focused}"]`)?.focus();
+  $("strength").textContent = shown.strength === null ? ""
+    : `On average, the addition has ${shown.strength.toFixed(2)}\u00a0× the layer’s mean norm (BOS left out).`;
   $("sink").hidden = shown.sink < 0.5;
   $("share").textContent = percent(shown.sink);
 }
