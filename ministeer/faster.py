@@ -131,8 +131,10 @@ def compile_steps(model: LM) -> None:
 
 
 @functools.cache
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False)
+def compiled(function: Callable, device: str) -> Callable:
+    """The compiled function. On a CPU, C++ and not Python goes from one of its loops to the next."""
+    options = {"cpp_wrapper": True, "size_asserts": False} if device == "cpu" else {}
+    return torch.compile(function, dynamic=False, options=options)
 
 
 class Packed(nn.Module):
@@ -162,7 +164,7 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.compiled and x.shape[:2] == (1, 1):
             # Trap: a last position has other strides than a single one, and would be compiled again.
-            return compiled(Packed.product)(self, x[0])[None]
+            return compiled(Packed.product, x.device.type)(self, x[0])[None]
         return self.product(x)
 
     def product(self, x: Tensor) -> Tensor:
@@ -269,10 +271,11 @@ class FastBlock(nn.Module):
         if not self.compiled or len(x) > 1:
             return super().forward(x, l, rope, Folding(cache) if x.dtype == torch.bfloat16 else cache)
         keys, values = cache.grown(l, len(cache) + 1)
-        for stored in (keys, values):
-            torch._dynamo.mark_dynamic(stored, 2)       # or it compiles again each time that the cache grows
+        if len(cache) == 1:                     # as in compile_steps
+            for stored in (keys, values):
+                torch._dynamo.mark_dynamic(stored, 2)   # or it compiles again each time that the cache grows
         pos = torch.tensor([len(cache)], device=x.device)
-        return compiled(FastBlock.one)(self, x, rope, keys, values, pos)
+        return compiled(FastBlock.one, x.device.type)(self, x, rope, keys, values, pos)
 
     def one(self, x: Tensor, rope: Rotation, keys: Tensor, values: Tensor, pos: Tensor) -> Tensor:
         return super().forward(x, 0, rope, Room(keys, values, pos))
