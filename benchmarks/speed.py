@@ -219,6 +219,12 @@ def table(rows, names, versions, args):
               f"allows {limit:.0f} tokens/s. Reached: "
               + ", ".join(f"{name} {NEW / seconds:.0f}" for name, seconds in medians["generate-1"].items())
               + ".")
+    if "score" in medians:
+        speed, work, limit = gemm_bound(args)
+        print(f"\nIn scoring, products are the limit: {work / 1e9:.0f} GFLOP at the {speed / 1e9:.0f} GFLOP/s of "
+              f"a large product take {limit:.2f} s. Reached, as a share of this speed: "
+              + ", ".join(f"{name} {limit / seconds:.0%}" for name, seconds in medians["score"].items())
+              + ".")
     print("\n≠: its answer differs from transformers' answer. Not compared, because it does other work: "
           + (", ".join(name for name in others if not CONTESTANTS[name].exact) or "none") + ".")
 
@@ -236,20 +242,45 @@ def bound(args):
 
     -> (GB/s at which a sum reads, GB of weights, tokens/s)
     """
-    from safetensors import safe_open
     torch.set_num_threads(args.threads)
     x, best = torch.ones(2 ** 28, device=args.device), 0.0          # 1 GiB
     for _ in range(6):
         start = time.perf_counter()
         x.sum().item()
         best = max(best, x.numel() * 4 / (time.perf_counter() - start))
-    numbers = 0
-    for path in Path(args.model).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():            # noqa: SIM118 (not a dict)
-                numbers += math.prod(file.get_slice(name).get_shape())
+    numbers = sum(map(math.prod, shapes_of(args.model).values()))
     size = numbers * (4 if args.dtype == "float32" else 2)
     return best / 1e9, size / 1e9, best / size
+
+
+def gemm_bound(args):
+    """What products allow in scoring, where each token meets each matrix but the embedding.
+
+    -> (FLOP/s of a large product of two matrices, FLOP of the task, seconds)
+    """
+    torch.set_num_threads(args.threads)
+    x = torch.ones(2048, 2048, dtype=getattr(torch, args.dtype), device=args.device)
+    best = math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    shapes = shapes_of(args.model)
+    tied = not any(name.startswith("lm_head") for name in shapes)
+    matrices = [math.prod(shape) for name, shape in shapes.items()
+                if len(shape) == 2 and (tied or not name.endswith(("embed_tokens.weight", "wte.weight")))]
+    work = 2 * 64 * 128 * sum(matrices)
+    return 2 * 2048 ** 3 / best, work, work * best / (2 * 2048 ** 3)
+
+
+def shapes_of(folder):
+    """{name: shape} of a checkpoint's tensors."""
+    from safetensors import safe_open
+    shapes = {}
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}    # noqa: SIM118
+    return shapes
 
 
 def random_checkpoint(folder, args):
