@@ -221,8 +221,8 @@ def table(rows, names, versions, args):
               + ".")
     if "score" in medians:
         speed, work, limit = gemm_bound(args)
-        print(f"\nIn scoring, products are the limit: {work / 1e9:.0f} GFLOP at the {speed / 1e9:.0f} GFLOP/s of "
-              f"a large product take {limit:.2f} s. Reached, as a share of this speed: "
+        print(f"\nIn scoring, products are the limit: {work / 1e9:.0f} GFLOP, at {speed / 1e9:.0f} GFLOP/s "
+              f"as in a large product, take {limit:.2f} s. Reached, as a share of this speed: "
               + ", ".join(f"{name} {limit / seconds:.0%}" for name, seconds in medians["score"].items())
               + ".")
     print("\n≠: its answer differs from transformers' answer. Not compared, because it does other work: "
@@ -266,9 +266,11 @@ def gemm_bound(args):
         (x @ x)[0, 0].item()
         best = min(best, time.perf_counter() - start)
     shapes = shapes_of(args.model)
-    tied = not any(name.startswith("lm_head") for name in shapes)
+    looked_up = ["wpe.weight", "embed_positions.weight"]
+    if any(name.startswith("lm_head") for name in shapes):      # or the embedding is the head as well
+        looked_up += ["wte.weight", "embed_tokens.weight"]
     matrices = [math.prod(shape) for name, shape in shapes.items()
-                if len(shape) == 2 and (tied or not name.endswith(("embed_tokens.weight", "wte.weight")))]
+                if len(shape) == 2 and not name.endswith(tuple(looked_up))]
     work = 2 * 64 * 128 * sum(matrices)
     return 2 * 2048 ** 3 / best, work, work * best / (2 * 2048 ** 3)
 

@@ -2,9 +2,12 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_benchmarks_paper import run
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import growth, speed
 from benchmarks.peers import CONTESTANTS
@@ -52,6 +55,17 @@ def test_prints_what_it_has_when_the_minutes_are_over(minutes, smollm2, monkeypa
     printed = capsys.readouterr().out
     assert "Ended early" in printed
     assert ("| vector of one pair" in printed) == (minutes != "0")
+
+
+def test_the_work_of_scoring_is_that_of_its_products(checkpoint, tiny):
+    args = SimpleNamespace(model=checkpoint, threads=1, dtype="float32", device="cpu")
+    speed_, work, seconds = speed.gemm_bound(args)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tiny[0](torch.zeros(1, 100, dtype=torch.int64))
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for operator, n in counts.items() if "scaled_dot" not in str(operator))
+    assert work == products * 64 * 128 / 100
+    assert seconds == pytest.approx(work / speed_)
 
 
 @pytest.mark.long
