@@ -3,14 +3,14 @@
     python -m benchmarks.devices --device cuda
     python -m benchmarks.devices --device cuda --model gpt2 --dtypes float32 bfloat16
 
-A figure is |difference| / |vector| of the residuals and logits, its mean over positions, in the worst layer.
-(Not the largest number: where a token is about to become an attention sink, rounding decides how much of one,
-so that in bfloat16 single positions differ a lot.) The first three columns compare the device with the CPU in
-float32, unsteered and steered, and with transformers, if it is installed, on the same device in the same
-dtype. The others compare the device with itself: a text read token by token and whole, a row in a batch and
-alone, `fast` and the plain model. The command ends with 1 if a figure is above its bound, or if one of the
-exact identities fails: coeff 0 changes no number, a Steer changes nothing before its layer, and a seed gives
-the same text twice.
+A figure is the mean over positions of |difference| / |vector|, for the logits or for the residuals of one
+layer, whichever is largest. (The mean, because in bfloat16 single positions differ a lot: where a token is
+about to become an attention sink, rounding decides how strong the sink is.) The first three columns compare
+the device with the CPU in float32, unsteered and steered, and with transformers, if it is installed, on the
+same device in the same dtype. The others compare the device with itself: a text read token by token and
+whole, a row in a batch and alone, and `fast` and compiled models with the plain one. The command ends with 1
+if a figure is above its bound, or if one of the exact identities fails: coeff 0 changes no number, a Steer
+changes nothing before its layer, and a seed gives the same text twice.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TEXT = "I went up to my friend and said that the wedding would be on the second 
 OTHER = "The capital of France is a city on the river Seine, whose bridges and museums people come to see"
 # float32 differs by the order of summation, the others also by their 8 or 11 significant bits.
 BOUNDS = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
-COLUMNS = ("unsteered", "steered", "transformers", "token by token", "in a batch", "fast")
+COLUMNS = ("unsteered", "steered", "transformers", "token by token", "in a batch", "fast", "compiled")
 
 
 def main():
@@ -63,9 +63,11 @@ def run(args):
                   "transformers": beside_transformers(args, dtype, here, plain),
                   "token by token": error(one_by_one(model, here, steer), steered),
                   "in a batch": error([x[:1] for x in steered], read(model, here[:1], steer)),
-                  "fast": error(one_by_one(ministeer.fast(model), here, steer), steered)}
+                  "fast": error(one_by_one(ministeer.fast(model), here, steer), steered),
+                  "compiled": error(one_by_one(ministeer.fast(model, compile=True), here[:1], steer),
+                                    [x[:1] for x in steered])}
         exact = exact_identities(model, tokenizer, here, steer, plain, steered)
-        within = [value is None or value <= BOUNDS[dtype] for value in errors.values()]      # not so: NaN
+        within = [value is None or value <= BOUNDS[dtype] for value in errors.values()]      # False for NaN
         good = good and exact and all(within)
         cells = ["–" if errors[name] is None else f"{errors[name]:.1e}" for name in COLUMNS]
         cells.append("yes" if exact else "**no**")

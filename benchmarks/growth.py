@@ -41,7 +41,7 @@ def work(kind, size, model, tokenizer):
         ids = torch.randint(1000, 40000, (1, size), generator=generator)
         return lambda: model(ids, steer, last_only=True)
     if kind == "batch":
-        ids = rows(torch.tensor([tokenizer.encode(PROMPT)]), size)
+        ids = rows(torch.tensor([tokenizer.encode(PROMPT)]), size)      # all different, so that all are read
         sampling = Sampling(top_p=TOP_P, freq_penalty=1.0, max_new_tokens=32)
         draws = torch.rand(size, 32, generator=generator)
         return lambda: list(sample(decoder(model, (steer,), size, ids.shape[1] + 32), ids, draws, sampling))

@@ -84,7 +84,7 @@ def sink(lab):
         axes[0].legend(frameon=False, fontsize="small")
     text = (f"Completions of \"{PROMPT}\" with a word about weddings, coeff {coeff:g}, 40 tokens, top-p 0.3, "
             f"penalty 1, n {n}; in brackets {control_in_words(n)} (lowest to highest); then the share of the "
-            "vector's squared norm in its 4 largest dimensions, and what is added in mean norms of the "
+            "vector's squared norm in its 4 largest dimensions; and the strength, in mean norms of the "
             "layer.\n\n")
     text += table(["layer", *VECTORS], [
         [l, *(f"{percent(counts[name, l, 'steered'], n).split(' ')[0]} ({min(rates[name, l]):.0%} to "

@@ -398,7 +398,10 @@ CONTESTANTS = {"transformers": Transformers, "ministeer": Ministeer, "fast": Min
 
 
 def rows(prompt, batch, sampled=False):
-    """prompt (1, T) -> (batch, T). Where nothing is drawn, the last tokens differ, and so do all rows."""
+    """prompt (1, T) -> (batch, T). Unless tokens are drawn, i is added to the last token of row i.
+
+    Otherwise all rows would stay equal, and ministeer would read them only once.
+    """
     ids = prompt.repeat(batch, 1)
     if not sampled:
         ids[:, -1] += torch.arange(batch, device=ids.device)

@@ -191,11 +191,11 @@ def run(args, rank):
     searched = score_all("tuning", [(name, cell) for name in searchable for cell in searchable[name]], 1)
     limit = LIMIT * searched["Unsteered", ""]["disfluency"][0]
     chosen = {name: best(name, names, searched, limit) for name, names in searchable.items()}
-    size = ""
+    strength = ""
     if chosen.get("ActAdd") is not None:
         chosen[RANDOM] = chosen["ActAdd"]           # the control of what was chosen, not a rival of its own
         (steer,) = methods["ActAdd"][chosen["ActAdd"]].branches[0].steer
-        size = lab.strength(steer, test)
+        strength = lab.strength(steer, test)
         if chosen.get("LMA") is not None:
             chosen[BOTH] = f"{chosen['ActAdd']}; {chosen['LMA']}"
             methods[BOTH] = {chosen[BOTH]: methods["LMA"][chosen["LMA"]].steered(steer)}
@@ -222,7 +222,7 @@ def run(args, rank):
         cost = statistics.median(seconds[name, cell, turn] for turn in turns)
         table_rows[name] = {**results[name, cell], "seconds per token": cost,
                             "tokens": tokens["length", name, cell]}
-    text = report(args, methods, chosen, size, table_rows, scorer, len(tuning), len(few), new, limit)
+    text = report(args, methods, chosen, strength, table_rows, scorer, len(tuning), len(few), new, limit)
     about = {"setting": {key: value for key, value in vars(args).items() if key not in ("data", "out")},
              "chosen": chosen,
              "tuning": {"|".join(key): result for key, result in searched.items()}, "test": table_rows}
@@ -282,8 +282,8 @@ def compare(results, prompted, seed):
     return {pair: (*test[:2], p[pair]) for pair, test in tests.items()}
 
 
-def report(args, methods, chosen, size, results, scorer, n_tuning, n_few, new, limit):
-    """-> the tables and what they say about themselves, as Markdown. size: ActAdd's, by Lab.strength"""
+def report(args, methods, chosen, strength, results, scorer, n_tuning, n_few, new, limit):
+    """-> the tables and what they say about themselves, as Markdown. strength: ActAdd's, by Lab.strength"""
     prompted = [name for name in results
                 if name != "Prompted" and methods[name][chosen[name]].branches[0].prefix]
     tests = compare(results, prompted, args.seed)
@@ -322,7 +322,7 @@ def report(args, methods, chosen, size, results, scorer, n_tuning, n_few, new, l
     if RANDOM in results:
         means = results[RANDOM]["by repeat"]
         means = [statistics.mean(means[k::VECTORS]) for k in range(min(VECTORS, len(means)))]
-        text += (f"ActAdd's {chosen['ActAdd']}: {size} × the mean norm. {RANDOM}: {len(means)} vectors, "
+        text += (f"ActAdd's {chosen['ActAdd']}: {strength} × the mean norm. {RANDOM}: {len(means)} vectors, "
                  f"continuation k of each prompt under vector k mod {VECTORS}. Their mean scores: "
                  f"{over_vectors(means, '.3f')} (mean, lowest to highest).\n\n")
     others = [name for name in results if (name, "ActAdd") in tests or (name, "Prompted") in tests]

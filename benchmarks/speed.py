@@ -220,9 +220,9 @@ def table(rows, names, versions, args):
               + ", ".join(f"{name} {NEW / seconds:.0f}" for name, seconds in medians["generate-1"].items())
               + ".")
     if "score" in medians:
-        speed, work, limit = gemm_bound(args)
-        print(f"\nIn scoring, products are the limit: {work / 1e9:.0f} GFLOP, at {speed / 1e9:.0f} GFLOP/s "
-              f"as in a large product, take {limit:.2f} s. Reached, as a share of this speed: "
+        speed, work, limit = product_bound(args)
+        print(f"\nIn scoring, products of matrices are the limit: {work / 1e9:.0f} GFLOP would take "
+              f"{limit:.2f} s at the {speed / 1e9:.0f} GFLOP/s of one large product. Share of that reached: "
               + ", ".join(f"{name} {limit / seconds:.0%}" for name, seconds in medians["score"].items())
               + ".")
     print("\n≠: its answer differs from transformers' answer. Not compared, because it does other work: "
@@ -253,9 +253,10 @@ def bound(args):
     return best / 1e9, size / 1e9, best / size
 
 
-def gemm_bound(args):
-    """What products allow in scoring, where each token meets each matrix but the embedding.
+def product_bound(args):
+    """What products of matrices allow in scoring, where each token meets each matrix but the embedding.
 
+    The products inside attention are not counted.
     -> (FLOP/s of a large product of two matrices, FLOP of the task, seconds)
     """
     torch.set_num_threads(args.threads)
@@ -267,12 +268,12 @@ def gemm_bound(args):
         best = min(best, time.perf_counter() - start)
     shapes = shapes_of(args.model)
     looked_up = ["wpe.weight", "embed_positions.weight"]
-    if any(name.startswith("lm_head") for name in shapes):      # or the embedding is the head as well
+    if any(name.startswith("lm_head") for name in shapes):      # otherwise the embedding is also the head
         looked_up += ["wte.weight", "embed_tokens.weight"]
     matrices = [math.prod(shape) for name, shape in shapes.items()
                 if len(shape) == 2 and not name.endswith(tuple(looked_up))]
-    work = 2 * 64 * 128 * sum(matrices)
-    return 2 * 2048 ** 3 / best, work, work * best / (2 * 2048 ** 3)
+    work, speed = 2 * 64 * 128 * sum(matrices), 2 * 2048 ** 3 / best
+    return speed, work, work / speed
 
 
 def shapes_of(folder):

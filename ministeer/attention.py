@@ -86,17 +86,16 @@ class KVCache:
     def grown(self, l: int, end: int) -> tuple[Tensor, Tensor]:
         """What is stored of block l, (batch, H_kv, room, D) each, with room for `end` positions or more."""
         room = self.layers[l][0].shape[2]
-        if room < end:
+        if room < end:      # Trap: not with empty memory, of which compiled code would make 0 times NaN.
             more = min(self.max_len, max(end, 2 * room)) - room
             self.layers[l] = tuple(F.pad(old, (0, 0, 0, more)) for old in self.layers[l])
         return self.layers[l]
 
-    def keep(self, rows: list[int]) -> None:
-        """Row i goes on from what was row rows[i], so that equal rows can part, or be dropped."""
-        if rows != list(range(self.batch)):
-            self.batch = len(rows)
-            for l, stored in self.layers.items():
-                self.layers[l] = tuple(old[rows] for old in stored)
+    def part(self, rows: Tensor) -> None:
+        """Row i goes on from what was row rows[i], so that rows which were equal can differ from now on."""
+        self.batch = len(rows)
+        for l, stored in self.layers.items():
+            self.layers[l] = tuple(old[rows] for old in stored)
 
     def attend(self, l: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The `attend` above for the newest T positions of block l, which also see all earlier ones."""

@@ -374,7 +374,7 @@ def setting(model: LM, tokenizer: Tokenizer, steer: Steer, prompt: str, n: int, 
     if "agreement" in steer.note:
         pair += f" (agreement {one_line(steer.note['agreement'])})"
     coeff = f"coeff {steer.coeff:g}"
-    if len(norms[max(steer.start, 1):steer.stop]):              # not for an addition to BOS alone
+    if len(norms[max(steer.start, 1):steer.stop]):              # if the prompt is steered after BOS
         coeff += f", {strength(model, tokenizer, steer, [prompt]):.2f} × the mean norm"
     new = sampling["max_new_tokens"]
     lines = {

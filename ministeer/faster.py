@@ -28,7 +28,8 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
 
     Write `model = fast(model)`, so that the memory of the plain matrices is freed.
     compile: also compile the blocks for one row and one position, the case of generating one text. Compiling
-        happens here and takes about ten seconds; packed models then keep a second copy of the matrices.
+        happens here and takes about ten seconds (and once more at a first call with gradients enabled);
+        packed models then keep a second copy of the matrices.
     weights: "int8" or "int4" rounds the matrices to 8 or 4 bits (the head to 8), for generating a few texts
         at once. The result is close to the model, but not equal (benchmarks/README.md has the loss). It
         cannot be trained, and has no state_dict.
@@ -121,7 +122,7 @@ def compile_steps(model: LM) -> None:
     try:
         ids, cache = torch.zeros(1, 1, dtype=torch.int64, device=model.device), KVCache(2)
         with torch.no_grad():
-            for _ in range(2):      # a first position and a later one, so that a run compiles nothing more
+            for _ in range(2):      # the first pass only fills the cache, the second compiles the blocks
                 model(ids, (), cache)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
@@ -132,7 +133,8 @@ def compile_steps(model: LM) -> None:
 
 @functools.cache
 def compiled(function: Callable, device: str) -> Callable:
-    """The compiled function. On a CPU, C++ and not Python goes from one of its loops to the next."""
+    """The function, compiled. On a CPU, C++ rather than Python calls its loops one after another."""
+    # size_asserts: the compiled code would check sizes that torch.compile has checked already.
     options = {"cpp_wrapper": True, "size_asserts": False} if device == "cpu" else {}
     return torch.compile(function, dynamic=False, options=options)
 
@@ -262,7 +264,10 @@ SMALL = {"int8": Int8, "int4": Int4}
 
 
 class FastBlock(nn.Module):
-    """Mixed into a family's block: one position of one row runs as a single compiled function."""
+    """Mixed into a family's block. If compiled, one position of one row runs as a single function.
+
+    Otherwise a single position in bfloat16 attends by Folding.
+    """
     compiled = False
 
     def forward(self, x: Tensor, l: int, rope: Rotation = None, cache: KVCache | None = None) -> Tensor:
@@ -271,13 +276,13 @@ class FastBlock(nn.Module):
         if not self.compiled or len(x) > 1:
             return super().forward(x, l, rope, Folding(cache) if x.dtype == torch.bfloat16 else cache)
         keys, values = cache.grown(l, len(cache) + 1)
-        if len(cache) == 1:                     # as in compile_steps
-            for stored in (keys, values):
-                torch._dynamo.mark_dynamic(stored, 2)   # or it compiles again each time that the cache grows
-        pos = torch.tensor([len(cache)], device=x.device)
+        for stored in (keys, values):
+            torch._dynamo.mark_dynamic(stored, 2)       # or it compiles again each time that the cache grows
+        pos = torch.full((1,), len(cache), device=x.device)
         return compiled(FastBlock.one, x.device.type)(self, x, rope, keys, values, pos)
 
     def one(self, x: Tensor, rope: Rotation, keys: Tensor, values: Tensor, pos: Tensor) -> Tensor:
+        # 0 for l, which Room does not need: each number would be compiled again.
         return super().forward(x, 0, rope, Room(keys, values, pos))
 
 

@@ -153,7 +153,7 @@ def sample(step: Step, ids: Tensor, draws: Tensor, sampling: Sampling) -> Iterat
     candidates, logits = 64, step(ids)
     for t in range(sampling.max_new_tokens):
         new = sample_token(logits, ids, draws[:, t], sampling, candidates)
-        tokens = new.tolist()                       # the only wait for the device in a step
+        tokens = new.tolist()                       # a wait for the device
         while TOO_FEW in tokens:                    # a flat distribution: consider more tokens from here on
             candidates *= 16
             new = sample_token(logits, ids, draws[:, t], sampling, candidates)
@@ -173,26 +173,30 @@ def decoder(model: LM, steer: tuple[Steer, ...], batch: int, max_len: int) -> St
     Rows that are equal so far are read as one. With a low top_p, many are at first.
     """
     cache = None
+    # What tells rows apart: at first their coefficients, after a step their rows in the cache.
     coeffs = [s.coeff.tolist() for s in steer if isinstance(s.coeff, Tensor)]
-    place = list(zip(*coeffs, strict=True)) or [()] * batch     # from the first step on: its row in the cache
+    place = list(zip(*coeffs, strict=True)) or [()] * batch
 
     def step(ids: Tensor) -> Tensor:
         nonlocal cache, place
+        if cache and cache.batch == batch:          # all rows differ, and will never be equal again
+            return decode_step(model, ids, steer, cache)
         rows = list(zip(place, map(tuple, ids.tolist()), strict=True))
-        first = {}                              # different row -> its first number in the batch
+        first = {}                                  # different row -> its first number in the batch
         for i, row in enumerate(rows):
             first.setdefault(row, i)
-        chosen = list(first.values())
+        chosen = torch.tensor(list(first.values()), device=ids.device)
         here = tuple(s.rows(chosen) for s in steer)
         if cache is None:
             cache = KVCache(max_len, len(chosen))
             logits = prefill(model, ids[chosen], here, cache)
         else:
-            cache.keep([place[i] for i in chosen])
+            if len(chosen) > cache.batch:
+                cache.part(torch.tensor([place[i] for i in first.values()], device=ids.device))
             logits = decode_step(model, ids[chosen], here, cache)
         number = {row: i for i, row in enumerate(first)}
         place = [number[row] for row in rows]
-        return logits if len(chosen) == batch else logits[place]
+        return logits[place]
     return step
 
 

@@ -124,6 +124,17 @@ def test_generating_compiles_nothing_more(tiny, quick):
             generate(quick, tokenizer, text, 1, 30, temperature=0)
 
 
+def test_a_growing_cache_compiles_nothing_more_where_gradients_are_enabled(tiny, quick):
+    _, tokenizer = tiny
+    ids, cache = encode(tokenizer, 3 * TEXT[0])[:, :40], KVCache(40)
+    with torch.enable_grad():
+        quick(ids[:, :5], (), cache)            # the first single position may compile, with this setting
+        quick(ids[:, 5:6], (), cache)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for part in ids[:, 6:].split(1, dim=1):         # there is room for 10, then 20, then 40
+                quick(part, (), cache)
+
+
 def test_fast_leaves_the_plain_model_as_it_was(tiny):
     model, tokenizer = tiny
     ids = encode(tokenizer)

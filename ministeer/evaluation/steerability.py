@@ -97,6 +97,7 @@ def kl_at_end(model: LM, tokenizer: Tokenizer, prompts: Sequence[str], steer: St
     return result
 
 
+@torch.no_grad()
 def strength(model: LM, tokenizer: Tokenizer, steer: Steer, prompts: Sequence[str]) -> float:
     """mean |x' - x| where the Steer acts / mean |x|, x = resid[layer] at all positions but BOS of the prompts
 
@@ -117,7 +118,7 @@ def strength_in(streams: Sequence[Tensor], steer: Steer) -> float:
     added, norms = [], []
     for x in streams:
         x = x.float()
-        delta = steer.delta(x, torch.arange(len(x), device=x.device)).to(x)
+        delta = steer.delta(x, torch.arange(len(x), device=x.device)).to(x).reshape(x.shape)
         added.append(delta.norm(dim=-1)[max(steer.start, 1):steer.stop])
         norms.append(x.norm(dim=-1)[1:])
     if not sum(map(len, added)):

@@ -201,7 +201,7 @@ def look(model: LM, tokenizer: Tokenizer, setting: Setting, controls: object = C
     random: the same for each random vector
     norms: |resid|, unsteered (n_layer + 1, T)
     next: the `shown` tokens likeliest unsteered or steered, and log p of each: unsteered, steered, random …
-    strength: what is added, in mean norms of the layer, BOS left out; None if it is added nowhere else
+    strength: |addition| in mean norms of the layer, BOS left out; None if only BOS is steered
     sink: the share of the vector's squared norm in four dimensions; near 1, little is about the pair
     Raises Refused if the logits are not finite.
     """
