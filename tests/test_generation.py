@@ -392,7 +392,7 @@ def test_each_step_brings_back_the_drawn_tokens_and_no_more(tiny, love, how, n, 
             texts = generate(*tiny, PROMPT, n, new, 3 * love, **how)
             counts.append(synchronisations.n)
         assert any(texts)
-    # 20 more tokens: drawing waits for each, and so does the decoder while rows are equal. Copies to the device
+    # 20 more tokens: drawing waits for each, and so does the decoder while rows are equal. Copies to a device
     # are not counted. A flat distribution asks for more candidates, 1024 after 64, at most twice in a run.
     assert counts[1] - counts[0] <= (20 if n == 1 else 2 * 20) + 2
 
