@@ -262,6 +262,11 @@ lesson.save(figure, "14_ten_methods")
 # Weights that were trained on the twelve sentences for some twenty seconds bring them into 69 % at 5.6. So
 # adding the mean saves the training, but did not do better.
 #
+# Another wish gives another order. `python -m benchmarks.paper methods-mood` asks for a kinder mood after "I
+# hate you because", which 30 % of the unsteered texts have. There the mean has 62 %, keeping the norm 89 %,
+# and ActAdd with love - hate 28 %. Ablation, which brought no wedding, makes every text kind, but at a
+# disfluency of 13. And random directions have 18 to 46 %, since what is often there by luck needs more texts.
+#
 # ## Exercise 1
 # Activation capping: the stream's projection on v should be at most t. Where it is below, nothing changes:
 # x - max(x·v - t, 0) v, with v of norm 1. The vector that you are given may have any norm.
