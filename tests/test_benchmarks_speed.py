@@ -59,7 +59,7 @@ def test_prints_what_it_has_when_the_minutes_are_over(minutes, smollm2, monkeypa
 
 def test_the_work_of_scoring_is_that_of_its_products(checkpoint, tiny):
     args = SimpleNamespace(model=checkpoint, threads=1, dtype="float32", device="cpu")
-    flops, work, seconds = speed.product_bound(args)
+    flops, work, seconds = speed.matmul_time(args)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tiny[0](torch.zeros(1, 100, dtype=torch.int64))
     counts = counter.get_flop_counts()["Global"]
