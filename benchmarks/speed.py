@@ -221,8 +221,9 @@ def table(rows, names, versions, args):
               + ".")
     if "score" in medians:
         speed, work, plain = matmul_time(args)
-        print(f"\nIn scoring, products of matrices are most of the work: {work / 1e9:.0f} GFLOP take {plain:.2f} s "
-              f"at the {speed / 1e9:.0f} GFLOP/s of one large torch.matmul. In shares of that speed: "
+        print(f"\nIn scoring, products of matrices are most of the work: {work / 1e9:.0f} GFLOP take "
+              f"{plain:.2f} s at the {speed / 1e9:.0f} GFLOP/s of one large torch.matmul. "
+              "In shares of that speed: "
               + ", ".join(f"{name} {plain / seconds:.0%}" for name, seconds in medians["score"].items())
               + ".")
     print("\n≠: its answer differs from transformers' answer. Not compared, because it does other work: "
