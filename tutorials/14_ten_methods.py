@@ -263,9 +263,10 @@ lesson.save(figure, "14_ten_methods")
 # adding the mean saves the training, but did not do better.
 #
 # Another wish gives another order. `python -m benchmarks.paper methods-mood` asks for a kinder mood after "I
-# hate you because", which 30 % of the unsteered texts have. There the mean has 62 %, keeping the norm 89 %,
+# hate you because". Of the unsteered texts, 30 % are kind already. The mean has 62 %, keeping the norm 89 %,
 # and ActAdd with love - hate 28 %. Ablation, which brought no wedding, makes every text kind, but at a
-# disfluency of 13. And random directions have 18 to 46 %, since what is often there by luck needs more texts.
+# disfluency of 13. Random directions have 18 to 46 % (PPLM aside). When a wish often comes true by luck, it
+# takes more texts to see an effect.
 #
 # ## Exercise 1
 # Activation capping: the stream's projection on v should be at most t. Where it is below, nothing changes:
