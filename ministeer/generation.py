@@ -185,14 +185,14 @@ def decoder(model: LM, steer: tuple[Steer, ...], batch: int, max_len: int) -> St
         first = {}                                  # different row -> its first number in the batch
         for i, row in enumerate(rows):
             first.setdefault(row, i)
-        chosen = torch.tensor(list(first.values()), device=ids.device)
+        chosen = list(first.values())
         here = tuple(s.rows(chosen) for s in steer)
         if cache is None:
             cache = KVCache(max_len, len(chosen))
             logits = prefill(model, ids[chosen], here, cache)
         else:
             if len(chosen) > cache.batch:
-                cache.part(torch.tensor([place[i] for i in first.values()], device=ids.device))
+                cache.part(torch.tensor([place[i] for i in chosen], device=ids.device))
             logits = decode_step(model, ids[chosen], here, cache)
         number = {row: i for i, row in enumerate(first)}
         place = [number[row] for row in rows]

@@ -141,7 +141,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """[{"role": …, "content": …}, …] -> the text that the checkpoint's own chat template makes of them.
+        """[{"role": …, "content": …}, …] -> the text that the checkpoint's chat template makes of them.
 
         Its BOS, if it has one, is left out: `encode` and `generate` write it. The template comes with the
         checkpoint and runs in Jinja's sandbox, with the limits of template.py. Raises ValueError if there is
