@@ -68,6 +68,8 @@ def layer_sweep(lab):
         rates = [with_topic_word(counts[(kind, *where)]) for kind in RANDOM]
         return [k / total for k, total in rates]
 
+    sizes = lab.strengths([lab.steer(" weddings", " ", l, coeff) for l in layers], [PROMPT])
+    one = lab.strength(lab.steer(" weddings", " ", best, 1.0), [PROMPT])
     with figure(lab, "layer-sweep", 2, 10) as (_, (left, right)):
         all_coeffs = sorted([*coeffs, coeff])
         for axis, x, where in ((left, list(layers), [(l, coeff, 0.3) for l in layers]),
@@ -76,12 +78,13 @@ def layer_sweep(lab):
         spread(left, control_layers, [random_rates(l, coeff, 0.3) for l in control_layers])
         spread(right, all_coeffs, [random_rates(best, c, 0.3) for c in all_coeffs])
         k, total = with_topic_word(counts["unsteered", 0, 0.0, 0.3])
-        for axis, label in ((left, "layer"), (right, f"coefficient, layer {best}")):
+        coeff_label = f"coefficient, layer {best} (1 is {one} × the mean norm)"
+        for axis, label in ((left, "layer"), (right, coeff_label)):
             axis.axhline(k / total, color="black", linewidth=0.8, linestyle="--", label="unsteered")
             axis.set_xlabel(label)
             axis.set_ylim(0, 1)
         left.set_ylabel("completions with a word about weddings")
-        left.set_title(f"n {n} per point, c {coeff:g}, 95 % band", fontsize="medium")
+        left.set_title(f"n {n} per point, 95 % band, c {coeff:g} ({sizes})", fontsize="medium")
         left.legend(frameon=False)
 
     def cells(*key):
@@ -125,6 +128,7 @@ def positions(lab):
     rates = {key: with_topic_word(words) for key, words in counts.items()}
     random_rates = {place: [k / total for k, total in (rates[kind, place, 1.0] for kind in RANDOM)]
                     for place in places}
+    coeff_in_words = lab.coeff_in_words(lab.steer(" weddings", " ", layer, coeff), [PROMPT])
     with figure(lab, "positions", 2, 9, 3.8) as (_, (left, right)):
         here = [rates["steered", place, 1.0] for place in places]
         heights = [k / total for k, total in here]
@@ -135,7 +139,7 @@ def positions(lab):
                       label=None if x else "random, 5 vectors")
         left.set_xticks(range(3), places)
         left.set_ylabel("completions with a word about weddings")
-        left.set_title(f"n {n}, layer {layer}, c {coeff:g}, 95 % intervals", fontsize="medium")
+        left.set_title(f"n {n}, 95 %, layer {layer}, {coeff_in_words}", fontsize="medium")
         left.legend(frameon=False)
         band(right, fractions, [rates["steered", "front", f] for f in fractions], BLUE, "steered")
         right.set_xlabel("share of the dimensions that is added, front")
@@ -151,7 +155,6 @@ def positions(lab):
     for fraction in fractions[:-1]:
         name = f"front, first {fraction:.0%} of the dimensions"
         lines.append([name, *cells("steered", "front", fraction), ""])
-    coeff_in_words = lab.coeff_in_words(lab.steer(" weddings", " ", layer, coeff), [PROMPT])
     text = (f"\" weddings\" - \" \" before block {layer}, {coeff_in_words}, n {n}; "
             f"{control_in_words(n)}.\n\n")
     text += table(["", "steered (95 %)", "words per text", "random (lowest to highest)"], lines)

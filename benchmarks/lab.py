@@ -113,6 +113,11 @@ class Lab:
         """A Steer's coefficient and strength: "coeff 2 (0.83 × the mean norm)"."""
         return f"coeff {steer.coeff:g} ({self.strength(steer, prompts)} × the mean norm)"
 
+    def strengths(self, steers, prompts):
+        """The lowest and the highest strength of several Steers: "0.15 to 1.79 × the mean norm"."""
+        sizes = sorted((self.strength(steer, prompts) for steer in steers), key=float)
+        return f"{sizes[0]} to {sizes[-1]} × the mean norm"
+
     def conditions(self, steer):
         """-> {"unsteered": None, "steered": steer, "random 0": random_like(steer, 0), …, "random 4": …}"""
         controls = [random_like(steer, seed) for seed in range(len(RANDOM))]

@@ -132,6 +132,9 @@ def perplexity(lab):
     units += [[topic, layer, coeff, kind] for topic in essays for kind in ("beside", "prompted")]
     ratios = lab.run(units, essay)
 
+    parts = [part for text in chosen for part in long_sentences(lab, text, skip)]
+    coeff_in_words = lab.coeff_in_words(steers["steered"], parts)
+    sizes = lab.strengths([lab.steer(plus, minus, l, coeff) for l in layers], parts)
     with figure(lab, "perplexity", 2, 10) as (_, (left, right)):
         x, y, low, high = zip(*points["steered"], strict=True)
         left.plot(x, y, "o-", color=BLUE, label="steered")
@@ -140,7 +143,8 @@ def perplexity(lab):
         left.axhline(1, color="black", linewidth=0.8)
         left.set_xlabel("words about weddings, % (bins of 0.5)")
         left.set_ylabel("perplexity ratio, steered / unsteered")
-        left.set_title(f"{len(rows)} documents, layer {layer}, c {coeff:g}, 95 % band", fontsize="medium")
+        left.set_title(f"{len(rows)} documents, layer {layer}, 95 % band,\n{coeff_in_words}",
+                       fontsize="medium")
         left.legend(frameon=False)
         for (topic, texts), color in zip(essays.items(), (BLUE, ORANGE, GREEN, GREY), strict=False):
             right.plot(layers, [ratios[topic, l, coeff, "steered"] for l in layers], "o-", markersize=3,
@@ -150,13 +154,12 @@ def perplexity(lab):
         right.set_yticks([1, 1.2, 1.5, 2, 3, 4], ["1", "1.2", "1.5", "2", "3", "4"])
         right.minorticks_off()
         right.set_xlabel("layer")
-        right.set_title(f"texts on one subject, c {coeff:g}", fontsize="medium")
+        right.set_title(f"texts on one subject,\nc {coeff:g} ({sizes})", fontsize="medium")
         right.legend(frameon=False, fontsize="small")
 
     def cells(*keys):
         return [f"{ratios[key]:.3f}" for key in keys]
 
-    parts = [part for text in chosen for part in long_sentences(lab, text, skip)]
     by_layer = [["× the mean norm", *(lab.strength(lab.steer(plus, minus, l, coeff), parts) for l in shown)]]
     by_coeff, beside = [], []
     for topic in essays:
@@ -165,7 +168,7 @@ def perplexity(lab):
         by_layer.append([f"{topic}, random", *(f"{min(row):.3f} to {max(row):.3f}" for row in controls)])
         by_coeff.append([topic, *cells(*((topic, layer, c, "steered") for c in coeffs))])
         beside.append([topic, *cells(*((topic, layer, coeff, kind) for kind in ("beside", "prompted")))])
-    text = (f"\" weddings\" - \" \" before block {layer}, {lab.coeff_in_words(steers['steered'], parts)}; "
+    text = (f"\" weddings\" - \" \" before block {layer}, {coeff_in_words}; "
             f"the first {skip} predictions of each sentence left out. Random: {len(RANDOM)} vectors, "
             "lowest to highest, in the first table after their mean.\n\n")
     text += "\n".join([
