@@ -30,6 +30,7 @@ from .tokenizer import Tokenizer
 FAMILIES = {"gpt2": GPT2, "gptj": GPTJ, "llama": Llama, "opt": OPT}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_DTYPES = ("F32", "F16", "BF16", "F64")
+AT_ONCE = 2**25         # bytes of a file that stay in memory while its tensors are read
 
 # Constants that old checkpoints carry and the code computes: causal masks, rotary frequencies.
 COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
@@ -55,16 +56,21 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
         connect(device)
         cut(model)
     weights, digest, first = {}, hashlib.sha256(repr(c).encode()), not parallel or dist.get_rank() == 0
+
+    def add_to_digest(name, stored):
+        digest.update(f"{name} {stored.dtype}".encode())
+        if first:                               # the others need not read all
+            digest.update(stored.flatten().view(torch.uint8).numpy())
+
     with ThreadPoolExecutor(1) as hasher:       # hashing and converting take equally long, so do both at once
-        for name, (path, full_name) in places.items():
-            stored = _read(path, full_name)
-            digest.update(f"{name} {stored.dtype}".encode())
-            numbers = stored.flatten().view(torch.uint8).numpy()
-            hashed = hasher.submit(digest.update, numbers if first else b"")    # the others need not read all
+        hashed = None
+        for (name, (path, full_name)), stored in zip(places.items(), _read(places.values()), strict=True):
+            if hashed:
+                hashed.result()                 # so that at most two tensors wait
+            hashed = hasher.submit(add_to_digest, name, stored)
             part = own_part(model, name, stored) if parallel else stored
             part = _converted(part, dtype, full_name, path).to(device)
             weights[name] = without_file(part) if parallel else part
-            hashed.result()
     if parallel and c.tied:
         weights["lm_head.weight"] = weights[model.embedding_name]
     model.load_state_dict(weights, assign=True)
@@ -106,7 +112,7 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
             stored[name] = path, full_name
     head = stored.pop("lm_head.weight", None) if config.tied else None      # then it is the embedding
     embedding = model.embedding_name
-    if head and embedding not in stored and _read(*head).shape == wanted[embedding]:
+    if head and embedding not in stored and next(_read([head])).shape == wanted[embedding]:
         stored[embedding] = head        # some converters keep only this one of the two names
     missing = [name for name in wanted if name not in stored]
     surplus = [full_name for name, (_, full_name) in stored.items() if name not in wanted]
@@ -116,7 +122,7 @@ def match_tensors(folder: Path, config: Config) -> tuple[LM, dict[str, tuple[Pat
     if missing or surplus:
         raise ValueError(f"the tensors in {folder} are not those of a {kind} with this config.json. "
                          f"Missing: {_listed(missing)}. Surplus: {_listed(surplus)}.")
-    if head and not torch.equal(_read(*head), _read(*stored[embedding])):
+    if head and not torch.equal(*_read([head, stored[embedding]])):
         raise ValueError(f"lm_head.weight differs from {embedding} in {folder}, but config.json says that "
                          'the head is tied. If it is not, set "tie_word_embeddings": false there.')
     return model, {name: stored[name] for name in wanted}
@@ -170,9 +176,15 @@ def _header(path):
                          f"{one_line(error)}") from None
 
 
-def _read(path, full_name):
-    with safe_open(path, "pt") as file:     # opened anew for each tensor, so that the last one leaves memory
-        return file.get_tensor(full_name)
+def _read(places):
+    """Yield the tensor at each (file, name there)."""
+    opened, read = None, 0
+    for path, full_name in places:
+        if path != opened or read > AT_ONCE:    # opened anew, so that what was read leaves memory
+            opened, read, file = path, 0, safe_open(path, "pt")
+        tensor = file.get_tensor(full_name)
+        read += tensor.nbytes
+        yield tensor
 
 
 def _converted(stored, dtype, name, path):
