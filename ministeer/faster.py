@@ -135,7 +135,8 @@ def compile_steps(model: LM) -> None:
 def compiled(function: Callable, device: str) -> Callable:
     """The function, compiled. On a CPU, C++ rather than Python calls its loops one after another."""
     # size_asserts: the compiled code would check sizes that torch.compile has checked already.
-    options = {"cpp_wrapper": True, "size_asserts": False} if device == "cpu" else {}
+    # vec_isa_ok: torch would compile test programs for four seconds. A fault shows without them.
+    options = {"cpp_wrapper": True, "size_asserts": False, "cpp.vec_isa_ok": True} if device == "cpu" else {}
     return torch.compile(function, dynamic=False, options=options)
 
 
@@ -277,7 +278,8 @@ class FastBlock(nn.Module):
             return super().forward(x, l, rope, Folding(cache) if x.dtype == torch.bfloat16 else cache)
         keys, values = cache.grown(l, len(cache) + 1)
         for stored in (keys, values):
-            torch._dynamo.mark_dynamic(stored, 2)       # or it compiles again each time that the cache grows
+            if not hasattr(stored, "_dynamo_dynamic_indices"):      # marked before: looking is quicker
+                torch._dynamo.mark_dynamic(stored, 2)   # or it compiles again each time that the cache grows
         pos = torch.full((1,), len(cache), device=x.device)
         return compiled(FastBlock.one, x.device.type)(self, x, rope, keys, values, pos)
 
