@@ -257,7 +257,7 @@ print(f"x·v before layer 12: {parts[0][0]:.0f} at BOS; below 0 at {(after < 0).
 #> x·v before layer 12: -2487 at BOS; below 0 at 39 of 39 others
 
 # %% [markdown]
-# **Luck.** A few of the unsteered texts are kind already, and so are between a quarter and a half of all texts
+# **Luck.** A few of the unsteered texts are kind already, and so are between a quarter and a half of those
 # with random directions. So for ActAdd, mean, conditional and component twenty texts decide nothing: 9 of 20
 # may be 26 % or 66 %. With a hundred (`benchmarks.paper methods-mood`) the mean has 62 % (52 to 71 %, random
 # 30 %), ActAdd 28 % (20 to 37 %, random 38 %). The more often a wish comes true by luck, the more texts you
@@ -277,31 +277,33 @@ print(f"x·v before layer 12: {parts[0][0]:.0f} at BOS; below 0 at {(after < 0).
 # ## The figure: effect against fluency
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True)
+figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True, sharey=True)
 for axis, results, hit in zip(axes, (wedding_results, kinder_results),
                               ("a wedding word", "a VADER score above 0.05"), strict=True):
     for number, (name, ((k, surprise, *_), five)) in enumerate(results.items()):
         color = lesson.BLUE if five else "black"
         lesson.errorbars(axis, [surprise], [k / n], [wilson(k, n)], color=color, label=f"{number} {name}")
-        offset = (5, 4 + 9 * (number % 3))                      # some points coincide
+        offset = (5, 4 + 9 * (number % 4))                      # some points coincide
         axis.annotate(str(number), (surprise, k / n), offset, textcoords="offset points", color=color)
         axis.plot([row[1] for row in five], [row[0] / (n // 5) for row in five], ".", color=lesson.GREY)
-    axis.set_xscale("log")
-    axis.set_xticks([4, 6, 8, 12, 16], ["4", "6", "8", "12", "16"])
-    axis.minorticks_off()
     axis.set_xlabel("disfluency (perplexity per token, unsteered model)")
-    axis.set_title(f"share of completions with {hit}", fontsize="medium")
-axes[0].set_ylabel(f"n {n} a point, 95 % intervals; grey: random, n {n // 5}")
+    axis.set_title(f"completions with {hit}", fontsize="medium")
+axes[0].set_xscale("log")
+axes[0].set_xticks([4, 6, 8, 12, 16], ["4", "6", "8", "12", "16"])
+axes[0].minorticks_off()
+axes[0].set_ylim(top=1.15)
+axes[0].set_ylabel("share of completions")
 axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), handlelength=0)
+figure.suptitle(f"n {n} a point, 95 % intervals; grey: five random directions, n {n // 5}", fontsize="medium")
 lesson.save(figure, "14_ten_methods")
 
 # %% [markdown]
 # This is one prompt and twenty texts for each wish, so do not read it as a ranking. `python -m
 # benchmarks.paper methods` and `methods-mood` have a hundred texts for most methods, and methods that are not
 # on this page: function vectors, and four that need more than the one line (PPLM, ITI, ICV and differences of
-# weights). There the mean brings weddings into 64 % of the texts at a disfluency of 8.4. Weights trained on the
-# twelve sentences for some twenty seconds bring them into 69 % at 5.6. So adding the mean saves the training,
-# but did not do better.
+# weights). There the mean brings weddings into 64 % of the texts at a disfluency of 8.4. Weights trained on
+# the twelve sentences for some twenty seconds bring them into 69 % at 5.6. So adding the mean saves the
+# training, but did not do better.
 #
 # ## Exercise 1
 # Activation capping: the stream's projection on v should be at most t. Where it is below, nothing changes:
