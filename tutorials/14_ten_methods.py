@@ -268,7 +268,7 @@ print(f"x·v before layer 12: {parts[0][0]:.0f} at BOS; below 0 at {(after < 0).
 #
 # **Only here** do ablation, angular steering and the optimised vector bring what we asked for, at the three
 # highest disfluencies. (The last two are stronger than before.) The optimised vector's price is its size:
-# random vectors as large cost about as much. Not so with the other two: in random directions they cost little.
+# random vectors as large cost about as much. Not so with the other two: random directions cost little there.
 # What does ablation take away? The projection x·v is below 0 at every position, off the topic too, so taking
 # it away adds kindness to any prompt. But most of the price is paid at BOS, which reaches far along this
 # direction. With BOS spared, nearly as many texts are kind, at less than a tenth of the KL and a disfluency
