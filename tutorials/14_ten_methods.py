@@ -2,49 +2,52 @@
 # # 14 · One line, ten methods
 #
 # **Ten methods of steering are one line, `x = x + s.delta(x, pos)`. What does each get, and what does it
-# cost?** 35 minutes, two of them computing. You need tutorials 05 and 11.
+# cost?** 40 minutes, three of them computing. You need tutorials 05, 09 and 11.
 #
 # Since ActAdd, many ways to steer have been published. They differ in two things: how a direction is made,
 # and what `delta` does with it. An ActAdd vector is added, whatever the stream is. Others look at the stream
-# x first: they cap it, turn it, or take something out of it.
+# x first: they cap it, turn it, or take something out of it. We ask all of them for two things: a text about
+# weddings, and a kinder text.
 
 # %%
 import math
-import time
+import re
+from dataclasses import replace
+from functools import partial
 
 import lesson
 import matplotlib.pyplot as plt
 import torch
 
 import ministeer
-from ministeer.evaluation.judges import count_words
+from ministeer.evaluation.judges import count_words, judge
 from ministeer.evaluation.measure import disfluency
 from ministeer.evaluation.stats import wilson
 from ministeer.evaluation.steerability import kl_at_end, steerability, strength
 from ministeer.methods import conditional, many_pairs, optimised
 from ministeer.methods.ablation import ablation
 from ministeer.methods.angular import angular
-from ministeer.methods.capping import Cap, Fixed
+from ministeer.methods.capping import Cap, Fixed, projections
 from ministeer.methods.change import Change
 from ministeer.steering import random_like
 
 plain, tokenizer = lesson.load(fast=False)          # gradients need the plain weights
 model = plain if lesson.TINY else ministeer.fast(plain)
-prompt, n = "I went up to my friend and said", 20
-pairs = [line.split(" / ") for line in """\
-Tonight they talk about the wedding / Tonight they talk about the weather
-She dreams of her wedding / She dreams of her holiday
-He wrote a long letter to his bride / He wrote a long letter to his boss
-We were late for the marriage / We were late for the train
-The guests are waiting for the groom / The guests are waiting for the soup
-My brother wants to marry / My brother wants to leave
-Everybody cried at the wedding / Everybody cried at the airport
-The whole village came to the wedding / The whole village came to the market
-They saved money for their honeymoon / They saved money for their car
-Her friends asked about the groom / Her friends asked about the exam
-I read a story about a bride / I read a story about a dog
-They are happily married / They are happily asleep""".splitlines()]
-plus, minus = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+n, vader = 20, judge("vader")
+weddings = [
+    "Tonight they talk about the wedding/weather", "She dreams of her wedding/holiday",
+    "He wrote a long letter to his bride/boss", "We were late for the marriage/train",
+    "The guests are waiting for the groom/soup", "My brother wants to marry/leave",
+    "Everybody cried at the wedding/airport", "The whole village came to the wedding/market",
+    "They saved money for their honeymoon/car", "Her friends asked about the groom/exam",
+    "I read a story about a bride/dog", "They are happily married/asleep"]
+kinder = [
+    "I feel such love/hate", "The old man was kind/cruel",
+    "Her letter was full of praise/insults", "That evening was wonderful/horrible",
+    "My neighbours are friendly/rude", "The food tasted delicious/disgusting",
+    "They said it with joy/anger", "His voice was gentle/harsh",
+    "We left in peace/rage", "The children were happy/miserable",
+    "What you did was lovely/awful", "She smiled because she was grateful/vicious"]
 
 # %% [markdown]
 # ## Four ways to make a direction
@@ -53,30 +56,36 @@ plus, minus = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 # given sentence (Subramani et al. 2022)? It needs no pairs, but many passes forward and back.
 
 # %%
-weddings = ministeer.steering_vector(model, tokenizer, " weddings", " ", layer=1)
-means = many_pairs.vectors(model, tokenizer, plus, minus)               # one for each layer
-mean = means[12]
-(component,) = many_pairs.repe(model, tokenizer, plus, minus, [12])
-norm = mean.vector.norm().item()
-wanted = " The wedding was beautiful, and the bride"
-sentence = optimised.for_sentence(plain, tokenizer, wanted, 12, steps=100)
-print(mean)
-for name, steer in (("component", component), ("optimised", sentence)):
-    print(f"{name}: cosine with the mean {torch.cosine_similarity(steer.vector, mean.vector, 0):.2f}")
-print("steps of gradient descent:", sentence.note["steps"], "exact:", sentence.note["exact"])
+def make_directions(pair, layer, pairs, wanted):
+    """-> Steers: ActAdd's, the component, the one that says `wanted`, and the mean before each block"""
+    act_add = ministeer.steering_vector(model, tokenizer, *pair, layer=layer)
+    plus, minus = ([re.sub(other, "", pair) for pair in pairs] for other in (r"/\w+", r"\w+/"))
+    means = many_pairs.vectors(model, tokenizer, plus, minus)
+    (component,) = many_pairs.repe(model, tokenizer, plus, minus, [12])
+    sentence = optimised.for_sentence(plain, tokenizer, wanted, 12, steps=100)
+    print(means[12])
+    cosines = [torch.cosine_similarity(s.vector, means[12].vector, 0) for s in (component, sentence)]
+    print("   cosine with it: component {:.2f}, optimised {:.2f}".format(*cosines),
+          f"after {sentence.note['steps']} steps, exact: {sentence.note['exact']}")
+    return [act_add, component, sentence, *means]
+
+
+to_weddings = make_directions((" weddings", " "), 1, weddings, " The wedding was beautiful, and the bride")
+to_kinder = make_directions((" love", " hate"), 2, kinder, " I love you, you are kind and wonderful")
 #> <Steer a vector (agreement 0.25): coeff 1.0 at every position from 1 on before block 12, d_model 576>
-#> component: cosine with the mean 0.99
-#> optimised: cosine with the mean -0.02
-#> steps of gradient descent: 54 exact: True
+#>    cosine with it: component 0.99, optimised -0.02 after 54 steps, exact: True
+#> <Steer a vector (agreement 0.23): coeff 1.0 at every position from 1 on before block 12, d_model 576>
+#>    cosine with it: component 0.99, optimised 0.02 after 88 steps, exact: True
 
 # %% [markdown]
 # The repr shows how well the pairs agree: the mean cosine of two of their differences. The lower it is, the
-# less the pairs have in common, and the less you can expect of their mean (Braun et al. 2025).
+# less the pairs have in common, and the less you can expect of their mean (Braun et al. 2025). `exact` says
+# whether the model, with the optimised vector, writes just that sentence.
 #
 # ## Ten ways to use one
 # Conditional steering (CAST) also needs a rule: which prompts should be steered? We look for a rule on a few
 # prompts of both sorts. It decides once, when the prompt has been read. (Most numbers below were chosen on
-# other prompts, from a few values for each method: `python -m benchmarks.paper methods`.)
+# other prompts, for each wish from a few values: `python -m benchmarks.paper methods` and `methods-mood`.)
 
 # %%
 stories = ["In the evening we sat down and talked about", "On the train I met a woman who said",
@@ -85,18 +94,27 @@ facts = ["The chemical formula of water is", "Seven times eight is", "The speed 
          "An atom consists of a nucleus and"]
 candidates = many_pairs.vectors(model, tokenizer, stories, facts, where="mean")
 condition, score = conditional.find_condition(model, tokenizer, candidates, stories, facts)
-methods = {
-    "ActAdd": [1.0 * weddings],
-    "mean": [0.5 * mean],
-    "component": [0.5 * norm * component],
-    "norm kept": [Change(12, mean.vector, 0.5, keep_norm=True)],
-    "capped": [Cap(12, -mean.vector, limit=-0.5 * norm)],           # x·v is at least half the norm
-    "fixed": [Fixed(12, mean.vector, value=0.5 * norm)],            # x·v is half the norm
-    "ablation": ablation(model, mean),
-    "angular": angular(means, degrees=0),
-    "conditional": [0.5 * mean],
-    "optimised": [0.1 * sentence],
-}
+
+
+def ten_methods(directions, share, degrees, part):
+    """-> {name: Steers}; share: of the mean, degrees: of angular steering, part: of the optimised vector"""
+    act_add, component, sentence, *means = directions
+    mean, norm = means[12], means[12].vector.norm().item()
+    return {
+        "ActAdd": [1.0 * act_add],
+        "mean": [share * mean],
+        "component": [share * norm * component],
+        "norm kept": [Change(12, mean.vector, 0.5, keep_norm=True)],
+        "capped": [Cap(12, -mean.vector, limit=-0.5 * norm)],           # x·v is at least half the norm
+        "fixed": [Fixed(12, mean.vector, value=0.5 * norm)],            # x·v is half the norm
+        "ablation": ablation(model, mean),
+        "angular": angular(means, degrees),
+        "conditional": [share * mean],
+        "optimised": [part * sentence],
+    }
+
+
+for_weddings = partial(ten_methods, share=0.5, degrees=0, part=0.1)
 print(f"a rule at layer {condition.layer}, F1 {score:.2f} on the prompts that it was made from")
 #> a rule at layer 1, F1 1.00 on the prompts that it was made from
 
@@ -109,20 +127,14 @@ print(f"a rule at layer {condition.layer}, F1 {score:.2f} on the prompts that it
 generator = torch.Generator().manual_seed(0)
 d_model, pos = model.config.d_model, torch.arange(3)
 streams = 300 * torch.randn(2, 1, 3, d_model, generator=generator) / d_model ** 0.5
-for name, steers in methods.items():
+same, looks = [], []
+for name, steers in for_weddings(to_weddings).items():
     a, b = (steers[-1].delta(x, pos).expand(1, 3, d_model) for x in streams)
-    looks = "looks at the stream" if not torch.allclose(a, b) else "adds the same to every stream"
-    print(f"{name:12} {looks}, at {len(steers)} layer{'s' * (len(steers) > 1)}")
-#> ActAdd       adds the same to every stream, at 1 layer
-#> mean         adds the same to every stream, at 1 layer
-#> component    adds the same to every stream, at 1 layer
-#> norm kept    looks at the stream, at 1 layer
-#> capped       looks at the stream, at 1 layer
-#> fixed        looks at the stream, at 1 layer
-#> ablation     looks at the stream, at 30 layers
-#> angular      looks at the stream, at 30 layers
-#> conditional  adds the same to every stream, at 1 layer
-#> optimised    adds the same to every stream, at 1 layer
+    (same if torch.allclose(a, b) else looks).append(name if len(steers) == 1 else f"{name} (all layers)")
+print("adds the same to every stream:", ", ".join(same))
+print("looks at the stream:", ", ".join(looks))
+#> adds the same to every stream: ActAdd, mean, component, conditional, optimised
+#> looks at the stream: norm kept, capped, fixed, ablation (all layers), angular (all layers)
 
 # %% [markdown]
 # All use the same line, the same loop and the same cache. Conditional steering adds a vector, like the mean;
@@ -133,7 +145,7 @@ for name, steers in methods.items():
 # (tutorial 05). The other is KL off the topic: on prompts that have nothing to do with weddings, how far the
 # next token's distribution is from the unsteered model's. Strength is the norm of what is added, in mean
 # norms of the layer's stream. Each method has its control: five random directions in place of its own, four
-# texts each.
+# texts each. (A seed gives one direction at layer 12, which the methods there share.)
 
 # %%
 off_topic = ["The capital of France is", "Water boils at a temperature of", "The square root of sixteen is",
@@ -142,131 +154,156 @@ off_topic = ["The capital of France is", "Water boils at a temperature of", "The
 rng = {"top_p": 0.3, "freq_penalty": 1.0, "max_new_tokens": 20}
 
 
-def control(name, seed):
-    """The Steers of a method with random directions of the same norms in place of its own"""
-    if name == "ablation":
-        return ablation(model, random_like(mean, seed))
-    if name == "angular":
-        return angular([random_like(s, seed) for s in means], degrees=0)
-    return [random_like(s, seed) for s in methods[name]]
-
-
 def fires(name, prompts):
     return conditional.decide(model, tokenizer, prompts, condition) if name == "conditional" else \
         torch.ones(len(prompts))
 
 
-def measure(name, steers, n):
-    """-> (texts with a wedding word, disfluency, mean KL off the topic, milliseconds a token, a text)"""
+def measure(prompt, hit, name, steers, n):
+    """-> (texts with a hit, disfluency, mean KL off the topic, a text)"""
     steers = [fires(name, [prompt]).item() * s for s in steers]
-    start = time.process_time()
     texts = ministeer.generate(model, tokenizer, prompt, n, steer=steers, **rng)
-    seconds = time.process_time() - start
     scored = disfluency(model, tokenizer, prompt, texts)
     surprise = math.exp(sum(nll for nll, _ in scored) / max(1, sum(k for _, k in scored)))
     kl = [kl_at_end(model, tokenizer, [one], [fire * s for s in steers])[0]
           for one, fire in zip(off_topic, fires(name, off_topic).tolist(), strict=True)]
-    return (sum(count_words(text) > 0 for text in texts), surprise, sum(kl) / len(kl),
-            1000 * seconds / (20 * n), texts[0])
+    return sum(map(hit, texts)), surprise, sum(kl) / len(kl), texts[0]
 
 
-k, surprise, _, ms, _ = measure("unsteered", [], n)
-print(f"unsteered: {k} of {n}, disfluency {surprise:.1f} ≈ {ms:.1f} ms a token")
-results = {"unsteered": (k, surprise, 0.0, [])}
-for name, steers in methods.items():
-    k, surprise, kl, ms, text = measure(name, steers, n)
-    five = [measure(name, control(name, seed), n // 5) for seed in range(5)]
+def compare(prompt, hit, methods, directions):
+    """Print a row for each method -> {name: (what `measure` gives, the same for five random directions)}"""
+    row = k, surprise, _, _ = measure(prompt, hit, "unsteered", [], n)
     low, high = wilson(k, n)
-    size = sum(strength(model, tokenizer, s, [prompt]) for s in steers) / len(steers)
-    print(f"{name}, strength {size:.2f}: {k} of {n} ({low:.0%} to {high:.0%}), "
-          f"random {[row[0] for row in five]} of {n // 5}")
-    print(f"   disfluency {surprise:.1f}, random {min(row[1] for row in five):.1f} to "
-          f"{max(row[1] for row in five):.1f}")
-    print(f"   KL {kl:.2f}, random {min(row[2] for row in five):.2f} to {max(row[2] for row in five):.2f} "
-          f"≈ {ms:.1f} ms a token, {text.strip()[:40]!r}")
-    results[name] = k, surprise, kl, five
-#> unsteered: 0 of 20, disfluency 3.9 ≈ 3.7 ms a token
-#> ActAdd, strength 1.79: 10 of 20 (30% to 70%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 6.5, random 3.6 to 5.6
-#>    KL 1.16, random 0.74 to 1.38 ≈ 3.3 ms a token, 'that they had a wedding to celebrate the'
-#> mean, strength 0.19: 14 of 20 (48% to 85%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 8.8, random 4.4 to 7.7
-#>    KL 0.38, random 0.28 to 0.66 ≈ 3.2 ms a token, "I'm a single mother.\n\nI was 20 years old"
-#> component, strength 0.19: 18 of 20 (70% to 97%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 8.6, random 4.4 to 7.7
-#>    KL 0.35, random 0.28 to 0.66 ≈ 3.1 ms a token, 'I will have a baby.\n\nI was 21 years old,'
-#> norm kept, strength 0.19: 14 of 20 (48% to 85%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 8.1, random 4.9 to 6.3
-#>    KL 0.37, random 0.27 to 0.67 ≈ 3.4 ms a token, "I'm having a baby.\n\nI am married to my h"
-#> capped, strength 0.18: 11 of 20 (34% to 74%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 7.1, random 4.4 to 6.5
-#>    KL 0.36, random 0.45 to 0.89 ≈ 3.3 ms a token, ', I will marry her.\n\nThe word "love" is '
-#> fixed, strength 0.18: 11 of 20 (34% to 74%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 7.4, random 4.9 to 5.9
-#>    KL 0.36, random 0.25 to 0.61 ≈ 3.2 ms a token, ', I will marry her.\n\nThe wedding was a b'
-#> ablation, strength 0.03: 0 of 20 (0% to 16%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 4.6, random 4.3 to 5.9
-#>    KL 0.04, random 0.03 to 0.10 ≈ 3.6 ms a token, ', "It\'s a beautiful day, isn\'t it?" He s'
-#> angular, strength 0.13: 0 of 20 (0% to 16%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 6.5, random 4.4 to 6.8
-#>    KL 0.26, random 0.11 to 0.36 ≈ 3.5 ms a token, "hello. I'm a bit of a guy, and I'm the o"
-#> conditional, strength 0.19: 14 of 20 (48% to 85%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 8.8, random 4.4 to 7.7
-#>    KL 0.15, random 0.04 to 0.36 ≈ 3.2 ms a token, "I'm a single mother.\n\nI was 20 years old"
-#> optimised, strength 0.26: 0 of 20 (0% to 16%), random [0, 0, 0, 0, 0] of 4
-#>    disfluency 6.4, random 8.3 to 10.2
-#>    KL 1.47, random 0.56 to 1.29 ≈ 3.0 ms a token, ', "This is the best." I\'m not sure what '
+    print(f"unsteered: {k} of {n} ({low:.0%} to {high:.0%}), disfluency {surprise:.1f}")
+    print(f"{'strength':>17}  of {n}, 95 %       random of {n // 5}  disfluency, random  KL, random")
+    results = {"unsteered": (row, [])}
+    controls = [methods([random_like(s, seed) for s in directions]) for seed in range(5)]
+    for name, steers in methods(directions).items():
+        row = k, surprise, kl, _ = measure(prompt, hit, name, steers, n)
+        five = [measure(prompt, hit, name, control[name], n // 5) for control in controls]
+        ks, surprises, kls, _ = zip(*five, strict=True)
+        size = sum(strength(model, tokenizer, s, [prompt]) for s in steers) / len(steers)
+        low, high = wilson(k, n)
+        print(f"{name:11} {size:5.2f} {k:5} {f'({low:.0%} to {high:.0%})':13}", *ks,
+              f"  {surprise:5.1f} {f'({min(surprises):.1f} to {max(surprises):.1f})':13}",
+              f"{kl:.2f} ({min(kls):.2f} to {max(kls):.2f})")
+        results[name] = row, five
+    return results
+
+
+wedding_results = compare("I went up to my friend and said", lambda text: count_words(text) > 0,
+                          for_weddings, to_weddings)
+#> unsteered: 0 of 20 (0% to 16%), disfluency 3.9
+#>          strength  of 20, 95 %       random of 4  disfluency, random  KL, random
+#> ActAdd       1.79    10 (30% to 70%)  0 0 0 0 0     6.5 (3.6 to 5.6)  1.16 (0.74 to 1.38)
+#> mean         0.19    14 (48% to 85%)  0 0 0 0 0     8.8 (4.4 to 7.7)  0.38 (0.28 to 0.66)
+#> component    0.19    18 (70% to 97%)  0 0 0 0 0     8.6 (4.4 to 7.7)  0.35 (0.28 to 0.66)
+#> norm kept    0.19    14 (48% to 85%)  0 0 0 0 0     8.1 (4.9 to 6.3)  0.37 (0.27 to 0.67)
+#> capped       0.18    11 (34% to 74%)  0 0 0 0 0     7.1 (4.9 to 5.9)  0.36 (0.25 to 0.61)
+#> fixed        0.18    11 (34% to 74%)  0 0 0 0 0     7.4 (4.9 to 5.9)  0.36 (0.25 to 0.61)
+#> ablation     0.03     0 (0% to 16%)   0 0 0 0 0     4.6 (4.3 to 5.9)  0.04 (0.03 to 0.10)
+#> angular      0.13     0 (0% to 16%)   0 0 0 0 0     6.5 (4.4 to 6.8)  0.26 (0.11 to 0.36)
+#> conditional  0.19    14 (48% to 85%)  0 0 0 0 0     8.8 (4.4 to 7.7)  0.15 (0.04 to 0.36)
+#> optimised    0.26     0 (0% to 16%)   0 0 0 0 0     6.4 (8.3 to 10.2) 1.47 (0.56 to 1.29)
 
 # %% [markdown]
-# Seven of the ten bring the topic in. Six of these act along the mean, or nearly, at every position, and have
-# it at least as often as ActAdd. In 200 texts, no random direction brings it in. But look at mean and
-# component: their cosine is 0.99 and their strengths are equal, and yet they have 14 and 18 of 20. So do not
-# rank methods that differ by less. Capped and fixed are nearly the same here, because the projection is
-# nearly always below the value.
+# Seven of the ten bring the topic in, six of them along the mean, or nearly, at every position. No random
+# direction brings it in. But look at mean and component: their cosine is 0.99 and their strengths are equal,
+# and yet they have 14 and 18 of 20. So do not rank methods that differ by less. Capped and fixed are nearly
+# the same here, because the projection is nearly always below the value.
 #
 # Three bring nothing. Ablation takes something away, and there was no wedding to take away. Angular steering
 # turns the stream all the way toward the direction, but only within a plane, and little of the stream lies in
-# that plane. The optimised vector makes the model say its sentence exactly, but does not point where the
-# mean points (cosine near 0). A tenth of it brings no weddings. A quarter of it does (13 of 20, on other
-# prompts), but at a disfluency of 15.
+# that plane. The optimised vector does not point where the mean points (cosine near 0). A tenth of it brings
+# no weddings; a quarter does, on other prompts, but at a disfluency of 15 (`benchmarks.paper methods`).
 #
 # What else changes? ActAdd's KL is the second highest: it changes the first word of every prompt a lot. But
 # random vectors at the same place do as much. The rule of conditional steering spares some of the off-topic
-# prompts, not all: an F1 of 1 on the prompts that it was made from promised too much. The time for a token is
-# about the same for all, since each only adds to the stream in a single pass.
+# prompts, not all: an F1 of 1 on the prompts that it was made from promised too much.
+#
+# ## A second wish: a kinder mood
+# A text now counts if VADER (tutorial 09) scores it above 0.05, after a prompt that does not make it easy. In
+# the last row, ablation leaves BOS, the attention sink (tutorial 03), as it is.
+
+# %%
+def for_kinder(directions):
+    methods = ten_methods(directions, share=0.25, degrees=30, part=0.125)
+    return methods | {"BOS spared": [replace(s, start=1) for s in methods["ablation"]]}
+
+
+hate = "I hate you because"
+kinder_results = compare(hate, lambda text: vader([text])[0] > 0.05, for_kinder, to_kinder)
+for name in ("ablation", "BOS spared", "optimised"):
+    print(f"{name} ≈ {kinder_results[name][0][-1].strip()[:70]!r}")
+parts = [projections(model, tokenizer, to_kinder[3:][12], text) for text in (hate, *off_topic)]
+after = torch.cat([part[1:] for part in parts])
+print(f"x·v before layer 12: {parts[0][0]:.0f} at BOS; below 0 at {(after < 0).sum()} of {len(after)} others")
+#> unsteered: 4 of 20 (8% to 42%), disfluency 4.4
+#>          strength  of 20, 95 %       random of 4  disfluency, random  KL, random
+#> ActAdd       0.70     7 (18% to 57%)  1 3 2 2 1     5.0 (4.4 to 5.9)  0.14 (0.09 to 0.76)
+#> mean         0.10     9 (26% to 66%)  1 2 0 3 1     5.7 (4.4 to 5.7)  0.04 (0.07 to 0.10)
+#> component    0.10    10 (30% to 70%)  1 2 0 3 1     4.7 (4.4 to 5.7)  0.04 (0.07 to 0.10)
+#> norm kept    0.20    18 (70% to 97%)  4 0 2 1 3     6.4 (5.3 to 6.5)  0.16 (0.18 to 0.39)
+#> capped       0.30    17 (64% to 95%)  2 1 2 1 3     7.1 (4.8 to 7.3)  0.34 (0.16 to 0.35)
+#> fixed        0.30    17 (64% to 95%)  2 1 2 1 3     7.1 (4.8 to 7.3)  0.34 (0.16 to 0.35)
+#> ablation     0.11    20 (84% to 100%) 2 1 3 1 1    10.9 (3.8 to 6.7)  2.27 (0.03 to 0.10)
+#> angular      0.26    17 (64% to 95%)  1 1 1 0 0    10.6 (4.2 to 5.2)  0.58 (0.08 to 0.24)
+#> conditional  0.10     9 (26% to 66%)  1 2 0 3 1     5.7 (4.4 to 5.7)  0.03 (0.02 to 0.06)
+#> optimised    0.39    20 (84% to 100%) 2 0 2 1 1    10.2 (6.9 to 16.2) 1.50 (0.72 to 1.69)
+#> BOS spared   0.11    17 (64% to 95%)  2 1 2 2 2     6.6 (4.4 to 7.8)  0.17 (0.03 to 0.10)
+#> ablation ≈ 'I love you.\n\nLiam Johnson, Founder and Co-Curión\nLoving'
+#> BOS spared ≈ "of your kindness and generosity.\n\nAs I walk through the city, I'm fill"
+#> optimised ≈ "you're so kind and talented, I'm proud of you. I love your creativity "
+#> x·v before layer 12: -2487 at BOS; below 0 at 39 of 39 others
+
+# %% [markdown]
+# **Luck.** A few of the unsteered texts are kind already, and so are between a quarter and a half of those
+# with random directions. So for ActAdd, mean, conditional and component twenty texts decide nothing: 9 of 20
+# may be 26 % or 66 %. With a hundred (`benchmarks.paper methods-mood`) the mean has 62 % (52 to 71 %, random
+# 30 %), ActAdd 28 % (20 to 37 %, random 38 %). The more often a wish comes true by luck, the more texts you
+# need. All others have 15 or more. That is beyond luck, but their intervals overlap, so do not rank them.
+#
+# **In both wishes** mean and component are nearly one vector, and capped and fixed nearly one method. Off the
+# topic, what acts along the mean at layer 12 changes about as much as random directions there, or less.
+#
+# **Only here** do ablation, angular steering and the optimised vector bring what we asked for, at the three
+# highest disfluencies. (The last two are stronger than before.) The optimised vector's price is its size:
+# random vectors as large cost about as much. Not so with the other two: random directions cost little there.
+# What does ablation take away? The projection x·v is below 0 at every position, off the topic too, so taking
+# it away adds kindness to any prompt. But most of the price is paid at BOS, which reaches far along this
+# direction. With BOS spared, nearly as many texts are kind, at less than a tenth of the KL and a disfluency
+# like that of random ablations.
 #
 # ## The figure: effect against fluency
 
 # %%
-figure, axis = plt.subplots(figsize=(9, 4.2))
-for number, (name, (k, surprise, _, five)) in enumerate(results.items()):
-    color = lesson.BLUE if five else "black"
-    lesson.errorbars(axis, [surprise], [k / n], [wilson(k, n)], color=color, label=f"{number} {name}")
-    offset = (5, 4 + 9 * (number % 3))                      # some points coincide
-    axis.annotate(str(number), (surprise, k / n), offset, textcoords="offset points", color=color)
-    axis.plot([row[1] for row in five], [row[0] / (n // 5) for row in five], ".", color=lesson.GREY)
-axis.set_xscale("log")
-axis.set_xticks([4, 6, 8, 10], ["4", "6", "8", "10"])
-axis.minorticks_off()
-axis.set_xlabel("disfluency (perplexity per token, unsteered model)")
-axis.set_ylabel("completions with a wedding word")
-axis.set_title(f"n {n} a point, 95 % intervals; grey: five random directions, n {n // 5}", fontsize="medium")
-axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), handlelength=0)
+figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True, sharey=True)
+for axis, results, hit in zip(axes, (wedding_results, kinder_results),
+                              ("a wedding word", "a VADER score above 0.05"), strict=True):
+    for number, (name, ((k, surprise, *_), five)) in enumerate(results.items()):
+        color = lesson.BLUE if five else "black"
+        lesson.errorbars(axis, [surprise], [k / n], [wilson(k, n)], color=color, label=f"{number} {name}")
+        offset = (5, 4 + 9 * (number % 4))                      # some points coincide
+        axis.annotate(str(number), (surprise, k / n), offset, textcoords="offset points", color=color)
+        axis.plot([row[1] for row in five], [row[0] / (n // 5) for row in five], ".", color=lesson.GREY)
+    axis.set_xlabel("disfluency (perplexity per token, unsteered model)")
+    axis.set_title(f"completions with {hit}", fontsize="medium")
+axes[0].set_xscale("log")
+axes[0].set_xticks([4, 6, 8, 12, 16], ["4", "6", "8", "12", "16"])
+axes[0].minorticks_off()
+axes[0].set_ylim(top=1.15)
+axes[0].set_ylabel("share of completions")
+axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), handlelength=0)
+figure.suptitle(f"n {n} a point, 95 % intervals; grey: five random directions, n {n // 5}", fontsize="medium")
 lesson.save(figure, "14_ten_methods")
 
 # %% [markdown]
-# This is one prompt, one topic and twenty texts, so do not read it as a ranking. `python -m benchmarks.paper
-# methods` has a hundred texts for most methods, with settings chosen on other prompts. It also has methods
-# that are not on this page: function vectors, and four that need more than the one line (PPLM, ITI, ICV and
-# differences of weights). There the mean brings weddings into 64 % of the texts at a disfluency of 8.4.
-# Weights that were trained on the twelve sentences for some twenty seconds bring them into 69 % at 5.6. So
-# adding the mean saves the training, but did not do better.
-#
-# Another wish gives another order. `python -m benchmarks.paper methods-mood` asks for a kinder mood after "I
-# hate you because". Of the unsteered texts, 30 % are kind already. The mean has 62 %, keeping the norm 89 %,
-# and ActAdd with love - hate 28 %. Ablation, which brought no wedding, makes every text kind, but at a
-# disfluency of 13. Random directions have 18 to 46 % (PPLM aside). When a wish often comes true by luck, it
-# takes more texts to see an effect.
+# This is one prompt and twenty texts for each wish, so do not read it as a ranking. `python -m
+# benchmarks.paper methods` and `methods-mood` have a hundred texts for most methods, and methods that are not
+# on this page: function vectors, and four that need more than the one line (PPLM, ITI, ICV and differences of
+# weights). There the mean brings weddings into 64 % of the texts at a disfluency of 8.4. Weights trained on
+# the twelve sentences for some twenty seconds bring them into 69 % at 5.6. So adding the mean saves the
+# training, but did not do better.
 #
 # ## Exercise 1
 # Activation capping: the stream's projection on v should be at most t. Where it is below, nothing changes:
