@@ -90,6 +90,8 @@ def perplexity(found):
 def tuned(result):
     """rivals.py with the chosen love - hate vector: five random vectors, one for each repeat."""
     task, test = result["setting"]["task"], result["test"]
+    if "ActAdd, random" not in test:            # made with --methods, without ActAdd
+        return
     sign = -1 if task == "pos-to-neg" else 1
     by_prompt = {name: [sign * x for x in row["by prompt"]] for name, row in test.items()}
     mean, interval, _, n = difference(by_prompt["ActAdd"], by_prompt["Unsteered"], [])
@@ -122,7 +124,7 @@ def claims(folder):
         path = folder / f"{name}.json"
         if path.exists():
             found += reader(json.loads(path.read_text(encoding="utf-8"))["found"])
-    for pattern, reader in (("rivals-*-ActAdd.json", tuned), ("search-*.json", searched)):
+    for pattern, reader in (("rivals-*.json", tuned), ("search-*.json", searched)):
         for path in sorted(folder.glob(pattern)):
             found += reader(json.loads(path.read_text(encoding="utf-8")))
     return found

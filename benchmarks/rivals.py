@@ -355,6 +355,8 @@ def draw(lab, title, searched, results, scorer, sign, n_tuning):
     with figure(lab, title, columns, 3 * columns, 2.4 * rows + 0.6, rows, share=True) as (fig, axes):
         for axis in axes[len(names):]:
             axis.axis("off")
+        for axis in axes[len(names) - columns:len(names)]:      # the lowest of each column
+            axis.tick_params(labelbottom=True)
         for axis, name in zip(axes, names, strict=False):
             tried = [result for (method, _), result in searched.items() if method == name]
             # ActAdd's cells are at several layers, so they do not lie along one line.

@@ -34,7 +34,7 @@ def test_what_is_wanted_points_to_the_right(tmp_path):
     rows = {name: {"by prompt": [x] * 3, "by repeat": [x] * 5} for name, x in
             (("Unsteered", 0.5), ("ActAdd", 0.1), ("ActAdd, random", 0.4))}
     for task, effect in (("pos-to-neg", 0.4), ("neg-to-pos", -0.4), ("toxicity", -0.4)):
-        (tmp_path / f"rivals-{task}-ActAdd.json").write_text(
+        (tmp_path / f"rivals-{task}.json").write_text(
             json.dumps({"setting": {"task": task}, "test": rows}), encoding="utf-8")
         claim, = (row for row in forest.claims(tmp_path) if row[1].endswith(task))
         assert claim[2] == pytest.approx(effect)

@@ -13,7 +13,6 @@
 import math
 import re
 from dataclasses import replace
-from functools import partial
 
 import lesson
 import matplotlib.pyplot as plt
@@ -52,20 +51,21 @@ kinder = [
 # %% [markdown]
 # ## Four ways to make a direction
 # ActAdd takes one pair of prompts. The mean of many pairs (tutorial 11) and their first principal component
-# (RepE) take twelve. The fourth asks for gradients: which vector, added at layer 12, makes the model say one
-# given sentence (Subramani et al. 2022)? It needs no pairs, but many passes forward and back.
+# (RepE) take twelve. The fourth needs gradients. Which vector, added at layer 12, makes the model say one
+# given sentence (Subramani et al. 2022)? That needs no pairs, but many passes forward and back.
 
 # %%
 def make_directions(pair, layer, pairs, wanted):
     """-> Steers: ActAdd's, the component, the one that says `wanted`, and the mean before each block"""
     act_add = ministeer.steering_vector(model, tokenizer, *pair, layer=layer)
-    plus, minus = ([re.sub(other, "", pair) for pair in pairs] for other in (r"/\w+", r"\w+/"))
+    plus = [pair.split("/")[0] for pair in pairs]
+    minus = [re.sub(r"\w+/", "", pair) for pair in pairs]          # "the wedding/weather": "the weather"
     means = many_pairs.vectors(model, tokenizer, plus, minus)
     (component,) = many_pairs.repe(model, tokenizer, plus, minus, [12])
     sentence = optimised.for_sentence(plain, tokenizer, wanted, 12, steps=100)
     print(means[12])
-    cosines = [torch.cosine_similarity(s.vector, means[12].vector, 0) for s in (component, sentence)]
-    print("   cosine with it: component {:.2f}, optimised {:.2f}".format(*cosines),
+    a, b = (torch.cosine_similarity(s.vector, means[12].vector, 0) for s in (component, sentence))
+    print(f"   cosine with it: component {a:.2f}, optimised {b:.2f}",
           f"after {sentence.note['steps']} steps, exact: {sentence.note['exact']}")
     return [act_add, component, sentence, *means]
 
@@ -78,14 +78,14 @@ to_kinder = make_directions((" love", " hate"), 2, kinder, " I love you, you are
 #>    cosine with it: component 0.99, optimised 0.02 after 88 steps, exact: True
 
 # %% [markdown]
-# The repr shows how well the pairs agree: the mean cosine of two of their differences. The lower it is, the
-# less the pairs have in common, and the less you can expect of their mean (Braun et al. 2025). `exact` says
-# whether the model, with the optimised vector, writes just that sentence.
+# The repr shows the pairs' agreement (tutorial 11). `exact` says whether the model, with the whole vector and
+# no prompt, writes just that sentence.
 #
 # ## Ten ways to use one
 # Conditional steering (CAST) also needs a rule: which prompts should be steered? We look for a rule on a few
-# prompts of both sorts. It decides once, when the prompt has been read. (Most numbers below were chosen on
-# other prompts, for each wish from a few values: `python -m benchmarks.paper methods` and `methods-mood`.)
+# prompts of both sorts. It decides once, when the prompt has been read. F1 says how well it does (1: without
+# a mistake). (Most numbers below were chosen on other prompts, for each wish from a few values: `python -m
+# benchmarks.paper methods` and `methods-mood`.)
 
 # %%
 stories = ["In the evening we sat down and talked about", "On the train I met a woman who said",
@@ -104,17 +104,20 @@ def ten_methods(directions, share, degrees, part):
         "ActAdd": [1.0 * act_add],
         "mean": [share * mean],
         "component": [share * norm * component],
-        "norm kept": [Change(12, mean.vector, 0.5, keep_norm=True)],
-        "capped": [Cap(12, -mean.vector, limit=-0.5 * norm)],           # x·v is at least half the norm
+        "norm kept": [Change(12, mean.vector, 0.5, keep_norm=True)],    # then scaled back to the norm of x
+        "capped": [Cap(12, -mean.vector, limit=-0.5 * norm)],           # a floor: x·v at least half the norm
         "fixed": [Fixed(12, mean.vector, value=0.5 * norm)],            # x·v is half the norm
-        "ablation": ablation(model, mean),
-        "angular": angular(means, degrees),
+        "ablation": ablation(model, mean),                              # x·v is 0
+        "angular": angular(means, degrees),                             # x is turned toward the direction
         "conditional": [share * mean],
         "optimised": [part * sentence],
     }
 
 
-for_weddings = partial(ten_methods, share=0.5, degrees=0, part=0.1)
+def for_weddings(directions):
+    return ten_methods(directions, share=0.5, degrees=0, part=0.1)
+
+
 print(f"a rule at layer {condition.layer}, F1 {score:.2f} on the prompts that it was made from")
 #> a rule at layer 1, F1 1.00 on the prompts that it was made from
 
@@ -130,7 +133,8 @@ streams = 300 * torch.randn(2, 1, 3, d_model, generator=generator) / d_model ** 
 same, looks = [], []
 for name, steers in for_weddings(to_weddings).items():
     a, b = (steers[-1].delta(x, pos).expand(1, 3, d_model) for x in streams)
-    (same if torch.allclose(a, b) else looks).append(name if len(steers) == 1 else f"{name} (all layers)")
+    where = " (all layers)" if len(steers) > 1 else ""
+    (same if torch.allclose(a, b) else looks).append(name + where)
 print("adds the same to every stream:", ", ".join(same))
 print("looks at the stream:", ", ".join(looks))
 #> adds the same to every stream: ActAdd, mean, component, conditional, optimised
@@ -142,10 +146,10 @@ print("looks at the stream:", ", ".join(looks))
 #
 # ## What does each get, and what does it cost?
 # The effect is how many of twenty completions have a wedding word. There are two costs. One is disfluency
-# (tutorial 05). The other is KL off the topic: on prompts that have nothing to do with weddings, how far the
-# next token's distribution is from the unsteered model's. Strength is the norm of what is added, in mean
+# (tutorial 05). The other is KL off the topic: how far the next token's distribution moves, in nats (0: not
+# at all), on prompts that have nothing to do with weddings. Strength is the norm of what is added, in mean
 # norms of the layer's stream. Each method has its control: five random directions in place of its own, four
-# texts each. (A seed gives one direction at layer 12, which the methods there share.)
+# texts each. (At layer 12 a seed gives all methods the same direction.)
 
 # %%
 off_topic = ["The capital of France is", "Water boils at a temperature of", "The square root of sixteen is",
@@ -155,8 +159,10 @@ rng = {"top_p": 0.3, "freq_penalty": 1.0, "max_new_tokens": 20}
 
 
 def fires(name, prompts):
-    return conditional.decide(model, tokenizer, prompts, condition) if name == "conditional" else \
-        torch.ones(len(prompts))
+    """1 for each prompt that the method steers, else 0"""
+    if name == "conditional":
+        return conditional.decide(model, tokenizer, prompts, condition)
+    return torch.ones(len(prompts))
 
 
 def measure(prompt, hit, name, steers, n):
@@ -172,14 +178,14 @@ def measure(prompt, hit, name, steers, n):
 
 def compare(prompt, hit, methods, directions):
     """Print a row for each method -> {name: (what `measure` gives, the same for five random directions)}"""
-    row = k, surprise, _, _ = measure(prompt, hit, "unsteered", [], n)
+    k, surprise, kl, text = measure(prompt, hit, "unsteered", [], n)
     low, high = wilson(k, n)
     print(f"unsteered: {k} of {n} ({low:.0%} to {high:.0%}), disfluency {surprise:.1f}")
     print(f"{'strength':>17}  of {n}, 95 %       random of {n // 5}  disfluency, random  KL, random")
-    results = {"unsteered": (row, [])}
+    results = {"unsteered": ((k, surprise, kl, text), [])}
     controls = [methods([random_like(s, seed) for s in directions]) for seed in range(5)]
     for name, steers in methods(directions).items():
-        row = k, surprise, kl, _ = measure(prompt, hit, name, steers, n)
+        k, surprise, kl, text = measure(prompt, hit, name, steers, n)
         five = [measure(prompt, hit, name, control[name], n // 5) for control in controls]
         ks, surprises, kls, _ = zip(*five, strict=True)
         size = sum(strength(model, tokenizer, s, [prompt]) for s in steers) / len(steers)
@@ -187,7 +193,7 @@ def compare(prompt, hit, methods, directions):
         print(f"{name:11} {size:5.2f} {k:5} {f'({low:.0%} to {high:.0%})':13}", *ks,
               f"  {surprise:5.1f} {f'({min(surprises):.1f} to {max(surprises):.1f})':13}",
               f"{kl:.2f} ({min(kls):.2f} to {max(kls):.2f})")
-        results[name] = row, five
+        results[name] = (k, surprise, kl, text), five
     return results
 
 
@@ -207,23 +213,24 @@ wedding_results = compare("I went up to my friend and said", lambda text: count_
 #> optimised    0.26     0 (0% to 16%)   0 0 0 0 0     6.4 (8.3 to 10.2) 1.47 (0.56 to 1.29)
 
 # %% [markdown]
-# Seven of the ten bring the topic in, six of them along the mean, or nearly, at every position. No random
-# direction brings it in. But look at mean and component: their cosine is 0.99 and their strengths are equal,
-# and yet they have 14 and 18 of 20. So do not rank methods that differ by less. Capped and fixed are nearly
-# the same here, because the projection is nearly always below the value.
+# Seven of the ten bring the topic in, six of them along the mean, or nearly, at every position. Random
+# directions do not. Mean and component are nearly one vector, and yet they have 64 and 74 of a hundred texts
+# in `benchmarks.paper methods`. So do not rank methods that differ by no more than that. Capped and fixed are
+# nearly the same here, because the projection x·v is nearly always below the value.
 #
-# Three bring nothing. Ablation takes something away, and there was no wedding to take away. Angular steering
-# turns the stream all the way toward the direction, but only within a plane, and little of the stream lies in
-# that plane. The optimised vector does not point where the mean points (cosine near 0). A tenth of it brings
-# no weddings; a quarter does, on other prompts, but at a disfluency of 15 (`benchmarks.paper methods`).
+# Three bring next to nothing. Ablation takes x·v away, and here that is little (strength 0.03). Angular
+# steering turns the stream all the way toward the direction, but only within a plane, and little of the
+# stream lies in that plane. The optimised vector does not point where the mean points (cosine near 0). A
+# tenth of it brings no weddings. A quarter does (13 of 20, on other prompts of `benchmarks.paper methods`),
+# but at a disfluency of 15.
 #
-# What else changes? ActAdd's KL is the second highest: it changes the first word of every prompt a lot. But
-# random vectors at the same place do as much. The rule of conditional steering spares some of the off-topic
+# What else changes? The optimised vector and ActAdd move the next token's distribution most, and random
+# vectors at the same places nearly as much. The rule of conditional steering spares some of the off-topic
 # prompts, not all: an F1 of 1 on the prompts that it was made from promised too much.
 #
 # ## A second wish: a kinder mood
-# A text now counts if VADER (tutorial 09) scores it above 0.05, after a prompt that does not make it easy. In
-# the last row, ablation leaves BOS, the attention sink (tutorial 03), as it is.
+# A text now counts if VADER (tutorial 09) scores it above 0.05. The prompt, "I hate you because", does not
+# make that easy. In the last row, ablation leaves BOS, the attention sink (tutorial 03), as it is.
 
 # %%
 def for_kinder(directions):
@@ -231,13 +238,21 @@ def for_kinder(directions):
     return methods | {"BOS spared": [replace(s, start=1) for s in methods["ablation"]]}
 
 
+def along(steer):
+    """-> x·v before layer 12 at BOS, the number of other positions where it is below 0, and of all others"""
+    parts = [projections(model, tokenizer, steer, text) for text in (hate, *off_topic)]
+    others = torch.cat([part[1:] for part in parts])
+    return round(parts[0][0].item()), (others < 0).sum().item(), len(others)
+
+
 hate = "I hate you because"
 kinder_results = compare(hate, lambda text: vader([text])[0] > 0.05, for_kinder, to_kinder)
 for name in ("ablation", "BOS spared", "optimised"):
-    print(f"{name} ≈ {kinder_results[name][0][-1].strip()[:70]!r}")
-parts = [projections(model, tokenizer, to_kinder[3:][12], text) for text in (hate, *off_topic)]
-after = torch.cat([part[1:] for part in parts])
-print(f"x·v before layer 12: {parts[0][0]:.0f} at BOS; below 0 at {(after < 0).sum()} of {len(after)} others")
+    (*_, text), _ = kinder_results[name]
+    print(f"{name} ≈ {text.strip()[:70]!r}")
+_, _, _, *means = to_kinder
+print("x·v at BOS, below 0 elsewhere:", along(means[12]))
+print("   random:", *(along(random_like(means[12], seed))[:2] for seed in range(5)))
 #> unsteered: 4 of 20 (8% to 42%), disfluency 4.4
 #>          strength  of 20, 95 %       random of 4  disfluency, random  KL, random
 #> ActAdd       0.70     7 (18% to 57%)  1 3 2 2 1     5.0 (4.4 to 5.9)  0.14 (0.09 to 0.76)
@@ -254,25 +269,27 @@ print(f"x·v before layer 12: {parts[0][0]:.0f} at BOS; below 0 at {(after < 0).
 #> ablation ≈ 'I love you.\n\nLiam Johnson, Founder and Co-Curión\nLoving'
 #> BOS spared ≈ "of your kindness and generosity.\n\nAs I walk through the city, I'm fill"
 #> optimised ≈ "you're so kind and talented, I'm proud of you. I love your creativity "
-#> x·v before layer 12: -2487 at BOS; below 0 at 39 of 39 others
+#> x·v at BOS, below 0 elsewhere: (-2487, 39, 39)
+#>    random: (76, 37) (-341, 15) (-400, 12) (626, 7) (92, 13)
 
 # %% [markdown]
-# **Luck.** A few of the unsteered texts are kind already, and so are between a quarter and a half of those
-# with random directions. So for ActAdd, mean, conditional and component twenty texts decide nothing: 9 of 20
-# may be 26 % or 66 %. With a hundred (`benchmarks.paper methods-mood`) the mean has 62 % (52 to 71 %, random
-# 30 %), ActAdd 28 % (20 to 37 %, random 38 %). The more often a wish comes true by luck, the more texts you
-# need. All others have 15 or more. That is beyond luck, but their intervals overlap, so do not rank them.
+# **Luck.** A few of the unsteered texts are kind already, and so are about a third of those with random
+# directions. So for ActAdd, mean, conditional and component twenty texts decide nothing: 9 of 20 may be 26 %
+# or 66 %. With a hundred (`benchmarks.paper methods-mood`) the mean has 62 % (52 to 71 %, random 0 to 50 %)
+# and ActAdd 28 % (20 to 37 %, random 20 to 60 %). The more often a wish comes true by luck, the more texts
+# you need. All others have 15 or more. That is beyond the unsteered model's luck, though one random direction
+# has 4 of 4.
 #
-# **In both wishes** mean and component are nearly one vector, and capped and fixed nearly one method. Off the
-# topic, what acts along the mean at layer 12 changes about as much as random directions there, or less.
+# **For both wishes** mean and component are nearly one vector, and capped and fixed nearly one method. Off
+# the topic, the methods along the mean at layer 12 change about as much as random directions there, or less.
 #
-# **Only here** do ablation, angular steering and the optimised vector bring what we asked for, at the three
-# highest disfluencies. (The last two are stronger than before.) The optimised vector's price is its size:
-# random vectors as large cost about as much. Not so with the other two: random directions cost little there.
-# What does ablation take away? The projection x·v is below 0 at every position, off the topic too, so taking
-# it away adds kindness to any prompt. But most of the price is paid at BOS, which reaches far along this
-# direction. With BOS spared, nearly as many texts are kind, at less than a tenth of the KL and a disfluency
-# like that of random ablations.
+# **Only for this wish** do ablation, angular steering and the optimised vector bring what we asked for, at
+# the three highest disfluencies. (All three change the stream more than before.) The price of the optimised
+# vector is its size: random vectors as large cost about as much here. Not so with the other two: random
+# directions cost little there. What does ablation take away? At all 39 positions after BOS, x·v is below 0
+# (random directions: at 7 to 37 of them). So taking it away adds kindness to each. But most of the price is
+# paid at BOS, where x·v is by far the largest. With BOS spared, nearly as many texts are kind. Then KL is
+# less than a tenth, though still above that of random ablations.
 #
 # ## The figure: effect against fluency
 
@@ -291,19 +308,19 @@ for axis, results, hit in zip(axes, (wedding_results, kinder_results),
 axes[0].set_xscale("log")
 axes[0].set_xticks([4, 6, 8, 12, 16], ["4", "6", "8", "12", "16"])
 axes[0].minorticks_off()
-axes[0].set_ylim(top=1.15)
+axes[0].set_yticks([0, 0.25, 0.5, 0.75, 1])
+axes[0].set_ylim(top=1.2)
 axes[0].set_ylabel("share of completions")
 axes[1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), handlelength=0)
 figure.suptitle(f"n {n} a point, 95 % intervals; grey: five random directions, n {n // 5}", fontsize="medium")
 lesson.save(figure, "14_ten_methods")
 
 # %% [markdown]
-# This is one prompt and twenty texts for each wish, so do not read it as a ranking. `python -m
-# benchmarks.paper methods` and `methods-mood` have a hundred texts for most methods, and methods that are not
-# on this page: function vectors, and four that need more than the one line (PPLM, ITI, ICV and differences of
-# weights). There the mean brings weddings into 64 % of the texts at a disfluency of 8.4. Weights trained on
-# the twelve sentences for some twenty seconds bring them into 69 % at 5.6. So adding the mean saves the
-# training, but did not do better.
+# `python -m benchmarks.paper methods` and `methods-mood` have a hundred texts for most methods. They also
+# have methods that are not on this page: function vectors, and four that need more than the one line (PPLM,
+# ITI, ICV and differences of weights). In `methods` the mean brings weddings into 64 % of the texts at a
+# disfluency of 8.4, and weights that were trained on the twelve sentences for some twenty seconds into 69 %
+# at 5.6. So adding the mean saves the training, but does no better.
 #
 # ## Exercise 1
 # Activation capping: the stream's projection on v should be at most t. Where it is below, nothing changes:
@@ -345,8 +362,8 @@ lesson.check(wrong_way, (([0.0, 1.0], [[0.0, 1.0]]), 0.0),
 # %% [markdown]
 # ## Your own topic
 # Take your pairs of tutorial 11. Choose three of the ten methods and *say beforehand* which will have the
-# lowest KL off your topic at equal effect. Choose each one's strength on two prompts, and report it on three
-# others, beside five random directions. Were you right?
+# lowest KL off your topic at equal effect. Choose each one's strength on two prompts, and report the effect
+# on three others, beside five random directions. Were you right?
 #
 # **Now you know** that ten methods are one line, and what to ask of each new one: its effect, its fluency,
 # what else it changes, and the same three with random directions. That was the last tutorial: go and steer
