@@ -381,10 +381,10 @@ def run(args, rank):
                    if kind != "pairs"}
     conditions |= {name: (method, args.repeats) for name, method in methods.items()}
     results = search.test_once(conditions, judges)
+    base = search.completions("unsteered", [None], min(FINALS[-1][0], len(search.tuning)))[0]
     if rank[0] != 0:
         return
     winner.save(lab.out / f"{args.experiment}.safetensors")
-    base = search.completions("unsteered", [None], min(FINALS[-1][0], len(search.tuning)))[0]
     tests = compare(results, judges, list(methods), best, search.sign, args.seed)
     text = printable(report(lab, search, best, base, results, tests, judges))
     about = {"setting": {key: value for key, value in vars(args).items() if key not in ("data", "out")},

@@ -28,7 +28,7 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
 
     Write `model = fast(model)`, so that the memory of the plain matrices is freed.
     compile: also compile the blocks for one row and one position, the case of generating one text. Compiling
-        happens here and takes about ten seconds (and once more at a first call with gradients enabled);
+        happens here and takes about seven seconds (and once more at a first call with gradients enabled);
         packed models then keep a second copy of the matrices.
     weights: "int8" or "int4" rounds the matrices to 8 or 4 bits (the head to 8), for generating a few texts
         at once. The result is close to the model, but not equal (benchmarks/README.md has the loss). It

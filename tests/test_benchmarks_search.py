@@ -1,5 +1,6 @@
 """search.py: its cells, its rounds, its controls, on a tiny model and made-up texts."""
 
+import contextlib
 import json
 import random
 from types import SimpleNamespace
@@ -237,6 +238,18 @@ def test_more_controls_keep_what_is_done(tiny_llama, data, small, tmp_path, monk
         run(monkeypatch, search, [*command, "--controls", controls])
         kept.append({path: path.stat().st_mtime_ns for path in tmp_path.glob(".units/*/*.json")})
         assert kept[-1].items() > kept[-2].items()
+
+
+@pytest.mark.long
+def test_every_process_takes_part_in_all_work(tiny_llama, data, small, tmp_path, monkeypatch):
+    done, run_units = {0: [], 1: []}, search.Lab.run        # one that is left alone would wait for the others
+    for rank, calls in done.items():
+        monkeypatch.setattr(search.jobs, "workers", lambda _, rank=rank: contextlib.nullcontext((rank, 2)))
+        monkeypatch.setattr(search.Lab, "run", lambda lab, units, work, calls=calls:
+                            calls.append(units) or run_units(lab, units, work))
+        run(monkeypatch, search, ["toxicity", "--data", data, "--model", tiny_llama, "--out", tmp_path,
+                                  "-n", "2", "--controls", "0"])
+    assert done[0] == done[1] != []
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
