@@ -71,6 +71,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
             part = own_part(model, name, stored) if parallel else stored
             part = _converted(part, dtype, full_name, path).to(device)
             weights[name] = without_file(part) if parallel else part
+        hashed.result()
     if parallel and c.tied:
         weights["lm_head.weight"] = weights[model.embedding_name]
     model.load_state_dict(weights, assign=True)
