@@ -135,7 +135,7 @@ def compile_steps(model: LM) -> None:
 def compiled(function: Callable, device: str) -> Callable:
     """The function, compiled. On a CPU, C++ rather than Python calls its loops one after another."""
     # size_asserts: the compiled code would check sizes that torch.compile has checked already.
-    # vec_isa_ok: torch would compile test programs for four seconds. A fault shows without them.
+    # vec_isa_ok: else torch compiles test programs for four seconds. A fault shows without them.
     options = {"cpp_wrapper": True, "size_asserts": False, "cpp.vec_isa_ok": True} if device == "cpu" else {}
     return torch.compile(function, dynamic=False, options=options)
 
