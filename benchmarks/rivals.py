@@ -356,7 +356,7 @@ def draw(lab, title, searched, results, scorer, sign, n_tuning):
         for axis in axes[len(names):]:
             axis.axis("off")
         for axis in axes[len(names) - columns:len(names)]:      # the lowest of each column
-            axis.tick_params(labelbottom=True)
+            axis.tick_params(labelbottom=True, which="both")
         for axis, name in zip(axes, names, strict=False):
             tried = [result for (method, _), result in searched.items() if method == name]
             # ActAdd's cells are at several layers, so they do not lie along one line.
