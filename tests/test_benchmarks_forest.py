@@ -41,6 +41,13 @@ def test_what_is_wanted_points_to_the_right(tmp_path):
         assert claim[4] == pytest.approx([0.25 * effect] * 5)
 
 
+def test_a_table_of_rivals_without_act_add_makes_no_claim(tmp_path):
+    rows = {name: {"by prompt": [0.5] * 3, "by repeat": [0.5] * 5} for name in ("Unsteered", "PreADD")}
+    (tmp_path / "rivals-toxicity-PreADD.json").write_text(
+        json.dumps({"setting": {"task": "toxicity"}, "test": rows}), encoding="utf-8")
+    assert forest.claims(tmp_path) == []
+
+
 def test_the_winner_of_a_search_is_shown_by_each_judge_toward_the_target(tmp_path):
     rows = {name: {judge: [x] * 3 for judge in ("vader", "vader, reached", "linear", "linear, reached")}
             for name, x in (("unsteered", 0.5), (forest.WINNER, 0.1), *((kind, 0.4) for kind in RANDOM))}
