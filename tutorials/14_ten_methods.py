@@ -300,7 +300,7 @@ for axis, results, hit in zip(axes, (wedding_results, kinder_results),
     for number, (name, ((k, surprise, *_), five)) in enumerate(results.items()):
         color = lesson.BLUE if five else "black"
         lesson.errorbars(axis, [surprise], [k / n], [wilson(k, n)], color=color, label=f"{number} {name}")
-        offset = (5, 4 + 9 * (number % 4))                      # some points coincide
+        offset = (5, 4 + 9 * (number % 3))                      # some points coincide
         axis.annotate(str(number), (surprise, k / n), offset, textcoords="offset points", color=color)
         axis.plot([row[1] for row in five], [row[0] / (n // 5) for row in five], ".", color=lesson.GREY)
     axis.set_xlabel("disfluency (perplexity per token, unsteered model)")
