@@ -219,6 +219,21 @@ def test_the_vector_and_the_map_are_saved(page, address, tmp_path):
     assert picture.count("<rect") == page.locator("#map rect").count() > 0
 
 
+def test_a_click_before_the_fields_are_filled_does_nothing(page, address):
+    held, asked = [], []
+    page.route("**/about", lambda route: held.append(route))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address + HASH)
+    page.locator("#draw").scroll_into_view_if_needed()
+    box = page.locator("#draw").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    held[0].continue_()
+    ready(page)
+    assert f"{address}complete" not in asked
+    page.get_by_role("button", name="Draw completions").click()
+    expect(page.locator("#counts tbody tr")).to_have_count(3)
+
+
 def test_a_narrow_page_does_not_scroll_sideways(page, address):
     page.set_viewport_size({"width": 390, "height": 800})
     page.goto(address + HASH)

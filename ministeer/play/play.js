@@ -468,3 +468,4 @@ const restore = () => {
 };
 addEventListener("hashchange", restore);
 restore();
+document.querySelector("main").inert = false;       // a click before this would act on empty fields
