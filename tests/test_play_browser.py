@@ -221,7 +221,10 @@ def test_the_vector_and_the_map_are_saved(page, address, tmp_path):
 
 def test_a_click_before_the_fields_are_filled_does_nothing(page, address):
     held, asked = [], []
-    page.route("**/about", lambda route: held.append(route))
+
+    def hold(route):
+        held.append(route)
+    page.route("**/about", hold)
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address + HASH)
     page.locator("#draw").scroll_into_view_if_needed()
