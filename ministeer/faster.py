@@ -120,10 +120,14 @@ def compile_steps(model: LM) -> None:
     for part in parts:
         part.compiled = True
     try:
-        ids, cache = torch.zeros(1, 1, dtype=torch.int64, device=model.device), KVCache(2)
+        ids, cache = torch.zeros(1, 1, dtype=torch.int64, device=model.device), KVCache(3)
         with torch.no_grad():
             for _ in range(2):      # the first pass only fills the cache, the second compiles the blocks
                 model(ids, (), cache)
+            if model.device.type == "cpu":
+                for first, second in zip(model.blocks[::2], model.blocks[1::2], strict=False):
+                    first.after = second,
+                model(ids, (), cache)       # compiles pairs
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         warnings.warn(f"fast does not compile ({reason}). Is there a C++ compiler?", stacklevel=3)
@@ -270,22 +274,41 @@ class FastBlock(nn.Module):
     Otherwise a single position in bfloat16 attends by Folding.
     """
     compiled = False
+    after: tuple[FastBlock, ...] = ()       # the next block, where compiled code runs it as well
 
     def forward(self, x: Tensor, l: int, rope: Rotation = None, cache: KVCache | None = None) -> Tensor:
         if cache is None or not len(cache) or x.shape[1] > 1:
             return super().forward(x, l, rope, cache)
         if not self.compiled or len(x) > 1:
             return super().forward(x, l, rope, Folding(cache) if x.dtype == torch.bfloat16 else cache)
-        keys, values = cache.grown(l, len(cache) + 1)
-        for stored in (keys, values):
-            if not hasattr(stored, "_dynamo_dynamic_indices"):      # marked before: looking is quicker
-                torch._dynamo.mark_dynamic(stored, 2)   # or it compiles again each time that the cache grows
+        read, result = cache.ahead.get(l, (None, None))
+        if read is not None and torch.equal(x, read):
+            return result
         pos = torch.full((1,), len(cache), device=x.device)
-        return compiled(FastBlock.one, x.device.type)(self, x, rope, keys, values, pos)
+        if not self.after:
+            return compiled(FastBlock.one, x.device.type)(self, x, rope, room(cache, l), pos)
+        two = compiled(FastBlock.two, x.device.type)
+        y, result = two(self, x, rope, room(cache, l), room(cache, l + 1), pos)
+        cache.ahead[l + 1] = y.clone(), result          # y itself might be changed where it is
+        return y
 
-    def one(self, x: Tensor, rope: Rotation, keys: Tensor, values: Tensor, pos: Tensor) -> Tensor:
+    def one(self, x: Tensor, rope: Rotation, room: tuple[Tensor, Tensor], pos: Tensor) -> Tensor:
         # 0 for l, which Room does not need: each number would be compiled again.
-        return super().forward(x, 0, rope, Room(keys, values, pos))
+        return super().forward(x, 0, rope, Room(*room, pos))
+
+    def two(self, x: Tensor, rope: Rotation, room: tuple[Tensor, Tensor], next_room: tuple[Tensor, Tensor],
+            pos: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.one(x, rope, room, pos)
+        return x, self.after[0].one(x, rope, next_room, pos)
+
+
+def room(cache: KVCache, l: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of block l, with room for one more position."""
+    stored = cache.grown(l, len(cache) + 1)
+    for part in stored:
+        if not hasattr(part, "_dynamo_dynamic_indices"):        # marked before: looking is quicker
+            torch._dynamo.mark_dynamic(part, 2)     # or it compiles again each time that the cache grows
+    return stored
 
 
 class FastGPT2Block(FastBlock, gpt2.Block):
