@@ -80,7 +80,7 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
 
 def is_fast(model: LM) -> bool:
     """Whether `fast` made the model."""
-    return any(isinstance(part, Packed | Small | FastBlock) for part in model.modules())
+    return any(isinstance(part, Matrix | FastBlock) for part in model.modules())
 
 
 def cannot_pack(weight: Tensor, kind: type[Small] | None = None) -> str | None:
@@ -116,18 +116,17 @@ def pack(model: LM, layout: Callable[..., nn.Module], head: Callable[..., nn.Mod
 def compile_steps(model: LM) -> None:
     """Compile a model for single positions, or warn and leave it uncompiled."""
     parts = [part for part in [*model.blocks, getattr(model, "lm_head", None)]
-             if isinstance(part, FastBlock | Packed)]
+             if isinstance(part, FastBlock | Matrix)]
     for part in parts:
         part.compiled = True
+    if model.device.type == "cpu":
+        for first, second in zip(model.blocks[::2], model.blocks[1::2], strict=False):
+            first.after = (second,)
     try:
-        ids, cache = torch.zeros(1, 1, dtype=torch.int64, device=model.device), KVCache(3)
+        ids, cache = torch.zeros(1, 1, dtype=torch.int64, device=model.device), KVCache(2)
         with torch.no_grad():
             for _ in range(2):      # the first pass only fills the cache, the second compiles the blocks
                 model(ids, (), cache)
-            if model.device.type == "cpu":
-                for first, second in zip(model.blocks[::2], model.blocks[1::2], strict=False):
-                    first.after = second,
-                model(ids, (), cache)       # compiles pairs
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         warnings.warn(f"fast does not compile ({reason}). Is there a C++ compiler?", stacklevel=3)
@@ -144,13 +143,23 @@ def compiled(function: Callable, device: str) -> Callable:
     return torch.compile(function, dynamic=False, options=options)
 
 
-class Packed(nn.Module):
-    """x W^T + b by oneDNN, with W (outputs, inputs) in the blocks that its kernels read. No gradients.
+class Matrix(nn.Module):
+    """x W^T + b, with W (outputs, inputs) laid out for the CPU. No gradients. A kind provides product(x)."""
+    compiled = False            # the head of a compiled model, which is compiled for a single position
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compiled and x.shape[:2] == (1, 1):
+            # Trap: a last position has other strides than a single one, and would be compiled again.
+            return compiled(type(self).product, x.device.type)(self, x[0])[None]
+        return self.product(x)
+
+
+class Packed(Matrix):
+    """W in the blocks that oneDNN's kernels read.
 
     These operators are private to torch, but its public float32 product reads weights at most half as fast.
     keep: also keep the plain W, for compiled code
     """
-    compiled = False            # the head of a compiled model, which is compiled for a single position
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, keep: bool = False):
         super().__init__()
@@ -168,19 +177,11 @@ class Packed(nn.Module):
         """W, unpacked."""
         return self.packed.to_dense().to(self.dtype) if self.weight is None else self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.compiled and x.shape[:2] == (1, 1):
-            # Trap: a last position has other strides than a single one, and would be compiled again.
-            return compiled(Packed.product, x.device.type)(self, x[0])[None]
-        return self.product(x)
-
     def product(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling() and self.weight is not None:
-            # For one row. The compiler makes one loop over W of this sum, as fast as memory can be read.
-            y = (self.weight.float() * x.float()).sum(-1).to(x).expand(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
+            return one_row(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def _apply(self, fn, recurse=True):         # behind .to(), .cuda(), .half() and the like
@@ -196,6 +197,15 @@ class Packed(nn.Module):
         return type(self), (self.dense(), self.bias, self.keep), {"compiled": self.compiled}
 
 
+def one_row(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor = 1) -> Tensor:
+    """scale * x W^T + b for one row x (…, inputs), in float32.
+
+    The compiler makes one loop over W of the sum, as fast as memory can be read.
+    """
+    y = ((weight.float() * x.float()).sum(-1) * scale).to(x).expand(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
 def small(kind: type[Small], weight: Tensor, bias: Tensor | None = None) -> Small | Packed:
     """The matrix, kept by `kind`, or by another class where torch's operators cannot take its sizes."""
     outputs, inputs = weight.shape
@@ -204,15 +214,15 @@ def small(kind: type[Small], weight: Tensor, bias: Tensor | None = None) -> Smal
     return (Int8 if outputs % 16 else kind)(weight, bias)
 
 
-class Small(nn.Module):
-    """x W^T + b in bfloat16, with W rounded to few bits: fewer bytes to read for each token. No gradients.
+class Small(Matrix):
+    """W rounded to few bits, for a product in bfloat16: fewer bytes to read for each token.
 
     The operators are private to torch, and no public one reads such weights as fast.
-    A kind provides product(x), x (rows, inputs) -> (rows, outputs), both bfloat16, and dense(), W unpacked.
+    A kind provides times(x), x (rows, inputs) -> (rows, outputs), both bfloat16, and dense(), W unpacked.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x.flatten(0, -2).bfloat16().contiguous()).to(x).unflatten(0, x.shape[:-1])
+    def product(self, x: Tensor) -> Tensor:
+        y = self.times(x.flatten(0, -2).bfloat16().contiguous()).to(x).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -237,6 +247,11 @@ class Int8(Small):
         return self.codes.float() * self.scale[:, None].float()
 
     def product(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return one_row(x, self.codes, self.bias, self.scale.float())
+        return super().product(x)
+
+    def times(self, x: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
 
 
@@ -258,9 +273,9 @@ class Int4(Small):
 
     def dense(self) -> Tensor:
         n_inputs = GROUP * len(self.scales)
-        return self.product(torch.eye(n_inputs, dtype=torch.bfloat16)).float().T
+        return self.times(torch.eye(n_inputs, dtype=torch.bfloat16)).float().T
 
-    def product(self, x: Tensor) -> Tensor:
+    def times(self, x: Tensor) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, GROUP, self.scales)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import EVERY_FAMILY, TEXT, hub_config, hub_model
 
-from ministeer import KVCache, generate, steering_vector
+from ministeer import KVCache, Steer, generate, steering_vector
 from ministeer.checkpoints.weights import load_model
 from ministeer.faster import FastBlock, Folding, Int4, Int8, Packed, Room, Small, fast
 from ministeer.gpt2 import Conv1D
@@ -101,9 +101,10 @@ def test_residuals_and_logits_equal_the_plain_ones(tiny, quick, plain, error):
             assert close(torch.cat([resid[l] for _, resid in parts], dim=1), x[:rows], error)
 
 
-def test_steering_adds_delta_at_every_position(tiny, quick):
+@pytest.mark.parametrize("layer", [1, 2])           # compiled, block 1 runs ahead with block 0
+def test_steering_adds_delta_at_every_position(tiny, quick, layer):
     model, tokenizer = tiny
-    steer = 3 * steering_vector(model, tokenizer, "I love you", "I hate", layer=2)
+    steer = 3 * steering_vector(model, tokenizer, "I love you", "I hate", layer=layer)
     ids = encode(tokenizer)
 
     def residuals(steered):
@@ -112,9 +113,28 @@ def test_steering_adds_delta_at_every_position(tiny, quick):
     runs = zip(residuals(()), residuals(steer), residuals(0 * steer), strict=True)
     for pos, (plain, steered, with_coeff_0) in enumerate(runs):
         assert all(torch.equal(a, b) for a, b in zip(plain, with_coeff_0, strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(plain[:2], steered[:2], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(plain[:layer], steered[:layer], strict=True))
         delta = steer.delta(None, torch.tensor([pos]))[None]
-        torch.testing.assert_close(steered[2] - plain[2], delta, rtol=0, atol=1e-4)
+        torch.testing.assert_close(steered[layer] - plain[layer], delta, rtol=0, atol=1e-4)
+
+
+def test_a_block_that_ran_ahead_runs_again_where_its_input_is_changed(tiny, quick, plain, error):
+    model, tokenizer = tiny
+    ids = encode(tokenizer)
+    generator = torch.Generator().manual_seed(0)
+    everywhere = [Steer(l, torch.randn(model.config.d_model, generator=generator)) for l in range(4)]
+
+    def compare(steer=()):
+        cache = KVCache(ids.shape[1])
+        logits = torch.cat([quick(part, steer, cache)[0] for part in ids.split(1, dim=1)], dim=1)
+        assert close(logits, plain(ids, steer)[0], error)
+    for steer in (everywhere[:2], everywhere[2:3], everywhere):
+        compare(steer)
+    hooks = [m.blocks[l].register_forward_hook(lambda block, given, x: x.mul_(1.5))
+             for m in (quick, plain) for l in (0, 1)]
+    compare()
+    for hook in hooks:
+        hook.remove()
 
 
 def test_generating_compiles_nothing_more(tiny, quick):
