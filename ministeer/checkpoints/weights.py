@@ -4,6 +4,8 @@ Names in the file are names in the model, so loading is a dictionary look-up. Re
 such folders. `python -m ministeer.checkpoints.weights FOLDER` checks one.
 """
 
+import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -36,6 +38,24 @@ AT_ONCE = 2**25         # bytes of a file that stay in memory while its tensors 
 COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
 
+@contextlib.contextmanager
+def _undisturbed():
+    """Leave one core to the hasher, and let the garbage collector rest.
+
+    It would look through all that torch has made, for 0.08 s, and free nothing.
+    """
+    threads, collects = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(max(1, threads - 1))
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if collects:
+            gc.enable()
+
+
+@_undisturbed()
 def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
                device: torch.device | str = "cpu", config: Config | None = None,
                parallel: bool = False) -> LM:
