@@ -1,5 +1,6 @@
 """weights.py and config.py: an intact checkpoint loads exactly, and every fault has a message of its own."""
 
+import gc
 import hashlib
 import json
 import os
@@ -616,3 +617,18 @@ def test_refuses_a_file_that_is_no_classifier(tmp_path, change):
     save_file({name: x for name, x in tensors.items() if x is not None}, path)
     with refused("x.safetensors is not a classifier that ministeer saved: ", most=500):
         PrefixClassifier.load(path)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_loading_leaves_threads_and_the_garbage_collector_as_they_were(checkpoint, tmp_path, collects):
+    before = gc.isenabled(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    (gc.enable if collects else gc.disable)()
+    try:
+        load_model(checkpoint)
+        with pytest.raises(FileNotFoundError):
+            load_model(tmp_path)
+        assert (gc.isenabled(), torch.get_num_threads()) == (collects, 3)
+    finally:
+        (gc.enable if before[0] else gc.disable)()
+        torch.set_num_threads(before[1])
