@@ -28,8 +28,9 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
 
     Write `model = fast(model)`, so that the memory of the plain matrices is freed.
     compile: also compile the blocks for one row and one position, the case of generating one text. Compiling
-        happens here and takes about seven seconds (and once more at a first call with gradients enabled);
-        packed models then keep a second copy of the matrices.
+        happens here and takes about nine seconds. Some is done later, once: at a first call with gradients
+        enabled, and where generated positions are first steered before a block with an odd number. Packed
+        models then keep a second copy of the matrices.
     weights: "int8" or "int4" rounds the matrices to 8 or 4 bits (the head to 8), for generating a few texts
         at once. The result is close to the model, but not equal (benchmarks/README.md has the loss). It
         cannot be trained, and has no state_dict.
@@ -286,25 +287,29 @@ SMALL = {"int8": Int8, "int4": Int4}
 class FastBlock(nn.Module):
     """Mixed into a family's block. If compiled, one position of one row runs as a single function.
 
-    Otherwise a single position in bfloat16 attends by Folding.
+    On a CPU, calling such a function takes much of its time, so blocks run in pairs: the first also runs the
+    second, which then returns that result if its input is still the same.
+    Where nothing is compiled, a single position in bfloat16 attends by Folding.
     """
     compiled = False
-    after: tuple[FastBlock, ...] = ()       # the next block, where compiled code runs it as well
+    after: tuple[FastBlock, ...] = ()       # the second of its pair; a tuple, so that it is no child module
 
     def forward(self, x: Tensor, l: int, rope: Rotation = None, cache: KVCache | None = None) -> Tensor:
         if cache is None or not len(cache) or x.shape[1] > 1:
             return super().forward(x, l, rope, cache)
         if not self.compiled or len(x) > 1:
             return super().forward(x, l, rope, Folding(cache) if x.dtype == torch.bfloat16 else cache)
-        read, result = cache.ahead.get(l, (None, None))
-        if read is not None and torch.equal(x, read):
-            return result
+        if cache.ahead.get(l):
+            block, read, result = cache.ahead[l]
+            if block is self and torch.equal(x, read):
+                return result
+            cache.ahead[l] = None       # something is added here: in this run, do not run ahead again
         pos = torch.full((1,), len(cache), device=x.device)
-        if not self.after:
+        if not self.after or cache.ahead.get(l + 1, ()) is None:
             return compiled(FastBlock.one, x.device.type)(self, x, rope, room(cache, l), pos)
         two = compiled(FastBlock.two, x.device.type)
         y, result = two(self, x, rope, room(cache, l), room(cache, l + 1), pos)
-        cache.ahead[l + 1] = y.clone(), result          # y itself might be changed where it is
+        cache.ahead[l + 1] = self.after[0], y.clone(), result       # a copy: a hook may change y in place
         return y
 
     def one(self, x: Tensor, rope: Rotation, room: tuple[Tensor, Tensor], pos: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import EVERY_FAMILY, TEXT, hub_config, hub_model
 
-from ministeer import KVCache, Steer, generate, steering_vector
+from ministeer import KVCache, Steer, faster, generate, steering_vector
 from ministeer.checkpoints.weights import load_model
 from ministeer.faster import FastBlock, Folding, Int4, Int8, Packed, Room, Small, fast
 from ministeer.gpt2 import Conv1D
@@ -118,7 +118,7 @@ def test_steering_adds_delta_at_every_position(tiny, quick, layer):
         torch.testing.assert_close(steered[layer] - plain[layer], delta, rtol=0, atol=1e-4)
 
 
-def test_a_block_that_ran_ahead_runs_again_where_its_input_is_changed(tiny, quick, plain, error):
+def test_a_block_that_ran_ahead_runs_again_where_its_input_is_changed(tiny, quick, plain, error, monkeypatch):
     model, tokenizer = tiny
     ids = encode(tokenizer)
     generator = torch.Generator().manual_seed(0)
@@ -128,8 +128,17 @@ def test_a_block_that_ran_ahead_runs_again_where_its_input_is_changed(tiny, quic
         cache = KVCache(ids.shape[1])
         logits = torch.cat([quick(part, steer, cache)[0] for part in ids.split(1, dim=1)], dim=1)
         assert close(logits, plain(ids, steer)[0], error)
-    for steer in (everywhere[:2], everywhere[2:3], everywhere):
+    calls, original = [], faster.compiled
+
+    def noted(function, device):
+        calls.append(function.__name__)
+        return original(function, device)
+    monkeypatch.setattr(faster, "compiled", noted)
+    for steer, expected in ((everywhere[:1], "two two"), (everywhere[1:2], "one one two"),
+                            (everywhere[2:], "two one one"), (everywhere, "one one one one")):
         compare(steer)
+        last = [name for name in calls if name != "product"][-len(expected.split()):]
+        assert last == expected.split() or not quick.blocks[0].compiled
     hooks = [m.blocks[l].register_forward_hook(lambda block, given, x: x.mul_(1.5))
              for m in (quick, plain) for l in (0, 1)]
     compare()
