@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import gpt2, gptj, llama, opt
 from .attention import KVCache
 from .model import LM
-from .utils import one_line
+from .utils import no_collection, one_line
 
 Rotation = tuple[Tensor, Tensor] | None      # cos and sin, where a family turns queries and keys
 
@@ -125,7 +125,7 @@ def compile_steps(model: LM) -> None:
             first.after = (second,)
     try:
         ids, cache = torch.zeros(1, 1, dtype=torch.int64, device=model.device), KVCache(2)
-        with torch.no_grad():
+        with torch.no_grad(), no_collection():
             for _ in range(2):      # the first pass only fills the cache, the second compiles the blocks
                 model(ids, (), cache)
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import hashlib
 import math
 import os
@@ -89,6 +90,18 @@ def one_line(text: object, most: int = 100) -> str:
     """`text` as one printable line, cut after `most` characters. For messages about what a file holds."""
     line = printable(" ".join(str(text).split()))
     return line if len(line) <= most else f"{line[:most]}…"
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Let the garbage collector rest, which would look through all that torch has made and free nothing."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def check_target(path: str | os.PathLike) -> Path:

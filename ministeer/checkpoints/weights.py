@@ -5,7 +5,6 @@ such folders. `python -m ministeer.checkpoints.weights FOLDER` checks one.
 """
 
 import contextlib
-import gc
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ from ..gptj import GPTJ
 from ..llama import Llama
 from ..model import LM
 from ..opt import OPT
-from ..utils import file_digest, one_line
+from ..utils import file_digest, no_collection, one_line
 from .config import Config, own_file, read_config
 from .parallel import connect, cut, own_device, own_part, said_by_first, without_file
 from .tokenizer import Tokenizer
@@ -38,24 +37,7 @@ AT_ONCE = 2**25         # bytes of a file that stay in memory while its tensors 
 COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
 
-@contextlib.contextmanager
-def _undisturbed():
-    """Leave one core to the hasher, and let the garbage collector rest.
-
-    It would look through all that torch has made, for 0.08 s, and free nothing.
-    """
-    threads, collects = torch.get_num_threads(), gc.isenabled()
-    torch.set_num_threads(max(1, threads - 1))
-    gc.disable()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        if collects:
-            gc.enable()
-
-
-@_undisturbed()
+@no_collection()        # one run of the collector takes 0.08 s
 def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
                device: torch.device | str = "cpu", config: Config | None = None,
                parallel: bool = False) -> LM:
@@ -82,7 +64,8 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
         if first:                               # the others need not read all
             digest.update(stored.flatten().view(torch.uint8).numpy())
 
-    with ThreadPoolExecutor(1) as hasher:       # hashing and converting take equally long, so do both at once
+    # Hashing and converting take equally long, so do both at once, and leave one core to the hasher.
+    with ThreadPoolExecutor(1) as hasher, _threads(max(1, torch.get_num_threads() - 1)):
         hashed = None
         for (name, (path, full_name)), stored in zip(places.items(), _read(places.values()), strict=True):
             if hashed:
@@ -206,6 +189,17 @@ def _read(places):
         tensor = file.get_tensor(full_name)
         read += tensor.nbytes
         yield tensor
+
+
+@contextlib.contextmanager
+def _threads(n):
+    """torch computes with n threads in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _converted(stored, dtype, name, path):
