@@ -65,7 +65,7 @@ class KVCache:
         self.model = None           # a weak reference to the model that read them, and
         self.steer = None           # what steered them: a run must continue with the same model and steering
         self.mask = None            # of the latest chunk, shared by all blocks
-        self.ahead = {}             # l -> what block l gave when it ran ahead, for compiled code (faster.py)
+        self.ahead = {}             # l -> what compiled code computed early of block l (faster.py)
 
     def __len__(self) -> int:
         return self.length

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,9 +29,9 @@ def fast(model: LM, compile: bool = False, weights: str | None = None) -> LM:
 
     Write `model = fast(model)`, so that the memory of the plain matrices is freed.
     compile: also compile the blocks for one row and one position, the case of generating one text. Compiling
-        happens here and takes about nine seconds. Some is done later, once: at a first call with gradients
-        enabled, and where generated positions are first steered before a block with an odd number. Packed
-        models then keep a second copy of the matrices.
+        happens here and takes about nine seconds. Two parts are compiled later, once each: at the first call
+        with gradients enabled, and when generated positions are first steered before an odd-numbered block.
+        With compile, packed models keep a second copy of the matrices.
     weights: "int8" or "int4" rounds the matrices to 8 or 4 bits (the head to 8), for generating a few texts
         at once. The result is close to the model, but not equal (benchmarks/README.md has the loss). It
         cannot be trained, and has no state_dict.
@@ -122,7 +123,8 @@ def compile_steps(model: LM) -> None:
         part.compiled = True
     if model.device.type == "cpu":
         for first, second in zip(model.blocks[::2], model.blocks[1::2], strict=False):
-            first.after = (second,)
+            if isinstance(first, FastBlock) and isinstance(second, FastBlock):
+                first.after = (second,)
     try:
         ids, cache = torch.zeros(1, 1, dtype=torch.int64, device=model.device), KVCache(2)
         with torch.no_grad(), no_collection():
@@ -145,8 +147,8 @@ def compiled(function: Callable, device: str) -> Callable:
 
 
 class Matrix(nn.Module):
-    """x W^T + b, with W (outputs, inputs) laid out for the CPU. No gradients. A kind provides product(x)."""
-    compiled = False            # the head of a compiled model, which is compiled for a single position
+    """x W^T + b, W (outputs, inputs) laid out for the CPU. No gradients. Subclasses provide product(x)."""
+    compiled = False            # True for the head of a compiled model, at a single position
 
     def forward(self, x: Tensor) -> Tensor:
         if self.compiled and x.shape[:2] == (1, 1):
@@ -181,7 +183,7 @@ class Packed(Matrix):
     def product(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
-        if torch.compiler.is_compiling() and self.weight is not None:
+        if is_one_compiled_row(x) and self.weight is not None:
             return one_row(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
@@ -198,10 +200,14 @@ class Packed(Matrix):
         return type(self), (self.dense(), self.bias, self.keep), {"compiled": self.compiled}
 
 
-def one_row(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor = 1) -> Tensor:
-    """scale * x W^T + b for one row x (…, inputs), in float32.
+def is_one_compiled_row(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() and x.numel() == x.shape[-1]
 
-    The compiler makes one loop over W of the sum, as fast as memory can be read.
+
+def one_row(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float | Tensor = 1) -> Tensor:
+    """scale * x W^T + b for a single row x (…, inputs), summed in float32.
+
+    The compiler turns the sum into one loop over W, which runs as fast as W can be read from memory.
     """
     y = ((weight.float() * x.float()).sum(-1) * scale).to(x).expand(*x.shape[:-1], -1)
     return y if bias is None else y + bias
@@ -216,10 +222,10 @@ def small(kind: type[Small], weight: Tensor, bias: Tensor | None = None) -> Smal
 
 
 class Small(Matrix):
-    """W rounded to few bits, for a product in bfloat16: fewer bytes to read for each token.
+    """W rounded to few bits: fewer bytes to read for each token. Products are in bfloat16.
 
     The operators are private to torch, and no public one reads such weights as fast.
-    A kind provides times(x), x (rows, inputs) -> (rows, outputs), both bfloat16, and dense(), W unpacked.
+    Subclasses provide times(x), x (rows, inputs) -> (rows, outputs), both bfloat16, and dense(), W unpacked.
     """
 
     def product(self, x: Tensor) -> Tensor:
@@ -236,7 +242,10 @@ class Small(Matrix):
 
 
 class Int8(Small):
-    """W[i] = scale[i] * codes[i]: a whole number in -127 … 127 for each weight, a scale for each row."""
+    """W[i] = scale[i] * codes[i]: a whole number in -127 … 127 for each weight, a scale for each row.
+
+    Compiled code multiplies in float32.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()
@@ -248,7 +257,7 @@ class Int8(Small):
         return self.codes.float() * self.scale[:, None].float()
 
     def product(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if is_one_compiled_row(x):
             return one_row(x, self.codes, self.bias, self.scale.float())
         return super().product(x)
 
@@ -287,12 +296,12 @@ SMALL = {"int8": Int8, "int4": Int4}
 class FastBlock(nn.Module):
     """Mixed into a family's block. If compiled, one position of one row runs as a single function.
 
-    On a CPU, calling such a function takes much of its time, so blocks run in pairs: the first also runs the
-    second, which then returns that result if its input is still the same.
+    On a CPU, each call of compiled code costs about 0.04 ms, so blocks run in pairs: the first also computes
+    the second. When the second is called, it returns that result, if its input is what the first gave.
     Where nothing is compiled, a single position in bfloat16 attends by Folding.
     """
     compiled = False
-    after: tuple[FastBlock, ...] = ()       # the second of its pair; a tuple, so that it is no child module
+    after: tuple[FastBlock, ...] = ()       # the second of a pair; not in a tuple, it would be a child module
 
     def forward(self, x: Tensor, l: int, rope: Rotation = None, cache: KVCache | None = None) -> Tensor:
         if cache is None or not len(cache) or x.shape[1] > 1:
@@ -300,26 +309,27 @@ class FastBlock(nn.Module):
         if not self.compiled or len(x) > 1:
             return super().forward(x, l, rope, Folding(cache) if x.dtype == torch.bfloat16 else cache)
         if cache.ahead.get(l):
-            block, read, result = cache.ahead[l]
-            if block is self and torch.equal(x, read):
+            block, read, result = cache.ahead.pop(l)
+            if block() is self and torch.equal(x, read) and not x.requires_grad:
                 return result
-            cache.ahead[l] = None       # something is added here: in this run, do not run ahead again
+            cache.ahead[l] = None       # something is added here: in this run, compute it in its turn
         pos = torch.full((1,), len(cache), device=x.device)
-        if not self.after or cache.ahead.get(l + 1, ()) is None:
+        if not self.after or l + 1 not in cache.layers or cache.ahead.get(l + 1, ()) is None:
             return compiled(FastBlock.one, x.device.type)(self, x, rope, room(cache, l), pos)
         two = compiled(FastBlock.two, x.device.type)
         y, result = two(self, x, rope, room(cache, l), room(cache, l + 1), pos)
-        cache.ahead[l + 1] = self.after[0], y.clone(), result       # a copy: a hook may change y in place
+        # Trap: a hook may change y in place, and a copy of the cache must not copy the block.
+        cache.ahead[l + 1] = weakref.ref(self.after[0]), y.clone(), result
         return y
 
-    def one(self, x: Tensor, rope: Rotation, room: tuple[Tensor, Tensor], pos: Tensor) -> Tensor:
+    def one(self, x: Tensor, rope: Rotation, stored: tuple[Tensor, Tensor], pos: Tensor) -> Tensor:
         # 0 for l, which Room does not need: each number would be compiled again.
-        return super().forward(x, 0, rope, Room(*room, pos))
+        return super().forward(x, 0, rope, Room(*stored, pos))
 
-    def two(self, x: Tensor, rope: Rotation, room: tuple[Tensor, Tensor], next_room: tuple[Tensor, Tensor],
-            pos: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.one(x, rope, room, pos)
-        return x, self.after[0].one(x, rope, next_room, pos)
+    def two(self, x: Tensor, rope: Rotation, stored: tuple[Tensor, Tensor],
+            stored_after: tuple[Tensor, Tensor], pos: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.one(x, rope, stored, pos)
+        return y, self.after[0].one(y, rope, stored_after, pos)
 
 
 def room(cache: KVCache, l: int) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ def one_line(text: object, most: int = 100) -> str:
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Let the garbage collector rest, which would look through all that torch has made and free nothing."""
+    """Pause the garbage collector, which would search all of torch's objects and free next to nothing."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,7 @@
 """The fast model, packed or compiled, equals the plain one up to rounding; where it cannot, fast says why."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -118,32 +119,77 @@ def test_steering_adds_delta_at_every_position(tiny, quick, layer):
         torch.testing.assert_close(steered[layer] - plain[layer], delta, rtol=0, atol=1e-4)
 
 
-def test_a_block_that_ran_ahead_runs_again_where_its_input_is_changed(tiny, quick, plain, error, monkeypatch):
-    model, tokenizer = tiny
-    ids = encode(tokenizer)
+def noted(monkeypatch, compiled):
+    """-> the names of the functions that `compiled` is asked for from now on"""
+    names = []
+    monkeypatch.setattr(faster, "compiled", lambda function, device: (names.append(function.__name__),
+                                                                      compiled(function, device))[1])
+    return names
+
+
+def check_pairs(quick, plain, ids, error, names):
+    """Blocks run in pairs, except where something changes what the second one reads."""
     generator = torch.Generator().manual_seed(0)
-    everywhere = [Steer(l, torch.randn(model.config.d_model, generator=generator)) for l in range(4)]
+    everywhere = [Steer(l, torch.randn(plain.config.d_model, generator=generator)) for l in range(4)]
 
     def compare(steer=()):
         cache = KVCache(ids.shape[1])
         logits = torch.cat([quick(part, steer, cache)[0] for part in ids.split(1, dim=1)], dim=1)
         assert close(logits, plain(ids, steer)[0], error)
-    calls, original = [], faster.compiled
-
-    def noted(function, device):
-        calls.append(function.__name__)
-        return original(function, device)
-    monkeypatch.setattr(faster, "compiled", noted)
     for steer, expected in ((everywhere[:1], "two two"), (everywhere[1:2], "one one two"),
                             (everywhere[2:], "two one one"), (everywhere, "one one one one")):
         compare(steer)
-        last = [name for name in calls if name != "product"][-len(expected.split()):]
+        last = [name for name in names if name != "product"][-len(expected.split()):]
         assert last == expected.split() or not quick.blocks[0].compiled
     hooks = [m.blocks[l].register_forward_hook(lambda block, given, x: x.mul_(1.5))
              for m in (quick, plain) for l in (0, 1)]
-    compare()
-    for hook in hooks:
-        hook.remove()
+    try:
+        compare()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_block_that_ran_ahead_runs_again_where_its_input_is_changed(tiny, quick, plain, error, monkeypatch):
+    check_pairs(quick, plain, encode(tiny[1]), error, noted(monkeypatch, faster.compiled))
+
+
+def test_pairs_of_blocks_compute_what_single_ones_do(tiny, monkeypatch):
+    """The same without the compiler, and what else could make a stored result wrong."""
+    model, ids = tiny[0], encode(tiny[1])
+    names = noted(monkeypatch, lambda function, device: function)
+    quick = fast(model, compile=True)
+    check_pairs(quick, model, ids, TOLERANCE, names)
+
+    def read(m, steer=()):
+        cache = KVCache(ids.shape[1])
+        return torch.cat([m(part, steer, cache)[0] for part in ids.split(1, dim=1)], dim=1), cache
+    for l in (1, 2):
+        slopes = []
+        for m in (model, copy.deepcopy(model)):
+            m = fast(m, compile=True) if slopes else m
+            for part in m.modules():        # packed matrices have no gradients
+                if isinstance(part, Packed):
+                    part.packed, part.weight = None, part.dense()
+            z, cache = torch.zeros(model.config.d_model, requires_grad=True), KVCache(ids.shape[1])
+            steer = Steer(l, z)
+            with torch.no_grad():
+                m(ids[:, :-2], steer, cache)
+                m(ids[:, -2:-1], steer, cache)
+            m(ids[:, -1:], steer, cache)[0].log_softmax(dim=-1)[..., 0].sum().backward()
+            slopes.append(z.grad)
+        assert close(slopes[1], slopes[0], 1e-4)
+    cache = copy.deepcopy(read(quick)[1])
+    assert all(block() is quick.blocks[l] for l, (block, *_) in cache.ahead.items())
+    replaced, shorter = copy.deepcopy(quick), copy.deepcopy(quick)
+    for m in (replaced, shorter, changed := copy.deepcopy(model), short := copy.deepcopy(model)):
+        if m in (replaced, changed):
+            m.blocks[1] = copy.deepcopy(m.blocks[2])
+        else:
+            del m.blocks[3]
+            m.config = dataclasses.replace(m.config, n_layer=3)
+    assert close(read(replaced)[0], changed(ids)[0])
+    assert close(read(shorter)[0], short(ids)[0])
 
 
 def test_generating_compiles_nothing_more(tiny, quick):

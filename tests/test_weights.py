@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -620,14 +621,15 @@ def test_refuses_a_file_that_is_no_classifier(tmp_path, change):
 
 
 @pytest.mark.parametrize("collects", [True, False])
-def test_loading_leaves_threads_and_the_garbage_collector_as_they_were(checkpoint, tmp_path, collects):
+def test_loading_leaves_threads_and_the_garbage_collector_as_they_were(copy, collects):
     before = gc.isenabled(), torch.get_num_threads()
     torch.set_num_threads(3)
     (gc.enable if collects else gc.disable)()
     try:
-        load_model(checkpoint)
-        with pytest.raises(FileNotFoundError):
-            load_model(tmp_path)
+        load_model(copy.path)
+        copy.set_last("up", math.nan)
+        with pytest.raises(ValueError, match="holds 1 NaN"):
+            load_model(copy.path)
         assert (gc.isenabled(), torch.get_num_threads()) == (collects, 3)
     finally:
         (gc.enable if before[0] else gc.disable)()

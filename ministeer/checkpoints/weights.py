@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,13 +32,14 @@ from .tokenizer import Tokenizer
 FAMILIES = {"gpt2": GPT2, "gptj": GPTJ, "llama": Llama, "opt": OPT}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_DTYPES = ("F32", "F16", "BF16", "F64")
+ONE_LOAD = threading.Lock()
 AT_ONCE = 2**25         # bytes of a file that stay in memory while its tensors are read
 
 # Constants that old checkpoints carry and the code computes: causal masks, rotary frequencies.
 COMPUTED = re.compile(r"(.*\.)?(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
 
-@no_collection()        # one run of the collector takes 0.08 s
+@no_collection()        # one run of the garbage collector takes 0.08 s
 def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
                device: torch.device | str = "cpu", config: Config | None = None,
                parallel: bool = False) -> LM:
@@ -64,8 +66,8 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = torch.float32,
         if first:                               # the others need not read all
             digest.update(stored.flatten().view(torch.uint8).numpy())
 
-    # Hashing and converting take equally long, so do both at once, and leave one core to the hasher.
-    with ThreadPoolExecutor(1) as hasher, _threads(max(1, torch.get_num_threads() - 1)):
+    # Hashing and converting take equally long, so do both at once.
+    with ThreadPoolExecutor(1) as hasher, _one_thread_less():
         hashed = None
         for (name, (path, full_name)), stored in zip(places.items(), _read(places.values()), strict=True):
             if hashed:
@@ -192,14 +194,18 @@ def _read(places):
 
 
 @contextlib.contextmanager
-def _threads(n):
-    """torch computes with n threads in the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _one_thread_less():
+    """In the block, torch computes with one thread less than before, which leaves a core to the hasher.
+
+    Trap: in the whole process. A Python thread that first uses torch meanwhile keeps that number.
+    """
+    with ONE_LOAD:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads - 1))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _converted(stored, dtype, name, path):

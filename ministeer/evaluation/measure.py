@@ -58,7 +58,7 @@ def next_logprobs(model: LM, ids: Tensor, steer: Steers = (), chunk: int = 128) 
     x = model.residuals(ids, steer)[-1][:, :-1].flatten(0, 1)         # (B * (T - 1), d_model)
     losses = []
     for rows, targets in zip(x.split(chunk), ids[:, 1:].flatten().split(chunk), strict=True):
-        # Few rows at a time stay in the processor's cache, and in memory that is used again.
+        # 16 rows at a time: they fit in the processor's cache, and each group reuses the memory of the last.
         for logits, some in zip(model.unembed(rows).split(16), targets.split(16), strict=True):
             losses.append(F.cross_entropy(logits.float(), some, reduction="none"))
     return -_finite(torch.cat(losses)).view(len(ids), ids.shape[1] - 1)
