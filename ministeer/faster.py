@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -301,7 +300,7 @@ class FastBlock(nn.Module):
     Where nothing is compiled, a single position in bfloat16 attends by Folding.
     """
     compiled = False
-    after: tuple[FastBlock, ...] = ()       # the second of a pair; not in a tuple, it would be a child module
+    after: tuple[FastBlock, ...] = ()       # the second of a pair, in a tuple so that it is no child module
 
     def forward(self, x: Tensor, l: int, rope: Rotation = None, cache: KVCache | None = None) -> Tensor:
         if cache is None or not len(cache) or x.shape[1] > 1:
@@ -309,8 +308,8 @@ class FastBlock(nn.Module):
         if not self.compiled or len(x) > 1:
             return super().forward(x, l, rope, Folding(cache) if x.dtype == torch.bfloat16 else cache)
         if cache.ahead.get(l):
-            block, read, result = cache.ahead.pop(l)
-            if block() is self and torch.equal(x, read) and not x.requires_grad:
+            block, read, result = cache.ahead.pop(l)        # so that no cache holds on to a block
+            if block is self and torch.equal(x, read) and not x.requires_grad:
                 return result
             cache.ahead[l] = None       # something is added here: in this run, compute it in its turn
         pos = torch.full((1,), len(cache), device=x.device)
@@ -318,8 +317,7 @@ class FastBlock(nn.Module):
             return compiled(FastBlock.one, x.device.type)(self, x, rope, room(cache, l), pos)
         two = compiled(FastBlock.two, x.device.type)
         y, result = two(self, x, rope, room(cache, l), room(cache, l + 1), pos)
-        # Trap: a hook may change y in place, and a copy of the cache must not copy the block.
-        cache.ahead[l + 1] = weakref.ref(self.after[0]), y.clone(), result
+        cache.ahead[l + 1] = self.after[0], y.clone(), result       # a copy: a hook may change y in place
         return y
 
     def one(self, x: Tensor, rope: Rotation, stored: tuple[Tensor, Tensor], pos: Tensor) -> Tensor:

@@ -122,8 +122,11 @@ def test_steering_adds_delta_at_every_position(tiny, quick, layer):
 def noted(monkeypatch, compiled):
     """-> the names of the functions that `compiled` is asked for from now on"""
     names = []
-    monkeypatch.setattr(faster, "compiled", lambda function, device: (names.append(function.__name__),
-                                                                      compiled(function, device))[1])
+
+    def note(function, device):
+        names.append(function.__name__)
+        return compiled(function, device)
+    monkeypatch.setattr(faster, "compiled", note)
     return names
 
 
@@ -154,42 +157,55 @@ def test_a_block_that_ran_ahead_runs_again_where_its_input_is_changed(tiny, quic
     check_pairs(quick, plain, encode(tiny[1]), error, noted(monkeypatch, faster.compiled))
 
 
-def test_pairs_of_blocks_compute_what_single_ones_do(tiny, monkeypatch):
-    """The same without the compiler, and what else could make a stored result wrong."""
-    model, ids = tiny[0], encode(tiny[1])
-    names = noted(monkeypatch, lambda function, device: function)
-    quick = fast(model, compile=True)
-    check_pairs(quick, model, ids, TOLERANCE, names)
+@pytest.fixture
+def paired(tiny, monkeypatch):
+    """The model of `tiny` with blocks in pairs but without a compiler, which takes seconds."""
+    monkeypatch.setattr(faster, "compiled", lambda function, device: function)
+    return fast(tiny[0], compile=True)
 
-    def read(m, steer=()):
-        cache = KVCache(ids.shape[1])
-        return torch.cat([m(part, steer, cache)[0] for part in ids.split(1, dim=1)], dim=1), cache
-    for l in (1, 2):
-        slopes = []
-        for m in (model, copy.deepcopy(model)):
-            m = fast(m, compile=True) if slopes else m
-            for part in m.modules():        # packed matrices have no gradients
-                if isinstance(part, Packed):
-                    part.packed, part.weight = None, part.dense()
-            z, cache = torch.zeros(model.config.d_model, requires_grad=True), KVCache(ids.shape[1])
-            steer = Steer(l, z)
-            with torch.no_grad():
-                m(ids[:, :-2], steer, cache)
-                m(ids[:, -2:-1], steer, cache)
-            m(ids[:, -1:], steer, cache)[0].log_softmax(dim=-1)[..., 0].sum().backward()
-            slopes.append(z.grad)
-        assert close(slopes[1], slopes[0], 1e-4)
-    cache = copy.deepcopy(read(quick)[1])
-    assert all(block() is quick.blocks[l] for l, (block, *_) in cache.ahead.items())
-    replaced, shorter = copy.deepcopy(quick), copy.deepcopy(quick)
-    for m in (replaced, shorter, changed := copy.deepcopy(model), short := copy.deepcopy(model)):
-        if m in (replaced, changed):
-            m.blocks[1] = copy.deepcopy(m.blocks[2])
-        else:
-            del m.blocks[3]
-            m.config = dataclasses.replace(m.config, n_layer=3)
-    assert close(read(replaced)[0], changed(ids)[0])
-    assert close(read(shorter)[0], short(ids)[0])
+
+def test_pairs_of_blocks_compute_what_single_ones_do(tiny, paired, monkeypatch):
+    check_pairs(paired, tiny[0], encode(tiny[1]), TOLERANCE, noted(monkeypatch, faster.compiled))
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_an_addition_of_zero_has_its_gradient_between_the_blocks_of_a_pair(tiny, paired, layer):
+    for part in paired.modules():               # packed matrices have no gradients
+        if isinstance(part, Packed):
+            part.packed, part.weight = None, part.dense()
+    ids, slopes = encode(tiny[1]), []
+    for m in (tiny[0], paired):
+        z, cache = torch.zeros(m.config.d_model, requires_grad=True), KVCache(ids.shape[1])
+        with torch.no_grad():
+            for part in (ids[:, :-2], ids[:, -2:-1]):
+                m(part, Steer(layer, z), cache)
+        m(ids[:, -1:], Steer(layer, z), cache)[0].log_softmax(dim=-1)[..., 0].sum().backward()
+        slopes.append(z.grad)
+    assert float(slopes[0].abs().max()) > 0
+    assert close(slopes[1], slopes[0], 1e-4)
+
+
+def test_a_cache_holds_no_block_after_a_step(tiny, paired):
+    cache = KVCache(99)
+    for part in encode(tiny[1]).split(1, dim=1):
+        paired(part, (), cache)
+        assert not any(cache.ahead.values())
+
+
+def test_the_second_block_of_a_pair_may_be_replaced_or_taken_out(tiny, paired):
+    ids = encode(tiny[1])
+
+    def replace(m):
+        m.blocks[1] = copy.deepcopy(m.blocks[2])
+
+    def take_out(m):
+        del m.blocks[3]
+        m.config = dataclasses.replace(m.config, n_layer=3)
+    for change in (replace, take_out):
+        plain, quick = copy.deepcopy(tiny[0]), copy.deepcopy(paired)
+        change(plain)
+        change(quick)
+        assert close(one_by_one(quick, ids), plain(ids)[0])
 
 
 def test_generating_compiles_nothing_more(tiny, quick):
