@@ -295,9 +295,9 @@ SMALL = {"int8": Int8, "int4": Int4}
 class FastBlock(nn.Module):
     """Mixed into a family's block. If compiled, one position of one row runs as a single function.
 
-    On a CPU, each call of compiled code costs about 0.04 ms, so blocks run in pairs: the first also computes
-    the second. When the second is called, it returns that result, if its input is what the first gave.
-    Where nothing is compiled, a single position in bfloat16 attends by Folding.
+    On a CPU, each call of compiled code takes time of its own, so blocks run in pairs: the first also
+    computes the second. When the second is called, it returns that result if its input is what the first
+    gave. Where nothing is compiled, a single position in bfloat16 attends by Folding.
     """
     compiled = False
     after: tuple[FastBlock, ...] = ()       # the second of a pair, in a tuple so that it is no child module
